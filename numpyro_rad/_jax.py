@@ -1,0 +1,185 @@
+"""The only module that knows JAX internals and versions.
+
+Everything else works on what this module hands out: closed jaxprs, single equations that can be evaluated, and the
+answers to a few questions about them (which jaxprs an equation calls, how a ``scan`` splits its operands, which line of
+the user's program an equation comes from). A new JAX release should need changes here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax._src import source_info_util  # no public way to read an equation's source line
+from jax.extend import core as jex_core
+from jax.interpreters import ad
+
+Literal = jex_core.Literal
+Jaxpr = Any  # a jaxpr with its constants: ``ClosedJaxpr`` up to JAX 0.11, ``Jaxpr`` from 0.12 on
+JaxprEquation = Any
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (jax,) if module.__file__ is not None
+)
+
+
+def trace(f: Callable, *args: Any) -> tuple[Jaxpr, Any]:
+    """The jaxpr of ``f`` at ``args`` and the pytree of its output shapes. Closed-over tracers become its constants."""
+    return jax.make_jaxpr(f, return_shape=True)(*args)
+
+
+def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """Run ``jaxpr`` on flat arguments."""
+    return jex_core.jaxpr_as_fun(jaxpr)(*args)
+
+
+def jvp_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
+    """Primal and tangent program of ``jaxpr`` in one: ``(primals, active tangents) -> (primals, tangents)``.
+
+    The constants of ``jaxpr`` come first among the inputs. Outputs whose dtype has no tangent have none here; the second
+    result says which outputs have one.
+    """
+    n_consts = len(consts)
+    avals = [jax.typeof(c) for c in consts] + [v.aval for v in jaxpr_inputs(jaxpr)]
+    tangent_avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, on in zip(avals, active, strict=True) if on]
+    has_tangent: list[bool] = []
+
+    def run(primals: Sequence[Any]) -> list[Any]:
+        return eval_open(jaxpr, primals[:n_consts], primals[n_consts:])
+
+    def program(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        moving = [p for p, on in zip(primals, active, strict=True) if on]
+
+        def of_active(*moving: Any) -> list[Any]:
+            fresh = iter(moving)
+            return run([next(fresh) if on else p for p, on in zip(primals, active, strict=True)])
+
+        outs, out_tangents = jax.jvp(of_active, tuple(moving), tuple(tangents))
+        has_tangent[:] = [t.dtype != jax.dtypes.float0 for t in out_tangents]
+        return outs, [t for t, on in zip(out_tangents, has_tangent, strict=True) if on]
+
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in avals]
+    return jax.make_jaxpr(program)(shapes, tangent_avals), has_tangent
+
+
+def eval_open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Run ``jaxpr`` with other constants than its own."""
+    open_jaxpr = jaxpr.jaxpr
+    env: dict[Any, Any] = {}
+    env.update(zip(open_jaxpr.constvars, consts, strict=True))
+    env.update(zip(open_jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for equation in open_jaxpr.eqns:
+        outs = bind(equation, [read(a) for a in equation.invars])
+        env.update(zip(equation.outvars, outs, strict=True))
+    return [read(a) for a in open_jaxpr.outvars]
+
+
+def bind(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation on ``args`` under its own context and source line; always a list."""
+    primitive = equation.primitive
+    info = equation.source_info
+    names = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=names), equation.ctx.manager:
+        out = primitive.bind(*args, **primitive.get_bind_params(equation.params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+def jaxpr_inputs(jaxpr: Jaxpr) -> list[Any]:
+    return list(jaxpr.jaxpr.invars)
+
+
+_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+
+
+def inlined_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
+    """The jaxpr of a call that may be replaced by its body (``jit`` and kin), else None."""
+    name = _INLINED.get(equation.primitive.name)
+    return None if name is None else closed(equation.params[name])
+
+
+def closed(jaxpr: Any) -> Jaxpr:
+    """A jaxpr that carries its constants, whatever an equation's parameter holds."""
+    return jaxpr if hasattr(jaxpr, "consts") else jex_core.ClosedJaxpr(jaxpr, ())
+
+
+def inner_jaxprs(equation: JaxprEquation) -> list[Jaxpr]:
+    """Every jaxpr among the parameters of an equation."""
+    return [closed(j) for j in jex_core.jaxprs_in_params(equation.params)]
+
+
+def scan_parts(equation: JaxprEquation) -> tuple[Jaxpr, int, int]:
+    """Body, number of constants, number of carries of a ``scan`` equation."""
+    params = equation.params
+    if "ft_in" in params:  # JAX 0.12
+        consts, carry, _ = params["ft_in"].unpack()
+        return closed(params["jaxpr"]), len(consts), len(carry)
+    return closed(params["jaxpr"]), params["num_consts"], params["num_carry"]
+
+
+def cond_branches(equation: JaxprEquation) -> list[Jaxpr]:
+    return [closed(b) for b in equation.params["branches"]]
+
+
+def linear_transpose(f: Callable, avals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+    """Cotangents of the inputs of a linear ``f`` (flat inputs, list output)."""
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    return jax.linear_transpose(f, *structs)(list(cotangents))
+
+
+def is_forward_mode(x: Any) -> bool:
+    """Whether ``x`` is being differentiated in forward mode at this very level."""
+    return isinstance(x, ad.JVPTracer)
+
+
+def barrier(values: Sequence[Any]) -> list[Any]:
+    """``lax.optimization_barrier`` that also takes typed PRNG keys and passes an empty list."""
+    values = list(values)
+    keys = [is_typed_key(v) for v in values]
+    raw = [jax.random.key_data(v) if k else v for v, k in zip(values, keys, strict=True)]
+    raw = list(lax.optimization_barrier(raw)) if raw else raw
+    return [
+        jax.random.wrap_key_data(r, impl=jax.random.key_impl(v)) if k else r
+        for r, v, k in zip(raw, values, keys, strict=True)
+    ]
+
+
+def is_typed_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def aval_bytes(aval: Any) -> int:
+    """Bytes of an array of this type; typed keys count their raw words."""
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return raw.size * raw.dtype.itemsize
+    return aval.size * aval.dtype.itemsize
+
+
+def source_line(equation: JaxprEquation) -> str:
+    """``file.py:line`` of the innermost user frame outside JAX, NumPyro and this package; empty if unknown."""
+    for frame in source_info_util.user_frames(equation.source_info.traceback):
+        name = frame.file_name
+        if name.startswith(_PACKAGE) or f"{os.sep}numpyro{os.sep}" in name or name.startswith(_LIBRARIES):
+            continue
+        return f"{os.path.basename(name)}:{frame.start_line}"
+    return ""
+
+
+def to_raw(x: Any) -> Any:
+    """Typed keys as their raw words, anything else as it is: what a tape may hold."""
+    return jax.random.key_data(x) if is_typed_key(x) else x
+
+
+def from_raw(raw: Any, aval: Any) -> Any:
+    """Inverse of :func:`to_raw` for a value of type ``aval``."""
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(raw, impl=aval.dtype._impl)
+    return raw

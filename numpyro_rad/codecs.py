@@ -1,0 +1,507 @@
+"""Codecs: a stored array replaced by a cheap random code that is right on average.
+
+Reverse-mode AD stores residuals between the forward and the backward sweep. The gradient is multilinear in those that
+may be coded, so storing a random code instead of an array x leaves the gradient unbiased as long as
+
+    E[decode(seed, encode(seed, x))] = x,        the expectation being over the seed,
+
+and costs variance tr Cov(decode(encode(x))) instead of memory. Every codec below satisfies this for every entry, and
+reports its bytes and its variance in closed form so that a plan can be priced before anything runs.
+
+All randomness is an integer hash of (seed, index of the entry). It fuses with its neighbours, and the decoder makes the
+same draws again rather than storing them. A *seed* is two uint32 words: `seed_words` makes it from a JAX key, `fold` a
+new one for each residual and loop iteration. Used by `plan.py` (bytes, variance) and `sweep.py` (encode, decode).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_GOLDEN = 0x9E3779B1  # odd, close to 2**32 / golden ratio: spreads consecutive indices
+
+
+def _u32(number):
+    return np.uint32(number & 0xFFFFFFFF)
+
+
+def _mix(word, late=0):
+    """A bijection of uint32 in two multiply and xor-shift rounds (constants of C. Wellons's `lowbias32`)."""
+    word = (word ^ (word >> _u32(16))) * _u32(0x7FEB352D) + late
+    word = (word ^ (word >> _u32(15))) * _u32(0x846CA68B)
+    return word ^ (word >> _u32(16))
+
+
+def _hash(seed, index):
+    # The second word enters between the rounds: two seeds are never index-shifted copies of each other.
+    return _mix(index * _u32(_GOLDEN) + seed[0], late=seed[1])
+
+
+def _linear_index(shape):
+    """Row-major index of every entry, as one iota per axis so that it fuses and shards like the array itself."""
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * _u32(stride)
+        stride *= shape[axis]
+    return index
+
+
+def _uniform(seed, shape, dtype):
+    """Uniform numbers on [0, 1), multiples of 2**-24."""
+    bits = _hash(seed, _linear_index(shape)) >> _u32(8)
+    return bits.astype(jnp.int32).astype(dtype) * np.asarray(2.0**-24, dtype)
+
+
+def seed_words(key):
+    """Seed of the codecs from one JAX PRNG key.
+
+    :param key: a typed key or a raw uint32 key of any implementation and length, shape `()` or `(words,)`.
+    :return: uint32 array of shape (2,); different keys of two words give different seeds.
+    :raises ValueError: if `key` is not one key.
+    """
+    key = jnp.asarray(key)
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    if data.dtype != jnp.uint32 or data.ndim != 1:
+        raise ValueError(
+            f"seed_words needs one PRNG key, got {key.dtype} of shape {key.shape}, because a seed belongs to one draw. "
+            "Pass jax.random.key(...), or jax.vmap over a batch of keys."
+        )
+    return fold(np.asarray([0x243F6A88, 0x85A308D3], np.uint32), *(data[i] for i in range(data.shape[0])))
+
+
+def fold(seed, *numbers):
+    """A new seed, independent of the old one, for each sequence of numbers (a residual, a loop iteration).
+
+    :param seed: uint32 array of shape (2,).
+    :param numbers: Python ints in [0, 2**32) or integer scalars, which may be traced; their order matters.
+    :return: uint32 array of shape (2,). Different single numbers give different seeds.
+    :raises ValueError: if a Python int does not fit 32 bits.
+    """
+    a, b = jnp.asarray(seed[0]), jnp.asarray(seed[1])
+    for number in numbers:
+        if isinstance(number, int) and not 0 <= number < 2**32:
+            raise ValueError(f"fold({number}): a seed is folded with 32-bit words; use a number in [0, 2**32).")
+        word = jnp.uint32(number)
+        a = a ^ _mix(b + word * _u32(_GOLDEN) + _u32(0x9E3779B9))  # one Feistel step for each half
+        b = b ^ _mix(a + word * _u32(0x85EBCA6B) + _u32(0xC2B2AE35))
+    return jnp.stack([a, b])
+
+
+def _itemsize(dtype):
+    return (dtype if hasattr(dtype, "itemsize") and not isinstance(dtype, type) else np.dtype(dtype)).itemsize
+
+
+def _is_real_float(dtype):
+    return jnp.issubdtype(dtype, jnp.floating) and _itemsize(dtype) in (2, 4, 8)
+
+
+def _work_dtype(dtype):
+    """Arithmetic is in float64 for float64 and in float32 for all else."""
+    return np.dtype(np.float64 if _itemsize(dtype) == 8 else np.float32)
+
+
+def _spacing(x, dtype):
+    """Distance between the numbers of a half-precision `dtype` at the float32 values x."""
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & _u32(0x7F800000), jnp.float32)
+    info = jnp.finfo(dtype)
+    smallest = max(float(info.smallest_subnormal), 2.0**-126)  # float32 subnormals are flushed to zero on most devices
+    return jnp.maximum(power * np.float32(2.0**-info.nmant), np.float32(smallest))
+
+
+def _to_nearest(x, dtype):
+    """Nearest number that `dtype` holds, still in float32: XLA drops a cast there and back, but not this."""
+    return jnp.round(x / _spacing(x, dtype)) * _spacing(x, dtype) if _itemsize(dtype) == 2 else x
+
+
+def _cast_unbiased(x, dtype, seed):
+    """x in `dtype`; to half precision by stochastic rounding, since rounding to nearest would bias the mean."""
+    if _itemsize(dtype) == 2:
+        scaled, floor = x / _spacing(x, dtype), jnp.floor(x / _spacing(x, dtype))
+        x = (floor + (_uniform(seed, x.shape, x.dtype) < scaled - floor)) * _spacing(x, dtype)
+    return x.astype(dtype)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A random code with E[decode(encode(x))] = x. Hashable and without state; the seed is always the first argument.
+
+    A subclass defines the five methods that raise here and `__str__`, and may narrow or widen `supports`. Variances are
+    those of the estimator; storing half precision adds its rounding noise, below 1e-5 of the squared norm of the code.
+    """
+
+    exact = False  #: whether decode(encode(x)) equals x bit for bit
+
+    def encode(self, seed, x):
+        """The code of x, a tuple of arrays whose sizes add up to `stored_bytes`.
+
+        :param seed: uint32 array of shape (2,), a different one for every array, see `fold`.
+        :param x: array that `supports` accepts.
+        :raises ValueError: if this codec cannot code x.
+        """
+        raise NotImplementedError
+
+    def decode(self, seed, code, like):
+        """Unbiased estimate of the encoded array.
+
+        :param seed: the seed that the array was encoded with.
+        :param code: what `encode` returned.
+        :param like: `jax.ShapeDtypeStruct` of the encoded array.
+        """
+        raise NotImplementedError
+
+    def stored_bytes(self, shape, dtype):
+        """Bytes of the code of an array, to the byte. The seed is made again from the key and not counted."""
+        raise NotImplementedError
+
+    def variance(self, x):
+        """tr Cov(decode(encode(x))) over the seed, given x: a scalar in the units of x squared."""
+        raise NotImplementedError
+
+    def relative_variance(self, shape):
+        """Variance over the squared norm, for i.i.d. standard normal entries: a float known before any data."""
+        raise NotImplementedError
+
+    def supports(self, shape, dtype):
+        """Whether arrays of this shape and dtype can be coded."""
+        return len(shape) >= self._least_axes and _is_real_float(dtype)
+
+    def _check(self, x):
+        if not self.supports(x.shape, x.dtype):
+            raise ValueError(
+                f"codec '{self}' cannot code an array of dtype {x.dtype} and shape {x.shape}: "
+                f"it takes {self._needs} with at least {self._least_axes} axes. Use Keep() for this array."
+            )
+
+    _needs, _least_axes = "real floating-point arrays (float16, bfloat16, float32, float64)", 0
+
+
+class _Exact(Codec):
+    exact = True
+
+    def variance(self, x):
+        return jnp.zeros((), jnp.float32)
+
+    def relative_variance(self, shape):
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Keep(_Exact):
+    """The array itself: exact, no saving, any dtype (PRNG keys too)."""
+
+    def encode(self, seed, x):
+        return (x,)
+
+    def decode(self, seed, code, like):
+        return code[0]
+
+    def stored_bytes(self, shape, dtype):
+        return math.prod(shape) * _itemsize(dtype)
+
+    def supports(self, shape, dtype):
+        return True
+
+    def __str__(self):
+        return "keep"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """View of an array as (lead, groups, slots, width): byte w of a group holds entry w of each of its slots.
+
+    `lead` are whole leading (batch) axes, never merged into a group, so that coding keeps the order and the sharding of
+    the batch. A slot is a contiguous run, so packing and unpacking are vector operations on whole runs.
+    """
+
+    lead: int
+    inner: int  # entries for each leading index, before padding
+    groups: int
+    slots: int  # entries packed in a byte
+    width: int  # bytes of a group
+
+    @classmethod
+    def of(cls, shape, at_least, slots, group=None):
+        axis, inner = len(shape), 1
+        while axis and inner < at_least:
+            axis -= 1
+            inner *= shape[axis]
+        groups = -(-inner // (group or max(inner, 1)))
+        width = max(1, -(-inner // (max(groups, 1) * slots)))
+        return cls(math.prod(shape[:axis]), inner, -(-inner // (width * slots)), slots, width)
+
+    def split(self, x):
+        x = x.reshape(self.lead, self.inner)
+        padding = self.groups * self.slots * self.width - self.inner
+        if padding:
+            x = jnp.pad(x, ((0, 0), (0, padding)), mode="edge")  # edge values leave a group's range as it is
+        return x.reshape(self.lead, self.groups, self.slots, self.width)
+
+    def join(self, x, shape):
+        return x.reshape(self.lead, self.groups * self.slots * self.width)[:, : self.inner].reshape(shape)
+
+    def pack(self, q):
+        """Integers below 2**(8 / slots), shape (lead, groups, slots, width), to uint8 (lead, groups, width)."""
+        shift = lax.broadcasted_iota(jnp.uint32, (1, 1, self.slots, 1), 2) * _u32(8 // self.slots)
+        return (q.astype(jnp.uint32) << shift).sum(2).astype(jnp.uint8)
+
+    def unpack(self, code):
+        bits = 8 // self.slots  # constant shifts, stacked: five times faster on CPU than one broadcast shift
+        code = code.astype(jnp.int32)
+        return jnp.stack([(code >> np.int32(bits * j)) & np.int32(2**bits - 1) for j in range(self.slots)], 2)
+
+
+@dataclass(frozen=True)
+class BitMask(_Exact):
+    """Booleans, eight to a byte: exact. Holds the two-valued derivatives of relu, max, select."""
+
+    _needs = "boolean arrays"
+
+    def encode(self, seed, x):
+        self._check(x)
+        layout = _Layout.of(x.shape, 256, 8)
+        return (layout.pack(layout.split(x)),)
+
+    def decode(self, seed, code, like):
+        layout = _Layout.of(like.shape, 256, 8)
+        return layout.join(layout.unpack(code[0]) != 0, like.shape)
+
+    def stored_bytes(self, shape, dtype):
+        layout = _Layout.of(shape, 256, 8)
+        return layout.lead * layout.groups * layout.width
+
+    def supports(self, shape, dtype):
+        return dtype == jnp.bool_
+
+    def __str__(self):
+        return "1-bit mask"
+
+
+@lru_cache(maxsize=256)
+def _normal_rounding_variance(bits, size):
+    """Relative variance of rounding groups of `size` standard normal entries, simulated with a fixed seed."""
+    x = np.random.default_rng(0).standard_normal((max(8, 2**16 // size), size))
+    low, span = x.min(1, keepdims=True), np.ptp(x, 1, keepdims=True)
+    place = (x - low) / np.where(span > 0, span, 1) * (2**bits - 1)
+    part = place - np.clip(np.floor(place), 0, 2**bits - 2)
+    return float((part * (1 - part) * (span / (2**bits - 1)) ** 2).sum() / (x**2).sum())
+
+
+@dataclass(frozen=True)
+class StochasticRound(Codec):
+    """Unbiased stochastic rounding to 2**bits evenly spaced levels, from the minimum to the maximum of each group.
+
+    An entry x between the levels a <= x <= b becomes b with probability (x - a) / (b - a), else a, independently over
+    entries, so its mean is x and its variance (x - a)(b - x). The levels are the numbers that the decoder returns,
+    rounding to the array's dtype included, so floating point adds no bias to half precision either. The error stays
+    below one step, (maximum - minimum) / (2**bits - 1); groups of equal entries are exact. A NaN or an infinity makes
+    its group NaN, and so does a range that overflows. The decoder draws no random bits.
+
+    At equal bytes this has 50 to 1000 times less variance than sampling or projecting. Per-group rounding of stored
+    activations: Chen et al., "ActNN", ICML 2021.
+
+    :param bits: bits for each entry, one of 1, 2, 4, 8.
+    :param group: most entries that share a minimum and a step (8 bytes for each group, 16 for float64); each row is cut
+        into equal groups of at most so many. A multiple of 8 between 8 and 65536.
+    :raises ValueError: if `bits` or `group` is none of these.
+    """
+
+    bits: int = 2
+    group: int = 256
+
+    def __post_init__(self):
+        if self.bits not in (1, 2, 4, 8):
+            raise ValueError(f"bits={self.bits}: whole codes must fill a byte. Use 1, 2, 4 or 8.")
+        if not (isinstance(self.group, int) and 8 <= self.group <= 65536 and self.group % 8 == 0):
+            raise ValueError(
+                f"group={self.group}: a group is stored in whole bytes, so its size must be a multiple of 8 between "
+                "8 and 65536. Try 256."
+            )
+
+    def _layout(self, shape):
+        return _Layout.of(shape, self.group, 8 // self.bits, self.group)
+
+    def _fit(self, x):
+        """Minimum and step of each group, (lead, groups) each."""
+        low, high = x.min((2, 3)), x.max((2, 3))
+        step = (high - low) / np.asarray(2**self.bits - 1, x.dtype)
+        return low, jnp.where(jnp.isfinite(step), step, jnp.nan)
+
+    def _neighbours(self, x, low, step, dtype):
+        """Number of the level below each entry, that level, and the next."""
+        low, step = low[:, :, None, None], step[:, :, None, None]
+        inverse = jnp.where(step > jnp.finfo(step.dtype).tiny, 1 / step, 0)  # groups of equal entries: number 0
+        number = jnp.clip(jnp.floor((x - low) * inverse), 0, 2**self.bits - 2)
+        return number, _to_nearest(low + number * step, dtype), _to_nearest(low + (number + 1) * step, dtype)
+
+    def encode(self, seed, x):
+        self._check(x)
+        layout, dtype = self._layout(x.shape), x.dtype
+        x = layout.split(x).astype(_work_dtype(dtype))
+        low, step = self._fit(x)
+        number, below, above = self._neighbours(x, low, step, dtype)
+        up = _uniform(seed, x.shape, x.dtype) * (above - below) < x - below
+        return layout.pack(number + up), low, step
+
+    def decode(self, seed, code, like):
+        packed, low, step = code
+        layout = self._layout(like.shape)
+        level = low[:, :, None, None] + layout.unpack(packed).astype(low.dtype) * step[:, :, None, None]
+        return layout.join(_to_nearest(level, like.dtype), like.shape).astype(like.dtype)
+
+    def stored_bytes(self, shape, dtype):
+        layout = self._layout(shape)
+        return layout.lead * layout.groups * (layout.width + 2 * _work_dtype(dtype).itemsize)
+
+    def variance(self, x):
+        layout = self._layout(x.shape)
+        grouped = layout.split(x).astype(_work_dtype(x.dtype))
+        _, below, above = self._neighbours(grouped, *self._fit(grouped), x.dtype)
+        return layout.join((grouped - below) * (above - grouped), x.shape).sum()
+
+    def relative_variance(self, shape):
+        layout = self._layout(shape)
+        size = min(layout.slots * layout.width, layout.inner)
+        return _normal_rounding_variance(self.bits, size) if size else 0.0
+
+    def __str__(self):
+        return f"{self.bits}-bit" + (f" groups of {self.group}" if self.group != 256 else "")
+
+
+@dataclass(frozen=True)
+class SampleAxis(Codec):
+    """Stratified sampling of the last axis, the estimator of RAD (Oktay et al., ICLR 2021).
+
+    The last axis is cut into strata of s = round(1 / keep) neighbours (the last may be smaller). One entry of each,
+    chosen uniformly, is kept and scaled by the size of its stratum, the others become zero: mean x, variance
+    (s - 1) x**2 for each entry. Which entries were kept follows from the seed and is not stored. A NaN or an infinity
+    makes all the kept entries of its row NaN, and the whole row if centred.
+
+    :param keep: fraction of the entries that is stored, above 0 and at most 2/3.
+    :param per: "row" for another choice in each row (all axes but the last), "shared" for one choice for all rows, so
+        that a product can skip the same columns in all. Same variance, but shared errors do not average over rows.
+    :param centred: also keep the mean of each row and sample the deviation from it: variance (s - 1)(x - mean)**2.
+    :raises ValueError: if an argument is none of these.
+    """
+
+    keep: float = 0.1
+    per: str = "row"
+    centred: bool = False
+    _least_axes = 1
+
+    def __post_init__(self):
+        if not (0 < self.keep <= 1 and round(1 / self.keep) >= 2):
+            raise ValueError(
+                f"keep={self.keep}: one entry of every round(1 / keep) >= 2 is stored, so keep must be above 0 and at "
+                "most 2/3. Try 0.1, or Keep() to store every entry."
+            )
+        if self.per not in ("row", "shared"):
+            raise ValueError(f"per={self.per!r}: the choice is made for each row or once. Use 'row' or 'shared'.")
+
+    def _sizes(self, n):
+        """Size of each stratum of an axis of n entries."""
+        size = round(1 / self.keep)
+        return np.diff(np.minimum(np.arange(-(-n // size) + 1) * size, n))
+
+    def _chosen(self, seed, shape):
+        """(..., strata, size), true at the one kept entry of each stratum."""
+        sizes = self._sizes(shape[-1])
+        rows = shape[:-1] if self.per == "row" else (1,) * (len(shape) - 1)
+        slot = _hash(seed, _linear_index((*rows, len(sizes)))) % jnp.asarray(sizes, jnp.uint32)
+        return slot[..., None] == jnp.arange(round(1 / self.keep), dtype=jnp.uint32)
+
+    def _mean(self, x):
+        wide = x.astype(_work_dtype(x.dtype))
+        return jnp.where(jnp.isfinite(wide).all(-1), wide.sum(-1) / max(x.shape[-1], 1), jnp.nan)
+
+    def encode(self, seed, x):
+        self._check(x)
+        chosen = self._chosen(seed, x.shape)
+        strata, size = chosen.shape[-2:]
+        grouped = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, strata * size - x.shape[-1])])
+        kept = jnp.where(chosen, grouped.reshape(*x.shape[:-1], strata, size), 0).sum(-1)
+        kept = jnp.where(jnp.isfinite(x).all(-1, keepdims=True), kept, jnp.nan).astype(x.dtype)
+        return (kept, self._mean(x)) if self.centred else (kept,)
+
+    def decode(self, seed, code, like):
+        sizes = self._sizes(like.shape[-1])
+        dtype = _work_dtype(like.dtype)
+        mean = code[1][..., None] if self.centred else np.zeros((), dtype)
+        scaled = mean + (code[0].astype(dtype) - mean) * jnp.asarray(sizes, dtype)  # (..., strata)
+        dense = jnp.where(self._chosen(seed, like.shape), scaled[..., None], mean[..., None])  # (..., strata, size)
+        dense = dense.reshape(*like.shape[:-1], math.prod(dense.shape[-2:]))[..., : like.shape[-1]]
+        return _cast_unbiased(dense, like.dtype, fold(seed, 1))
+
+    def stored_bytes(self, shape, dtype):
+        each_row = len(self._sizes(shape[-1])) * _itemsize(dtype) + self.centred * _work_dtype(dtype).itemsize
+        return math.prod(shape[:-1]) * each_row
+
+    def variance(self, x):
+        sizes = self._sizes(x.shape[-1])
+        deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
+        return (jnp.asarray(np.repeat(sizes - 1, sizes), deviation.dtype) * deviation**2).sum()
+
+    def relative_variance(self, shape):
+        n, sizes = shape[-1], self._sizes(shape[-1])
+        return float((sizes * (sizes - 1)).sum() / n * ((n - 1) / n if self.centred else 1)) if n else 0.0
+
+    def __str__(self):
+        how = "shared" if self.per == "shared" else "per row"
+        return f"{'centred ' if self.centred else ''}sample {self.keep:g} {how}"
+
+
+@dataclass(frozen=True)
+class RandomProjection(Codec):
+    """Random projection of the last axis, the other estimator of RAD (Oktay et al., ICLR 2021).
+
+    Stores x P and decodes (x P) Pᵀ, where P, of shape (n, k), k = max(1, round(keep * n)), holds independent signs over
+    sqrt(k), so E[P Pᵀ] = I and the variance is (n - 1) / k times the squared norm, whatever x is. P follows from the
+    seed, is not stored, and is shared by the rows. It is made in full, n * k entries, while encoding and decoding:
+    meant for axes of at most a few thousand entries. A NaN or an infinity makes its row NaN.
+
+    :param keep: numbers stored for each entry, above 0 and at most 1.
+    :raises ValueError: if `keep` is not.
+    """
+
+    keep: float = 0.1
+    _least_axes = 1
+
+    def __post_init__(self):
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep}: it is the stored fraction, so above 0 and at most 1. Try 0.1.")
+
+    def _columns(self, n):
+        return max(1, round(self.keep * n))
+
+    def _matrix(self, seed, n, dtype):
+        k = self._columns(n)
+        sign = (_hash(seed, _linear_index((n, k))) >> _u32(31)).astype(jnp.int32) * 2 - 1
+        return sign.astype(dtype) * np.asarray(1 / math.sqrt(k), dtype)
+
+    def encode(self, seed, x):
+        self._check(x)
+        wide = x.astype(_work_dtype(x.dtype))
+        code = jnp.matmul(wide, self._matrix(seed, x.shape[-1], wide.dtype), precision="highest")  # (..., k)
+        code = jnp.where(jnp.isfinite(wide).all(-1, keepdims=True), code, jnp.nan)
+        return (_cast_unbiased(code, x.dtype, fold(seed, 1)),)
+
+    def decode(self, seed, code, like):
+        wide = code[0].astype(_work_dtype(like.dtype))
+        decoded = jnp.matmul(wide, self._matrix(seed, like.shape[-1], wide.dtype).T, precision="highest")
+        return _cast_unbiased(decoded, like.dtype, fold(seed, 2))
+
+    def stored_bytes(self, shape, dtype):
+        return math.prod(shape[:-1]) * self._columns(shape[-1]) * _itemsize(dtype)
+
+    def variance(self, x):
+        n = x.shape[-1]
+        return (x.astype(_work_dtype(x.dtype)) ** 2).sum() * (max(n - 1, 0) / self._columns(n))
+
+    def relative_variance(self, shape):
+        return max(shape[-1] - 1, 0) / self._columns(shape[-1])
+
+    def __str__(self):
+        return f"project {self.keep:g}"

@@ -1,0 +1,71 @@
+"""What is known about primitives, one line per family.
+
+Two programs are looked at. In the *primal* program a primitive is either ``CHEAP`` (elementwise, structural, a reduction
+or random bits: running it again costs about as much as reading its output) or not. In the *tangent* program, which is
+linear, a primitive is elementwise (a diagonal Jacobian that can be fused with its neighbours), bilinear in a tangent and
+a residual (so that an unbiased estimate of the residual leaves the pullback unbiased), or anything else: then its
+residuals are kept exactly and JAX's own transpose is used. That last line is the safe default, so a primitive that
+nobody has heard of still trains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from numpyro_rad import _jax
+
+_ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
+complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
+imag integer_pow is_finite le lgamma log log1p logistic lt le_to lt_to max min mul ne neg nextafter not
+one_minus_square or population_count pow real reduce_precision rem round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+""".split()
+
+_STRUCTURAL = """
+broadcast_in_dim concatenate dynamic_slice dynamic_update_slice empty expand_dims gather iota pad reshape rev scatter
+slice split squeeze transpose
+""".split()
+
+_REDUCTIONS = """
+argmax argmin cumlogsumexp cummax cummin cumprod cumsum reduce_and reduce_max reduce_min reduce_or reduce_prod
+reduce_sum reduce_xor
+""".split()
+
+_RANDOM = "random_bits threefry2x32 random_wrap random_unwrap random_split random_fold_in random_seed".split()
+
+CHEAP = frozenset(_ELEMENTWISE + _STRUCTURAL + _REDUCTIONS + _RANDOM)
+"""Primitives of the primal program that may be run again in the backward sweep."""
+
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
+
+BILINEAR = frozenset({"dot_general", "conv_general_dilated", "mul"})
+"""Primitives of the tangent program whose pullback is linear in the residual that they read."""
+
+STRUCTURAL = frozenset([*_STRUCTURAL, "reduce_sum", "cumsum", "convert_element_type", "copy", "copy_p", "scatter-add"])
+"""Primitives of the tangent program that read no residual worth storing (indices and zeros at most)."""
+
+PASSES_ESTIMATE = frozenset(
+    "reshape transpose broadcast_in_dim squeeze expand_dims rev copy copy_p convert_element_type".split()
+)
+"""One-operand linear rearrangements: an unbiased estimate of the input gives one of the output."""
+
+MIXED = frozenset({"scan", "cond"})
+"""Control flow that is split into a primal and a tangent part by the graph."""
+
+
+def is_cheap(equation: _jax.JaxprEquation) -> bool:
+    """Whether running ``equation`` again is cheap; calls are as cheap as the dearest equation of their body."""
+    name = equation.primitive.name
+    if name in CHEAP:
+        return True
+    if name in _CALLS:
+        return all(is_cheap(e) for j in _jax.inner_jaxprs(equation) for e in j.jaxpr.eqns)
+    return False
+
+
+def is_real_float(dtype: Any) -> bool:
+    """Whether values of ``dtype`` may be replaced by unbiased estimates."""
+    return jnp.issubdtype(dtype, jnp.floating)

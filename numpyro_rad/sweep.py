@@ -1,0 +1,437 @@
+"""The two sweeps: forward over the primal program, filling a tape; backward over the tangent program, reading it.
+
+Both run in *stages*, and an optimization barrier stands between any two. Forward, a stage is what can be done before the
+next expensive step (a contraction, a loop): what is only there for that step waits for its stage, so a sampled weight and
+its log density live where the weight is used. Backward, an edge belongs to the stage in which the cotangent of one of its
+inputs can first be complete; prior, guide and layer of one weight then meet in one stage, where the weight is made again
+once. The barriers hold the compiler to this: codes are written before the next step begins, and nothing is decoded or made
+again before the cotangent that needs it has arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from numpyro_rad import _jax
+from numpyro_rad.codecs import fold
+from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
+from numpyro_rad.plan import Plan
+
+
+class Tape(NamedTuple):
+    """What is stored between the sweeps: arrays only, in the order of the plan."""
+
+    kept: tuple[Any, ...]
+    encoded: tuple[tuple[Any, ...], ...]
+    children: tuple[tuple[Any, ...], ...]
+
+
+def _seed_of(seed: Any, value: Value, group: int) -> Any:
+    return fold(seed, 1, value.number, group)
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------------
+
+
+def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape]:
+    """Run the primal program of ``plan.graph`` on ``args``.
+
+    :param seed: uint32 pair from which every code of this run draws.
+    :return: outputs of the graph (primal ones only) and the tape.
+    """
+    graph = plan.graph
+    env: dict[Value, Any] = dict(zip(graph.inputs, args, strict=True))
+    kept: dict[Value, Any] = {}
+    encoded: dict[Value, tuple[Any, ...]] = {}
+    children: dict[Split, Any] = {}
+
+    pending: list[Value] = []  # encoded since the last barrier
+
+    def store(value: Value, array: Any) -> None:
+        """Put ``array`` on the tape if the plan says so."""
+        if value in plan.kept:
+            kept[value] = plan.kept[value].encode(seed, _jax.to_raw(array))
+        if value in plan.encoded:
+            entry = plan.encoded[value]
+            draws = range(len(entry.readers))
+            encoded[value] = tuple(entry.codec.encode(_seed_of(seed, value, i), array) for i in draws)
+            pending.append(value)
+
+    for value in graph.inputs:
+        store(value, env[value])
+    stages = _forward_stages(plan)
+    for i, stage in enumerate(stages):
+        inside = {o for e in stage for o in e.outputs}
+        outside = dict.fromkeys(a for e in stage for a in e.inputs if isinstance(a, Value) and a not in inside)
+        local = dict(zip(outside, [env[v] for v in outside], strict=True))
+        if i:
+            flat, tree = jax.tree.flatten((list(local.values()), [encoded[v] for v in pending]))
+            arrays, codes = jax.tree.unflatten(tree, _jax.barrier(flat))
+            local = dict(zip(local, arrays, strict=True))
+            encoded.update(zip(pending, codes, strict=True))
+            pending.clear()
+        for equation in stage:
+            arrays = [_read(local, a) for a in equation.inputs]
+            if equation.split is None:
+                outs = equation.run(*arrays)
+            else:
+                outs, tape = _forward_split(plan, equation.split, seed, arrays)
+                if tape is not None:
+                    children[equation.split] = tape
+            for value, array in zip(equation.outputs, outs, strict=True):
+                local[value] = env[value] = array
+                store(value, array)
+    outs = [_read(env, a) for a in graph.outputs]
+    tape = Tape(
+        tuple(kept[v] for v in plan.kept),
+        tuple(encoded[v] for v in plan.encoded),
+        tuple(children[s] for s in plan.children),
+    )
+    return outs, tape
+
+
+def _read(env: dict[Value, Any], atom: Atom) -> Any:
+    return atom.value if isinstance(atom, Constant) else env[atom]
+
+
+def _forward_stages(plan: Plan) -> list[list[Equation]]:
+    """The needed equations of the primal program in stages, expensive steps last in each."""
+    graph = plan.graph
+    live: set[Any] = {*graph.outputs, *plan.kept, *plan.encoded}
+    equations = []
+    for equation in reversed(graph.equations):
+        if any(o in live for o in equation.outputs) or equation.split in plan.children:
+            live.update(equation.inputs)
+            equations.append(equation)
+    equations.reverse()
+    producer = {o: e for e in equations for o in e.outputs}
+    earliest: dict[Equation, int] = {}
+
+    def after(equation: Equation, stage: dict[Equation, int]) -> int:
+        makers = [producer[a] for a in equation.inputs if a in producer]  # type: ignore[index]
+        return max((stage[m] + m.anchor for m in makers), default=0)
+
+    for equation in equations:
+        earliest[equation] = after(equation, earliest)
+    wanted: dict[Value, int] = {}  # stage of the first expensive step that a value leads to
+    stage: dict[Equation, int] = {}
+    for equation in reversed(equations):
+        if equation.anchor:
+            stage[equation] = earliest[equation]
+        else:
+            stages = [wanted[o] for o in equation.outputs if o in wanted]
+            if not stages:
+                continue
+            stage[equation] = min(stages)
+        for atom in equation.inputs:
+            if isinstance(atom, Value):
+                wanted[atom] = min(stage[equation], wanted.get(atom, stage[equation]))
+    for equation in equations:
+        if equation not in stage:  # leads to no expensive step: as soon as its operands are there
+            stage[equation] = after(equation, stage)
+    result: list[list[Equation]] = [[] for _ in range(1 + max(stage.values(), default=-1))]
+    for anchor in (False, True):
+        for equation in equations:
+            if equation.anchor == anchor:
+                result[stage[equation]].append(equation)
+    return [s for s in result if s]
+
+
+# -- backward ----------------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    plan: Plan, seed: Any, tape: Tape, reads: dict[Value, Any], cotangents: Sequence[Any | None]
+) -> list[Any | None]:
+    """Pull cotangents back through the tangent program.
+
+    :param reads: the inputs of the graph named in ``plan.reads``.
+    :param cotangents: one for each tangent output of the graph; None stands for zero.
+    :return: one cotangent for each tangent input; None stands for zero.
+    """
+    graph = plan.graph
+    kept = dict(zip(plan.kept, tape.kept, strict=True))
+    encoded = dict(zip(plan.encoded, tape.encoded, strict=True))
+    children = dict(zip(plan.children, tape.children, strict=True))
+    sums: dict[Value, Any] = {}
+
+    def add(tangent: Value, cotangent: Any) -> None:
+        sums[tangent] = sums[tangent] + cotangent if tangent in sums else cotangent
+
+    for tangent, cotangent in zip(graph.tangent_outputs, cotangents, strict=True):
+        if tangent is not None and cotangent is not None:
+            add(tangent, cotangent)
+    for stage in _backward_stages(graph, set(sums)):
+        incoming = [t for t in dict.fromkeys(o for e in stage for o in e.outputs) if t in sums]
+        state = _StageInputs(plan, stage, reads, kept, encoded, children)
+        held, tree = jax.tree.flatten(([sums[t] for t in incoming], state.arrays))
+        arrays, state.arrays = jax.tree.unflatten(tree, _jax.barrier(held))
+        for tangent, cotangent in zip(incoming, arrays, strict=True):
+            sums[tangent] = cotangent
+        values = _StageValues(state, seed)
+        for edge in stage:
+            outs = [sums.pop(o, None) for o in edge.outputs]
+            if all(o is None for o in outs):
+                continue
+            for tangent, cotangent in zip(edge.inputs, _pull(plan, edge, values, outs, seed), strict=True):
+                if cotangent is not None:
+                    add(tangent, cotangent)
+    return [sums.get(t) for t in graph.tangent_inputs]
+
+
+def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
+    """Edges in stages, in the order in which they are pulled back."""
+    complete: dict[Value, int] = dict.fromkeys(seeds, 0)  # first stage at which a cotangent can be complete
+    live = []
+    for edge in reversed(graph.edges):
+        stages = [complete[o] for o in edge.outputs if o in complete]
+        if not stages:
+            continue
+        live.append(edge)
+        ready = max(stages) + edge.anchor
+        for tangent in edge.inputs:
+            complete[tangent] = max(ready, complete.get(tangent, 0))
+    result: dict[int, list[Edge]] = {}
+    for edge in live:
+        stage = min((complete[t] for t in edge.inputs), default=0)
+        result.setdefault(stage, []).append(edge)
+    return [result[k] for k in sorted(result)]
+
+
+class _StageInputs:
+    """The arrays that one stage of the backward sweep takes from outside: all of them pass its barrier."""
+
+    def __init__(self, plan: Plan, stage: list[Edge], reads: dict, kept: dict, encoded: dict, children: dict) -> None:
+        self.plan = plan
+        graph = plan.graph
+        exact: set[Value] = set()
+        codes: dict[tuple[Value, int], Any] = {}
+        tapes: dict[Split, Any] = {}
+        for edge in stage:
+            for residual, linear in zip(edge.residuals, edge.linear, strict=True):
+                if linear and plan.estimated(residual):
+                    carrier = plan.carrier[residual]
+                    group = next(i for i, g in enumerate(plan.encoded[carrier].readers) if edge in g)
+                    codes[carrier, group] = encoded[carrier][group]
+                else:
+                    exact.add(residual)
+            if edge.split is not None:
+                tapes[edge.split] = children[edge.split]
+                exact.update(split_reads(plan, edge.split))
+        # The equations to run again, in order, and what they start from.
+        wanted = set(exact)
+        self.equations: list[Equation] = []
+        leaves: set[Value] = {v for v in wanted if v in kept or v not in graph.producer}
+        for equation in reversed(graph.equations):
+            made = [o for o in equation.outputs if o in wanted and o not in kept]
+            if made:
+                self.equations.append(equation)
+                for atom in equation.inputs:
+                    if isinstance(atom, Value):
+                        wanted.add(atom)
+                        if atom in kept or atom not in graph.producer:
+                            leaves.add(atom)
+        self.equations.reverse()
+        ordered = sorted(leaves, key=lambda v: v.number)
+        self.arrays: dict[str, Any] = {
+            "reads": [reads[v] for v in ordered if v not in kept],
+            "kept": [kept[v] for v in ordered if v in kept],
+            "codes": list(codes.values()),
+            "tapes": list(tapes.values()),
+        }
+        self.read_values = [v for v in ordered if v not in kept]
+        self.kept_values = [v for v in ordered if v in kept]
+        self.code_keys = list(codes)
+        self.tape_keys = list(tapes)
+
+
+class _StageValues:
+    """Residuals as one stage of the backward sweep sees them: exact ones made once, estimates decoded for each reader."""
+
+    def __init__(self, state: _StageInputs, seed: Any) -> None:
+        self.plan, self.seed = state.plan, seed
+        self.codes = dict(zip(state.code_keys, state.arrays["codes"], strict=True))
+        self.tapes = dict(zip(state.tape_keys, state.arrays["tapes"], strict=True))
+        self.env: dict[Value, Any] = dict(zip(state.read_values, state.arrays["reads"], strict=True))
+        for value, code in zip(state.kept_values, state.arrays["kept"], strict=True):
+            raw = self.plan.kept[value].decode(seed, code, jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))
+            self.env[value] = _jax.from_raw(raw, value.aval)
+        for equation in state.equations:
+            outs = equation.run(*[_read(self.env, a) for a in equation.inputs])
+            for value, array in zip(equation.outputs, outs, strict=True):
+                self.env.setdefault(value, array)
+        self.decoded: dict[tuple[Value, int], Any] = {}
+
+    def residual(self, edge: Edge, residual: Value, linear: bool) -> Any:
+        if not linear or not self.plan.estimated(residual):
+            return self.env[residual]
+        carrier = self.plan.carrier[residual]
+        entry = self.plan.encoded[carrier]
+        group = next(i for i, g in enumerate(entry.readers) if edge in g)
+        if (carrier, group) not in self.decoded:
+            like = jax.ShapeDtypeStruct(carrier.aval.shape, carrier.aval.dtype)
+            seed = _seed_of(self.seed, carrier, group)
+            self.decoded[carrier, group] = entry.codec.decode(seed, self.codes[carrier, group], like)
+        return self.rearranged(residual, carrier, self.decoded[carrier, group])
+
+    def rearranged(self, residual: Value, carrier: Value, array: Any) -> Any:
+        """``residual`` from an estimate of its carrier."""
+        if residual is carrier:
+            return array
+        equation = self.plan.graph.producer[residual]
+        (operand,) = equation.inputs
+        assert isinstance(operand, Value)
+        return equation.run(self.rearranged(operand, carrier, array))[0]
+
+
+def _pull(plan: Plan, edge: Edge, values: _StageValues, outs: list[Any | None], seed: Any) -> list[Any | None]:
+    """Cotangents of the inputs of one edge."""
+    if edge.split is not None:
+        return _pull_split(plan, edge, values, outs, seed)
+    arrays = [values.residual(edge, r, lin) for r, lin in zip(edge.residuals, edge.linear, strict=True)]
+    if edge.pull is not None:
+        return edge.pull(arrays, [_filled(o, v.aval) for o, v in zip(outs, edge.outputs, strict=True)])
+    present = [i for i, o in enumerate(outs) if o is not None]
+
+    def linear(*tangents: Any) -> list[Any]:
+        results = edge.run(arrays, tangents)
+        return [results[i] for i in present]
+
+    return list(_jax.linear_transpose(linear, [t.aval for t in edge.inputs], [outs[i] for i in present]))
+
+
+def _filled(cotangent: Any | None, aval: Any) -> Any:
+    return jnp.zeros(aval.shape, aval.dtype) if cotangent is None else cotangent
+
+
+# -- control flow ------------------------------------------------------------------------------------------------------------
+
+
+def split_reads(plan: Plan, node: Split) -> list[Value]:
+    """Outer values that the bodies of ``node`` read on the way back."""
+    skip = 1 if node.kind == "cond" else 0
+    found = {a: None for a in node.operands[:skip] if isinstance(a, Value)}
+    for body, child in zip(node.bodies, plan.children[node], strict=True):
+        for inner, outer in zip(body.inputs, node.operands[skip:], strict=True):
+            if inner in child.reads and isinstance(outer, Value):
+                found[outer] = None
+    return list(found)
+
+
+def _forward_split(plan: Plan, node: Split, seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
+    """Primal results of control flow and the tapes of its bodies (None where nothing is differentiated)."""
+    children = plan.children.get(node)
+    plans = children or tuple(_nothing_stored(b) for b in node.bodies)
+    seed = fold(seed, 0, node.number)
+    if node.kind == "cond":
+        outs, tapes = _forward_cond(plans, seed, args)
+    else:
+        outs, tapes = _forward_scan(plans[0], node, seed, args)
+    return outs, tapes if children else None
+
+
+def _nothing_stored(graph: Graph) -> Plan:
+    inner = {e.split: tuple(_nothing_stored(b) for b in e.split.bodies) for e in graph.equations if e.split is not None}
+    return Plan(graph, 1, (), {}, {}, {}, inner, frozenset())
+
+
+def _forward_scan(child: Plan, node: Split, seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
+    n_consts, n_carry = node.params["primal_counts"]
+    consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
+
+    def body(carry: list[Any], slices: tuple[Any, list[Any]]) -> tuple[list[Any], tuple[list[Any], Tape]]:
+        index, xs = slices
+        outs, tape = forward(child, fold(seed, index), [*consts, *carry, *xs])
+        return outs[:n_carry], (outs[n_carry:], tape)
+
+    carry, (ys, tape) = _scan(body, carry, xs, node)
+    return [*carry, *ys], (tape,)
+
+
+def _scan(body: Any, carry: Any, xs: Any, node: Split, backward: bool = False) -> tuple[Any, Any]:
+    """``lax.scan`` that also hands the iteration's number to the body."""
+    index = jnp.arange(node.params["length"], dtype=jnp.uint32)
+    reverse = node.params["reverse"] != backward
+    return lax.scan(
+        body, carry, (index, xs), length=node.params["length"], reverse=reverse, unroll=node.params["unroll"]
+    )
+
+
+def _forward_cond(plans: Sequence[Plan], seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
+    index, operands = args[0], args[1:]
+    shapes = [jax.eval_shape(lambda *a, p=p: forward(p, seed, a)[1], *operands) for p in plans]
+
+    def branch(number: int) -> Any:
+        def run(*operands: Any) -> tuple[list[Any], tuple[Tape, ...]]:
+            outs, tape = forward(plans[number], seed, operands)
+            tapes = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), s) for s in shapes]
+            tapes[number] = tape
+            return outs, tuple(tapes)
+
+        return run
+
+    return lax.switch(index, [branch(i) for i in range(len(plans))], *operands)
+
+
+def _pull_split(plan: Plan, edge: Edge, values: _StageValues, outs: list[Any | None], seed: Any) -> list[Any | None]:
+    node = edge.split
+    assert node is not None
+    seed = fold(seed, 0, node.number)
+    cotangents = [_filled(o, v.aval) for o, v in zip(outs, edge.outputs, strict=True)]
+    pull = _pull_cond if node.kind == "cond" else _pull_scan
+    pulled = pull(plan.children[node], node, values, cotangents, seed)
+    sums: dict[Value, Any] = {}
+    for tangent, cotangent in zip(node.tangents, pulled, strict=True):
+        if tangent is not None and cotangent is not None:
+            sums[tangent] = sums[tangent] + cotangent if tangent in sums else cotangent
+    return [sums.get(t) for t in edge.inputs]
+
+
+def _pull_scan(plans: Sequence[Plan], node: Split, values: _StageValues, cotangents: list[Any], seed: Any) -> list[Any]:
+    (child,) = plans
+    body = child.graph
+    (tape,) = values.tapes[node]
+    n_consts, n_carry = node.params["tangent_counts"]
+    outer = dict(zip(body.inputs, node.operands, strict=True))
+    sliced = set(body.inputs[sum(node.params["primal_counts"]) :])
+    reads = {v: _read(values.env, outer[v]) for v in body.inputs if v in child.reads}
+    whole = {v: a for v, a in reads.items() if v not in sliced}
+    slices = {v: a for v, a in reads.items() if v in sliced}
+    order = list(slices)
+
+    def step(carry: tuple[list, list], x: tuple[Any, tuple]) -> tuple[tuple[list, list], list]:
+        (carried, consts), (index, (tape, ys, arrays)) = carry, x
+        known = {**whole, **dict(zip(order, arrays, strict=True))}
+        pulled = backward(child, fold(seed, index), tape, known, [*carried, *ys])
+        pulled = [_filled(p, t.aval) for p, t in zip(pulled, body.tangent_inputs, strict=True)]
+        consts = [a + b for a, b in zip(consts, pulled[:n_consts], strict=True)]
+        return (pulled[n_consts : n_consts + n_carry], consts), pulled[n_consts + n_carry :]
+
+    zeros = [jnp.zeros(t.aval.shape, t.aval.dtype) for t in body.tangent_inputs[:n_consts]]
+    carried, ys = cotangents[:n_carry], cotangents[n_carry:]
+    (carried, consts), xs = _scan(step, (carried, zeros), (tape, ys, list(slices.values())), node, backward=True)
+    return [*consts, *carried, *xs]
+
+
+def _pull_cond(plans: Sequence[Plan], node: Split, values: _StageValues, cotangents: list[Any], seed: Any) -> list[Any]:
+    operands = node.operands[1:]
+    tapes = values.tapes[node]
+
+    def branch(number: int) -> Any:
+        child = plans[number]
+        outer = dict(zip(child.graph.inputs, operands, strict=True))
+
+        def run(tapes: Any, cotangents: list[Any]) -> list[Any]:
+            reads = {v: _read(values.env, outer[v]) for v in child.graph.inputs if v in child.reads}
+            pulled = backward(child, seed, tapes[number], reads, cotangents)
+            return [_filled(p, t.aval) for p, t in zip(pulled, child.graph.tangent_inputs, strict=True)]
+
+        return run
+
+    index = _read(values.env, node.operands[0])
+    return lax.switch(index, [branch(i) for i in range(len(plans))], tapes, cotangents)
