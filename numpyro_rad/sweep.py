@@ -196,10 +196,18 @@ def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
         ready = max(stages) + edge.anchor
         for tangent in edge.inputs:
             complete[tangent] = max(ready, complete.get(tangent, 0))
+    # Each edge waits until a cotangent that it adds to is needed: by the edge that made the tangent or, for the inputs of the
+    # graph, when the last contribution arrives.
+    producer = {o: e for e in live for o in e.outputs}
+    stage: dict[Edge, int] = {}
+    for edge in reversed(live):
+        needed = [
+            stage[producer[t]] - producer[t].anchor if t in producer else complete[t] for t in edge.inputs
+        ]
+        stage[edge] = min(needed, default=0)
     result: dict[int, list[Edge]] = {}
     for edge in live:
-        stage = min((complete[t] for t in edge.inputs), default=0)
-        result.setdefault(stage, []).append(edge)
+        result.setdefault(stage[edge], []).append(edge)
     return [result[k] for k in sorted(result)]
 
 
