@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 
 from numpyro_rad import _jax, rules
 
@@ -341,7 +340,7 @@ class _Builder:
         if a.residual is None or b.residual is None:
             return Term(scale, a.residual or b.residual)
         pair = sorted((a.residual, b.residual), key=lambda v: v.number)
-        return Term(scale, self.derive("mul", lax.mul, tuple(pair), line))
+        return Term(scale, self.derive("mul", jax.numpy.multiply, tuple(pair), line))
 
     def add_terms(self, a: Term | None, b: Term, line: str) -> Term:
         if a is None:

@@ -201,9 +201,7 @@ def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
     producer = {o: e for e in live for o in e.outputs}
     stage: dict[Edge, int] = {}
     for edge in reversed(live):
-        needed = [
-            stage[producer[t]] - producer[t].anchor if t in producer else complete[t] for t in edge.inputs
-        ]
+        needed = [stage[producer[t]] - producer[t].anchor if t in producer else complete[t] for t in edge.inputs]
         stage[edge] = min(needed, default=0)
     result: dict[int, list[Edge]] = {}
     for edge in live:
