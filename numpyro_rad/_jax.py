@@ -7,11 +7,13 @@ the user's program an equation comes from). A new JAX release should need change
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax._src import source_info_util  # no public way to read an equation's source line
 from jax.extend import core as jex_core
@@ -139,16 +141,60 @@ def is_forward_mode(x: Any) -> bool:
     return isinstance(x, ad.JVPTracer)
 
 
-def barrier(values: Sequence[Any]) -> list[Any]:
-    """``lax.optimization_barrier`` that also takes typed PRNG keys and passes an empty list."""
-    values = list(values)
-    keys = [is_typed_key(v) for v in values]
-    raw = [jax.random.key_data(v) if k else v for v, k in zip(values, keys, strict=True)]
-    raw = list(lax.optimization_barrier(raw)) if raw else raw
-    return [
+# Up to this release XLA's CPU backend drops optimization barriers before it schedules, so that order needs a dependency.
+_BARRIERS_ARE_DROPPED = tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11)
+
+
+def barrier(first: Sequence[Any], then: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Both lists unchanged, but what is computed from ``then`` waits until ``first`` is there (and from ``first`` too)."""
+    first, then = list(first), list(then)
+    keys = [is_typed_key(v) for v in then]
+    raw = [jax.random.key_data(v) if k else v for v, k in zip(then, keys, strict=True)]
+    if _BARRIERS_ARE_DROPPED and jax.default_backend() == "cpu":
+        raw = _tied(first, raw)
+    if first or raw:
+        first, raw = lax.optimization_barrier((first, raw))
+    then = [
         jax.random.wrap_key_data(r, impl=jax.random.key_impl(v)) if k else r
-        for r, v, k in zip(raw, values, keys, strict=True)
+        for r, v, k in zip(raw, then, keys, strict=True)
     ]
+    return first, then
+
+
+def _tied(first: Sequence[Any], then: Sequence[Any]) -> list[Any]:
+    """``then``, each array combined bit by bit with a zero that the compiler can only find out from ``first``."""
+    words = [_bits(x.reshape(-1)[0]).astype(jnp.uint32) for x in first if x.size and _has_bits(x)]
+    if not words:
+        return list(then)
+    word = functools.reduce(jnp.add, words)
+    zero = (word * (word + 1)) & 1  # one of two consecutive numbers is even
+    return [_combined(x, zero) if _has_bits(x) else x for x in then]
+
+
+@jax.custom_jvp
+def _combined(x: Any, zero: Any) -> Any:
+    return _from_bits(_bits(x) ^ zero.astype(_bits(x).dtype), x.dtype)
+
+
+@_combined.defjvp
+def _combined_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _combined(*primals), tangents[0]  # bits have no derivative of their own: the identity has
+
+
+def _has_bits(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
+
+
+def _bits(x: Any) -> Any:
+    if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer):
+        return x.astype(jnp.uint8) if x.dtype == bool else x
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _from_bits(bits: Any, dtype: Any) -> Any:
+    if dtype == bool:
+        return bits != 0
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
 
 
 def is_typed_key(x: Any) -> bool:

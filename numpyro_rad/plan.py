@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
@@ -163,7 +164,8 @@ def make_plan(
     kept, encoded_values = _minimum_cut(graph, free_inputs, exact, set(linear), candidates)
     encoded = {v: e for v, e in candidates.items() if v in encoded_values}
     needed = exact | {v for v in linear if v not in encoded}
-    reads = frozenset(v for v in recompute_leaves(graph, needed, kept) if v in set(graph.inputs))
+    inputs = set(graph.inputs) - kept  # an input of a loop body that was kept there is not read outside as well
+    reads = frozenset(v for v in recompute_leaves(graph, needed, kept) if v in inputs)
     keeps = {v: keep_codec(v) for v in sorted(kept, key=lambda v: v.number)}
     return Plan(graph, repeat, path, keeps, encoded, carrier, children, reads)
 
@@ -218,6 +220,8 @@ def _carrier(graph: Graph, residual: Value) -> Value:
         operands = [a for a in equation.inputs if isinstance(a, Value)]
         if len(operands) != 1 or len(equation.inputs) != 1 or not rules.is_real_float(operands[0].aval.dtype):
             return best
+        if jnp.promote_types(operands[0].aval.dtype, value.aval.dtype) != value.aval.dtype:
+            return best  # rounding an estimate to a narrower dtype would bias it
         (value,) = operands
         if value.aval.dtype.itemsize >= best.aval.dtype.itemsize and value.aval.size <= best.aval.size:
             best = value

@@ -68,12 +68,13 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
     for i, stage in enumerate(stages):
         inside = {o for e in stage for o in e.outputs}
         outside = dict.fromkeys(a for e in stage for a in e.inputs if isinstance(a, Value) and a not in inside)
-        local = dict(zip(outside, [env[v] for v in outside], strict=True))
+        local = {v: env[v] for v in outside}
         if i:
-            flat, tree = jax.tree.flatten((list(local.values()), [encoded[v] for v in pending]))
-            arrays, codes = jax.tree.unflatten(tree, _jax.barrier(flat))
+            codes, tree = jax.tree.flatten([encoded[v] for v in pending])
+            done = [env[v] for v in dict.fromkeys(o for e in stages[i - 1] if e.anchor for o in e.outputs)]
+            codes, arrays = _jax.barrier([*codes, *done], list(local.values()))
             local = dict(zip(local, arrays, strict=True))
-            encoded.update(zip(pending, codes, strict=True))
+            encoded.update(zip(pending, jax.tree.unflatten(tree, codes[: tree.num_leaves]), strict=True))
             pending.clear()
         for equation in stage:
             arrays = [_read(local, a) for a in equation.inputs]
@@ -169,10 +170,10 @@ def backward(
     for stage in _backward_stages(graph, set(sums)):
         incoming = [t for t in dict.fromkeys(o for e in stage for o in e.outputs) if t in sums]
         state = _StageInputs(plan, stage, reads, kept, encoded, children)
-        held, tree = jax.tree.flatten(([sums[t] for t in incoming], state.arrays))
-        arrays, state.arrays = jax.tree.unflatten(tree, _jax.barrier(held))
-        for tangent, cotangent in zip(incoming, arrays, strict=True):
-            sums[tangent] = cotangent
+        held, tree = jax.tree.flatten(state.arrays)
+        arrived, held = _jax.barrier([sums[t] for t in incoming], held)
+        state.arrays = jax.tree.unflatten(tree, held)
+        sums.update(zip(incoming, arrived, strict=True))
         values = _StageValues(state, seed)
         for edge in stage:
             outs = [sums.pop(o, None) for o in edge.outputs]

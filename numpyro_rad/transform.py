@@ -178,7 +178,7 @@ def rad(f: Callable, *, codec: Codec | None = None, memory_budget: int | str | N
 
 def _planned(f: Callable, make: Planner, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int]) -> tuple:
     """Plan of ``f`` for differentiation with respect to ``argnums``, and the names of the differentiated arrays."""
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    positions = [range(len(args))[i] for i in ((argnums,) if isinstance(argnums, int) else argnums)]
     chosen = {i: args[i] for i in positions}
     leaves, tree = jax.tree.flatten(chosen)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in _leaves_with_path(chosen)]
@@ -251,7 +251,9 @@ def value_and_grad(
             )
         return out
 
-    shifted = argnums + 1 if isinstance(argnums, int) else tuple(i + 1 for i in argnums)
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    shifted = tuple(i + 1 if i >= 0 else i for i in positions)  # past the key; from the end nothing shifts
+    shifted = shifted[0] if isinstance(argnums, int) else shifted
     return jax.value_and_grad(checked, shifted, has_aux)
 
 
