@@ -42,8 +42,8 @@ def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
 def jvp_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
     """Primal and tangent program of ``jaxpr`` in one: ``(primals, active tangents) -> (primals, tangents)``.
 
-    The constants of ``jaxpr`` come first among the inputs. Outputs whose dtype has no tangent have none here; the second
-    result says which outputs have one.
+    The constants of ``jaxpr`` come first among the inputs. Outputs whose dtype has no tangent have none here; the
+    second result says which outputs have one.
     """
     n_consts = len(consts)
     avals = [jax.typeof(c) for c in consts] + [v.aval for v in jaxpr_inputs(jaxpr)]
@@ -141,12 +141,13 @@ def is_forward_mode(x: Any) -> bool:
     return isinstance(x, ad.JVPTracer)
 
 
-# Up to this release XLA's CPU backend drops optimization barriers before it schedules, so that order needs a dependency.
+# Up to this release XLA's CPU backend drops optimization barriers before it schedules, so that order needs a
+# dependency.
 _BARRIERS_ARE_DROPPED = tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11)
 
 
 def barrier(first: Sequence[Any], then: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Both lists unchanged, but what is computed from ``then`` waits until ``first`` is there (and from ``first`` too)."""
+    """Both lists unchanged, but what is computed from either waits until all of ``first`` is there."""
     first, then = list(first), list(then)
     keys = [is_typed_key(v) for v in then]
     raw = [jax.random.key_data(v) if k else v for v, k in zip(then, keys, strict=True)]
@@ -192,7 +193,7 @@ def _bits(x: Any) -> Any:
 
 
 def _from_bits(bits: Any, dtype: Any) -> Any:
-    if dtype == bool:
+    if jnp.issubdtype(dtype, jnp.bool_):
         return bits != 0
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
 

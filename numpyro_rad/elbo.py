@@ -1,8 +1,8 @@
 """``RAD_ELBO``: NumPyro's ``Trace_ELBO`` with a randomized reverse-mode gradient.
 
-The loss is NumPyro's own, traced and handed to :class:`numpyro_rad.transform.Program`; nothing of the model or the guide
-changes. The key of the path randomness is folded out of the loss's key, which is then split as ever, so the value under one
-key is the value of ``Trace_ELBO`` under that key.
+The loss is NumPyro's own, traced and handed to :class:`numpyro_rad.transform.Program`; nothing of the model or the
+guide changes. The key of the path randomness is folded out of the loss's key, which is then split as ever, so the value
+under one key is the value of ``Trace_ELBO`` under that key.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path ran
 class RAD_ELBO(Trace_ELBO):
     """Evidence lower bound whose gradient stores little: a drop-in for ``numpyro.infer.Trace_ELBO``.
 
-    The value is exact. The gradient has the expectation of ``Trace_ELBO``'s (over the path randomness, for any fixed noise of
-    guide, model and subsampling) and a variance that is larger by a little; :func:`numpyro_rad.explain` says where and by
-    how much. Without options every residual that may be coded is rounded stochastically to 4 bits.
+    The value is exact. The gradient has the expectation of ``Trace_ELBO``'s (over the path randomness, for any fixed
+    noise of guide, model and subsampling) and a variance that is larger by a little; :func:`numpyro_rad.explain` says
+    where and by how much. Without options every residual that may be coded is rounded stochastically to 4 bits.
 
     Gradients here are random even for a fixed key of guide and data, so line searches (``numpyro.optim.Minimize``) need
     ``codec=Keep()``. Forward-mode differentiation does not exist for it: use ``Trace_ELBO`` there.
@@ -34,10 +34,11 @@ class RAD_ELBO(Trace_ELBO):
     :param vectorize_particles: ``True`` for ``jax.vmap`` over particles, ``False`` for ``jax.lax.map``, or a callable.
     :param multi_sample_guide: whether the guide proposes several samples at once.
     :param sum_sites: whether to sum the contributions of all sites or return them by name (values only).
-    :param memory_budget: the most bytes that may be stored between the two sweeps of one gradient, all particles together,
-        an int or a string such as ``"64MiB"``. Codes, scales and kept values count; parameters and data do not.
-    :param codec: one codec wherever a code is unbiased and smaller; ``Keep()`` for exact gradients, by recomputation and
-        fused derivatives alone.
+    :param memory_budget: the most bytes that may be stored between the two sweeps of one gradient, all particles
+        together, an int or a string such as ``"64MiB"``. Codes, scales and kept values count; parameters and data do
+        not.
+    :param codec: one codec wherever a code is unbiased and smaller; ``Keep()`` for exact gradients, by recomputation
+        and fused derivatives alone.
     :raises TypeError: for a wrong ``codec`` or ``memory_budget``.
     :raises ValueError: for a budget that cannot be read, or for both options at once.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.
@@ -67,7 +68,7 @@ class RAD_ELBO(Trace_ELBO):
     def loss_with_mutable_state(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Negative ELBO and mutable state, as ``Trace_ELBO`` returns them; ``rng_key`` also seeds the path randomness."""
+        """Negative ELBO and mutable state, as ``Trace_ELBO`` returns them; ``rng_key`` seeds the paths too."""
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
         return self._randomized(path_key, rng_key, param_map, model, guide, args, kwargs)
 
@@ -90,8 +91,8 @@ class RAD_ELBO(Trace_ELBO):
         leaves, tree = jax.tree.flatten(param_map)
         if not leaves:
             raise ValueError(
-                "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter. Use a "
-                "guide with parameters, for example AutoNormal(model), and pass svi.get_params(state)."
+                "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter. "
+                "Use a guide with parameters, for example AutoNormal(model), and pass svi.get_params(state)."
             )
         paths, _ = jax.tree_util.tree_flatten_with_path(param_map)
         names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
@@ -121,6 +122,6 @@ class RAD_ELBO(Trace_ELBO):
         if any(_jax.is_forward_mode(x) for x in leaves):
             raise NotImplementedError(
                 "RAD_ELBO randomizes reverse-mode differentiation and has no forward mode "
-                "(forward_mode_differentiation=True). Forward mode stores no residuals, so there is nothing to save: use "
-                "numpyro.infer.Trace_ELBO for it."
+                "(forward_mode_differentiation=True). Forward mode stores no residuals, so there is nothing to save: "
+                "use numpyro.infer.Trace_ELBO for it."
             )

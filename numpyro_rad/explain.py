@@ -48,7 +48,8 @@ class Explanation:
     :ivar rows: one for each residual, in the order of the program.
     :ivar stored_bytes: bytes stored between the sweeps by one gradient: codes, scales, keys and kept values.
     :ivar exact_bytes: bytes of the same residuals stored exactly, elementwise derivatives already fused.
-    :ivar defaults: operations that took the safe default (the primitive's own derivative from exact inputs), with lines.
+    :ivar defaults: operations that took the safe default (the primitive's own derivative from exact inputs), with
+        lines.
     """
 
     rows: tuple[Row, ...]
@@ -104,10 +105,10 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
     """What the plan for ``target`` stores, recomputes and encodes. Traces the program and runs nothing.
 
     :param target: a ``RAD_ELBO``, or what :func:`numpyro_rad.rad` returned.
-    :param args: for an ELBO ``rng_key, param_map, model, guide`` and the arguments of model and guide, as in its ``loss``; for
-        ``rad(f)`` a key and the arguments of ``f``.
-    :param argnums: for ``rad(f)``, the arguments of ``f`` to differentiate; an ELBO is differentiated with respect to all its
-        parameters.
+    :param args: for an ELBO ``rng_key, param_map, model, guide`` and the arguments of model and guide, as in its
+        ``loss``; for ``rad(f)`` a key and the arguments of ``f``.
+    :param argnums: for ``rad(f)``, the arguments of ``f`` to differentiate; an ELBO is differentiated with respect to
+        all its parameters.
     :return: an object that prints as a table.
     :raises TypeError: if ``target`` is neither.
     :raises ValueError: for a model and guide without parameters.
@@ -125,8 +126,8 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
         plan, names = target.planned(tuple(rest), kwargs, argnums)
     else:
         raise TypeError(
-            f"explain needs a RAD_ELBO or the result of rad(f), got {type(target).__name__}. For NumPyro's own ELBOs there is "
-            "no plan to explain; wrap a plain function as rad(f)."
+            f"explain needs a RAD_ELBO or the result of rad(f), got {type(target).__name__}. For NumPyro's own ELBOs "
+            "there is no plan to explain; wrap a plain function as rad(f)."
         )
     tangents = iter(plan.graph.tangent_inputs)
     labels = {next(tangents): name for name in names[-len(plan.graph.tangent_inputs) :]}

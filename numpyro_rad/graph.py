@@ -7,9 +7,10 @@ product of edge Jacobians (Bauer 1974; Griewank and Walther 2008, ch. 9),
 
     d out / d in = sum over paths in -> out of the product of J_edge,
 
-and is linear in each edge, which is what randomized AD needs. Elementwise vertices are eliminated on the way: a chain of
-elementwise derivatives becomes one coefficient array per (input, output) pair, computed by equations that are appended
-to the primal program. Since JAX's own forward mode makes the tangent program, every primitive with a JVP is covered.
+and is linear in each edge, which is what randomized AD needs. Elementwise vertices are eliminated on the way: a chain
+of elementwise derivatives becomes one coefficient array per (input, output) pair, computed by equations that are
+appended to the primal program. Since JAX's own forward mode makes the tangent program, every primitive with a JVP is
+covered.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Equation:
     cheap: bool
     line: str
     split: Split | None = None
+    draws_bits: bool = False
 
     @property
     def anchor(self) -> bool:
@@ -74,8 +76,8 @@ class Equation:
 class Edge:
     """One linear step ``inputs -> outputs`` of the tangent program.
 
-    ``residuals`` are the primal values that it reads; ``linear[i]`` says whether the pullback is linear in residual i, so
-    that an unbiased estimate may stand in for it. ``run(residual arrays, tangent arrays)`` applies the edge;
+    ``residuals`` are the primal values that it reads; ``linear[i]`` says whether the pullback is linear in residual i,
+    so that an unbiased estimate may stand in for it. ``run(residual arrays, tangent arrays)`` applies the edge;
     ``pull``, where given, maps ``(residual arrays, output cotangents)`` to input cotangents directly.
     """
 
@@ -286,6 +288,7 @@ class _Builder:
                 lambda *arrays: _jax.bind(equation, arrays),
                 rules.is_cheap(equation),
                 line,
+                draws_bits=rules.draws_bits(equation),
             )
         )
 
@@ -330,8 +333,8 @@ class _Builder:
         uses = self.fusible_uses[out]
         sources = len(form)
         pure_sum = sources > 1 and all(t.residual is None for t in form.values())
-        # A vertex is worth keeping where eliminating it would multiply coefficients: when somebody needs it anyway, when
-        # it only adds, and when several sources meet several users.
+        # A vertex is worth keeping where eliminating it would multiply coefficients: when somebody needs it anyway,
+        # when it only adds, and when several sources meet several users.
         if not all(uses) or pure_sum or (len(uses) > 1 and sources > 1):
             self.materialize(out)
 
@@ -590,7 +593,7 @@ def _split_cond(equation: Any, flags: Sequence[bool]) -> tuple:
     return graphs, {}, primal_at, tangent_at, outs
 
 
-# -- elementwise linear primitives: the coefficient in front of the tangent at a position --------------------------------
+# -- elementwise linear primitives: the coefficient in front of the tangent at a position ----------------------------
 
 
 def _scalar(atom: Atom | None) -> float | None:
@@ -647,11 +650,8 @@ def _reciprocal(x: Any) -> Any:
 
 
 def _indicator(which: Any, case: int, dtype: Any) -> Any:
-    if which.dtype == bool:
-        which = which if case else ~which
-    else:
-        which = which == case
-    return which.astype(dtype)
+    chosen = (which if case else ~which) if which.dtype == bool else which == case
+    return chosen.astype(dtype)
 
 
 def _affine(x: Any, scale: float, shift: float) -> Any:

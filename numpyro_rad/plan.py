@@ -3,8 +3,8 @@
 All four are weighed in one minimum cut. Each primal value is a pair of nodes joined by an arc whose capacity is what
 keeping the value costs; operands of a cheap equation have arcs of infinite capacity to its results (whoever has the
 operands can make the result); what cannot be made again hangs on the source. A residual whose pullback is linear in it
-ends in an arc to the sink whose capacity is the size of its code; any other in an infinite one. The cheapest cut is then
-the least number of stored bytes,
+ends in an arc to the sink whose capacity is the size of its code; any other in an infinite one. The cheapest cut is
+then the least number of stored bytes,
 
     minimize  sum_{v kept} bytes(v) + sum_{r encoded} bytes(code(r))   subject to   every residual can be had.
 
@@ -29,12 +29,16 @@ from numpyro_rad.graph import Edge, Graph, Split, Value
 SMALL_BYTES = 64
 """Values of up to this size (PRNG keys, scalars) are kept rather than made again: chains of key splits stay short."""
 
-LEAST_ENCODED_BYTES = 2048
+SMALL_DRAW_BYTES = 4096
+"""Random numbers of up to this size (over all iterations) are kept too: drawing them again takes long to compile."""
+
+LEAST_ENCODED_BYTES = 8192
 """Residuals below this size (over all iterations of the loops around them) are not worth their added variance."""
 
 Path = tuple[int, ...]
 Policy = Callable[[Path, Value, int], Codec | None]
-"""From a residual's path (loop numbers, then its own) and its number of repetitions to its codec; None: keep exactly."""
+"""From a residual's path (loop numbers, then its own) and its number of repetitions to its codec; None: keep
+exactly."""
 
 
 class BudgetError(ValueError):
@@ -70,8 +74,8 @@ class Plan:
 
     :ivar kept: values stored exactly and how (``BitMask`` for booleans).
     :ivar encoded: values stored as random codes.
-    :ivar carrier: for each residual that may be estimated, the value that stands for it in storage: itself, or a smaller
-        one of which it is a linear rearrangement.
+    :ivar carrier: for each residual that may be estimated, the value that stands for it in storage: itself, or a
+        smaller one of which it is a linear rearrangement.
     :ivar reads: inputs of the graph that the backward sweep needs.
     :ivar repeat: how often the graph runs in one call (the product of the lengths of the scans around it).
     """
@@ -161,7 +165,7 @@ def make_plan(
         if codec is not None:
             size = codec.stored_bytes(value.aval.shape, value.aval.dtype)
             candidates[value] = Encoded(codec, readers, size)
-    kept, encoded_values = _minimum_cut(graph, free_inputs, exact, set(linear), candidates)
+    kept, encoded_values = _minimum_cut(graph, repeat, free_inputs, exact, set(linear), candidates)
     encoded = {v: e for v, e in candidates.items() if v in encoded_values}
     needed = exact | {v for v in linear if v not in encoded}
     inputs = set(graph.inputs) - kept  # an input of a loop body that was kept there is not read outside as well
@@ -196,8 +200,15 @@ def _plan_split(
     return tuple(plans), needed
 
 
-def is_small(value: Value) -> bool:
-    return _jax.aval_bytes(value.aval) <= SMALL_BYTES
+def _is_made_again(graph: Graph, value: Value, repeat: int) -> bool:
+    """Whether the backward sweep may compute ``value`` from the operands of its equation."""
+    equation = graph.producer.get(value)
+    if equation is None or not equation.cheap:
+        return False
+    size = _jax.aval_bytes(value.aval)
+    if not equation.inputs:
+        return True
+    return size > SMALL_BYTES and not (equation.draws_bits and size * repeat <= SMALL_DRAW_BYTES)
 
 
 def _regenerable(graph: Graph, free_inputs: set[Value]) -> set[Value]:
@@ -206,7 +217,7 @@ def _regenerable(graph: Graph, free_inputs: set[Value]) -> set[Value]:
     for equation in graph.equations:
         if equation.cheap and all(not isinstance(a, Value) or a in known for a in equation.inputs):
             known.update(equation.outputs)
-        known.update(o for o in equation.outputs if is_small(o))
+        known.update(o for o in equation.outputs if _jax.aval_bytes(o.aval) <= SMALL_BYTES)
     return known
 
 
@@ -281,7 +292,12 @@ def recompute_leaves(graph: Graph, wanted: Iterable[Value], known: Iterable[Valu
 
 
 def _minimum_cut(
-    graph: Graph, free: set[Value], exact: set[Value], linear: set[Value], candidates: dict[Value, Encoded]
+    graph: Graph,
+    repeat: int,
+    free: set[Value],
+    exact: set[Value],
+    linear: set[Value],
+    candidates: dict[Value, Encoded],
 ) -> tuple[set[Value], set[Value]]:
     """Values to keep and values to encode; see the module's docstring."""
     nodes: dict[Value, int] = {}
@@ -305,11 +321,11 @@ def _minimum_cut(
         if value in free:
             continue
         arcs.append((entry, entry + 1, kept_bytes(value)))
-        equation = graph.producer.get(value)
-        if equation is None or not equation.cheap or (is_small(value) and equation.inputs):
-            arcs.append((source, entry, -1))
+        if _is_made_again(graph, value, repeat):
+            operands = graph.producer[value].inputs
+            arcs.extend((number(a) + 1, entry, -1) for a in operands if isinstance(a, Value))
         else:
-            arcs.extend((number(a) + 1, entry, -1) for a in equation.inputs if isinstance(a, Value))
+            arcs.append((source, entry, -1))
     for value in exact | linear:
         size = candidates[value].stored_bytes if value in candidates and value not in exact else -1
         arcs.append((nodes[value] + 1, sink, size))
@@ -345,7 +361,7 @@ def _source_side(arcs: list[tuple[int, int, int]], n_nodes: int, source: int, si
     return reached
 
 
-# -- budgets ---------------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------------------------
 
 LADDER: tuple[Codec, ...] = (
     Keep(),
@@ -361,8 +377,8 @@ LADDER: tuple[Codec, ...] = (
 def plan_within(graph: Graph, budget_bytes: int) -> Plan:
     """A plan that stores at most ``budget_bytes``, bytes spent where the variance falls fastest.
 
-    The largest rung of ``LADDER`` that fits everywhere is refined residual by residual: each step takes the upgrade with
-    the largest fall of relative variance per byte that still fits.
+    The largest rung of ``LADDER`` that fits everywhere is refined residual by residual: each step takes the upgrade
+    with the largest fall of relative variance per byte that still fits.
 
     :raises BudgetError: if even the smallest rung does not fit.
     """

@@ -1,11 +1,11 @@
 """What is known about primitives, one line per family.
 
-Two programs are looked at. In the *primal* program a primitive is either ``CHEAP`` (elementwise, structural, a reduction
-or random bits: running it again costs about as much as reading its output) or not. In the *tangent* program, which is
-linear, a primitive is elementwise (a diagonal Jacobian that can be fused with its neighbours), bilinear in a tangent and
-a residual (so that an unbiased estimate of the residual leaves the pullback unbiased), or anything else: then its
-residuals are kept exactly and JAX's own transpose is used. That last line is the safe default, so a primitive that
-nobody has heard of still trains.
+Two programs are looked at. In the *primal* program a primitive is either ``CHEAP`` (elementwise, structural, a
+reduction or random bits: running it again costs about as much as reading its output) or not. In the *tangent* program,
+which is linear, a primitive is elementwise (a diagonal Jacobian that can be fused with its neighbours), bilinear in a
+tangent and a residual (so that an unbiased estimate of the residual leaves the pullback unbiased), or anything else:
+then its residuals are kept exactly and JAX's own transpose is used. That last line is the safe default, so a primitive
+that nobody has heard of still trains.
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ def is_cheap(equation: _jax.JaxprEquation) -> bool:
     if name in _CALLS:
         return all(is_cheap(e) for j in _jax.inner_jaxprs(equation) for e in j.jaxpr.eqns)
     return False
+
+
+def draws_bits(equation: _jax.JaxprEquation) -> bool:
+    """Whether ``equation`` makes random bits: cheap to run again, dear to compile again."""
+    if equation.primitive.name in ("random_bits", "threefry2x32"):
+        return True
+    return any(draws_bits(e) for j in _jax.inner_jaxprs(equation) for e in j.jaxpr.eqns)
 
 
 def is_real_float(dtype: Any) -> bool:

@@ -1,11 +1,11 @@
 """The two sweeps: forward over the primal program, filling a tape; backward over the tangent program, reading it.
 
-Both run in *stages*, and an optimization barrier stands between any two. Forward, a stage is what can be done before the
-next expensive step (a contraction, a loop): what is only there for that step waits for its stage, so a sampled weight and
-its log density live where the weight is used. Backward, an edge belongs to the stage in which the cotangent of one of its
-inputs can first be complete; prior, guide and layer of one weight then meet in one stage, where the weight is made again
-once. The barriers hold the compiler to this: codes are written before the next step begins, and nothing is decoded or made
-again before the cotangent that needs it has arrived.
+Both run in *stages*, and an optimization barrier stands between any two. Forward, a stage is what can be done before
+the next expensive step (a contraction, a loop): what is only there for that step waits for its stage, so a sampled
+weight and its log density live where the weight is used. Backward, an edge belongs to the stage in which the cotangent
+of one of its inputs can first be complete; prior, guide and layer of one weight then meet in one stage, where the
+weight is made again once. The barriers hold the compiler to this: codes are written before the next step begins, and
+nothing is decoded or made again before the cotangent that needs it has arrived.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Tape(NamedTuple):
     children: tuple[tuple[Any, ...], ...]
 
 
-def _seed_of(seed: Any, value: Value, group: int) -> Any:
-    return fold(seed, 1, value.number, group)
+def _seed_of(plan: Plan, seed: Any, value: Value, group: int) -> Any:
+    """The seed of one draw: no two draws of a program share one (loops fold their iteration into ``seed``)."""
+    return fold(seed, *plan.path, value.number, group)
 
 
-# -- forward -----------------------------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------------------------------------------------------------------
 
 
 def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape]:
@@ -59,7 +60,7 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
         if value in plan.encoded:
             entry = plan.encoded[value]
             draws = range(len(entry.readers))
-            encoded[value] = tuple(entry.codec.encode(_seed_of(seed, value, i), array) for i in draws)
+            encoded[value] = tuple(entry.codec.encode(_seed_of(plan, seed, value, i), array) for i in draws)
             pending.append(value)
 
     for value in graph.inputs:
@@ -143,7 +144,7 @@ def _forward_stages(plan: Plan) -> list[list[Equation]]:
     return [s for s in result if s]
 
 
-# -- backward ----------------------------------------------------------------------------------------------------------------
+# -- backward --------------------------------------------------------------------------------------------------------
 
 
 def backward(
@@ -197,8 +198,8 @@ def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
         ready = max(stages) + edge.anchor
         for tangent in edge.inputs:
             complete[tangent] = max(ready, complete.get(tangent, 0))
-    # Each edge waits until a cotangent that it adds to is needed: by the edge that made the tangent or, for the inputs of the
-    # graph, when the last contribution arrives.
+    # Each edge waits until a cotangent that it adds to is needed: by the edge that made the tangent or, for the inputs
+    # of the graph, when the last contribution arrives.
     producer = {o: e for e in live for o in e.outputs}
     stage: dict[Edge, int] = {}
     for edge in reversed(live):
@@ -258,7 +259,8 @@ class _StageInputs:
 
 
 class _StageValues:
-    """Residuals as one stage of the backward sweep sees them: exact ones made once, estimates decoded for each reader."""
+    """Residuals as one stage of the backward sweep sees them: exact ones made once, estimates decoded for each
+    reader."""
 
     def __init__(self, state: _StageInputs, seed: Any) -> None:
         self.plan, self.seed = state.plan, seed
@@ -282,7 +284,7 @@ class _StageValues:
         group = next(i for i, g in enumerate(entry.readers) if edge in g)
         if (carrier, group) not in self.decoded:
             like = jax.ShapeDtypeStruct(carrier.aval.shape, carrier.aval.dtype)
-            seed = _seed_of(self.seed, carrier, group)
+            seed = _seed_of(self.plan, self.seed, carrier, group)
             self.decoded[carrier, group] = entry.codec.decode(seed, self.codes[carrier, group], like)
         return self.rearranged(residual, carrier, self.decoded[carrier, group])
 
@@ -316,7 +318,7 @@ def _filled(cotangent: Any | None, aval: Any) -> Any:
     return jnp.zeros(aval.shape, aval.dtype) if cotangent is None else cotangent
 
 
-# -- control flow ------------------------------------------------------------------------------------------------------------
+# -- control flow ----------------------------------------------------------------------------------------------------
 
 
 def split_reads(plan: Plan, node: Split) -> list[Value]:
@@ -334,7 +336,6 @@ def _forward_split(plan: Plan, node: Split, seed: Any, args: list[Any]) -> tuple
     """Primal results of control flow and the tapes of its bodies (None where nothing is differentiated)."""
     children = plan.children.get(node)
     plans = children or tuple(_nothing_stored(b) for b in node.bodies)
-    seed = fold(seed, 0, node.number)
     if node.kind == "cond":
         outs, tapes = _forward_cond(plans, seed, args)
     else:
@@ -388,7 +389,6 @@ def _forward_cond(plans: Sequence[Plan], seed: Any, args: list[Any]) -> tuple[li
 def _pull_split(plan: Plan, edge: Edge, values: _StageValues, outs: list[Any | None], seed: Any) -> list[Any | None]:
     node = edge.split
     assert node is not None
-    seed = fold(seed, 0, node.number)
     cotangents = [_filled(o, v.aval) for o, v in zip(outs, edge.outputs, strict=True)]
     pull = _pull_cond if node.kind == "cond" else _pull_scan
     pulled = pull(plan.children[node], node, values, cotangents, seed)

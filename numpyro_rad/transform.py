@@ -1,9 +1,9 @@
 """``rad``, ``grad`` and ``value_and_grad``: a function with the same value and a randomized reverse-mode derivative.
 
-The function is traced once. Called without being differentiated, it runs as it is. Differentiated, its linearized graph is
-planned and the two sweeps become the two halves of one ``jax.custom_vjp``. Everything that the function closes over is
-lifted to an argument of that ``custom_vjp``, so the result composes with ``jit``, ``vmap``, ``scan``, ``jax.checkpoint`` and
-with differentiation with respect to anything.
+The function is traced once. Called without being differentiated, it runs as it is. Differentiated, its linearized graph
+is planned and the two sweeps become the two halves of one ``jax.custom_vjp``. Everything that the function closes over
+is lifted to an argument of that ``custom_vjp``, so the result composes with ``jit``, ``vmap``, ``scan``,
+``jax.checkpoint`` and with differentiation with respect to anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from numpyro_rad.plan import Plan, make_plan, plan_within, uniform
 from numpyro_rad.sweep import backward, forward
 
 DEFAULT_CODEC = StochasticRound(bits=4)
-"""Four bits: an eighth of the bytes for an added variance of about 1e-5 of the squared gradient (README, "Measured")."""
+"""Four bits: an eighth of the bytes for an added variance of about 1e-5 of the squared gradient (README,
+"Measured")."""
 
 _UNITS = {"": 1, "B": 1} | {f"{p}{u}": b**e for u, b in (("B", 1000), ("iB", 1024)) for e, p in enumerate("kMGT", 1)}
 _UNITS |= {"KB": 1000, "KiB": 1024}
@@ -147,14 +148,15 @@ class _Stored:
 def rad(f: Callable, *, codec: Codec | None = None, memory_budget: int | str | None = None) -> Callable:
     """``f`` with a randomized reverse-mode derivative that stores less (Oktay et al., ICLR 2021).
 
-    The value is that of ``f``. Under ``jax.grad`` and its kin the residuals are recomputed where that is cheap and stored as
-    unbiased random codes elsewhere, so that the expectation of the gradient over ``key`` is the exact gradient.
+    The value is that of ``f``. Under ``jax.grad`` and its kin the residuals are recomputed where that is cheap and
+    stored as unbiased random codes elsewhere, so that the expectation of the gradient over ``key`` is the exact
+    gradient.
 
     :param f: a function of arrays (any pytree) that JAX can differentiate in reverse mode.
     :param codec: one codec wherever a code is unbiased and smaller; ``Keep()`` for exact gradients by recomputation and
         fused derivatives alone. Default: ``StochasticRound(bits=4)``.
-    :param memory_budget: instead of ``codec``, the most bytes that may be stored between the sweeps, an int or a string such
-        as ``"64MiB"``; codes, scales and kept values count, the arguments of ``f`` do not.
+    :param memory_budget: instead of ``codec``, the most bytes that may be stored between the sweeps, an int or a string
+        such as ``"64MiB"``; codes, scales and kept values count, the arguments of ``f`` do not.
     :return: a function ``g(key, *args, **kwargs)``. ``key`` is one JAX PRNG key, typed or raw, from which only the
         derivative draws: use a fresh one for every call.
     :raises TypeError: for a wrong ``codec``, ``memory_budget`` or key.
@@ -211,8 +213,8 @@ def path_seed(key: Any) -> Any:
         return seed_words(key)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"the first argument must be one JAX PRNG key, got {type(key).__name__}: only the derivative draws from it. "
-            "Pass jax.random.key(seed), or jax.vmap over a batch of keys."
+            f"the first argument must be one JAX PRNG key, got {type(key).__name__}: only the derivative draws "
+            "from it. Pass jax.random.key(seed), or jax.vmap over a batch of keys."
         ) from error
 
 

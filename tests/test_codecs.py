@@ -341,16 +341,18 @@ def test_seeds_of_all_key_kinds():
 def test_fold_gives_different_seeds():
     numbers = jnp.arange(20_000, dtype=jnp.uint32)
     one = jax.jit(jax.vmap(lambda i: fold(seed(0), i)))(numbers)
-    two = jax.jit(jax.vmap(lambda i: fold(seed(0), 3, i)))(numbers)
+    two = jax.jit(jax.vmap(lambda i: fold(fold(seed(0), 3), i)))(numbers)
     both = np.concatenate([one, two])
     assert len(np.unique(both, axis=0)) == len(both)
     bits = np.unpackbits(both.view(np.uint8), axis=1)  # every bit of every word fair, and fair against its successor
     assert_unbiased(bits.astype(np.float64), np.full(bits.shape[1], 0.5))
     flips = bits[1:] ^ bits[:-1]
     assert_unbiased(flips.astype(np.float64), np.full(bits.shape[1], 0.5))
-    assert np.array_equal(fold(seed(0), 3, 5), fold(fold(seed(0), 3), 5))
+    traced = [jnp.uint32(n) for n in (3, 5)]
+    assert np.array_equal(fold(seed(0), *traced), fold(fold(seed(0), traced[0]), traced[1]))
+    assert not np.array_equal(fold(seed(0), 3), fold(seed(0), 3, 0))
     assert not np.array_equal(fold(seed(0), 3, 5), fold(seed(0), 5, 3))
-    assert np.array_equal(fold(seed(0), 7), jax.jit(fold)(seed(0), jnp.uint32(7)))
+    assert np.array_equal(fold(seed(0), 7), jax.jit(lambda s: fold(s, 7))(seed(0)))
 
 
 @pytest.mark.parametrize("codec", [Keep(), *RANDOM], ids=label)
