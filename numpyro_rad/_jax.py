@@ -109,7 +109,7 @@ def inlined_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
 
 def closed(jaxpr: Any) -> Jaxpr:
     """A jaxpr that carries its constants, whatever an equation's parameter holds."""
-    return jaxpr if hasattr(jaxpr, "consts") else jex_core.ClosedJaxpr(jaxpr, ())
+    return jaxpr if hasattr(jaxpr, "consts") else jex_core.ClosedJaxpr(jaxpr, ())  # pyright: ignore[reportPrivateImportUsage]
 
 
 def inner_jaxprs(equation: JaxprEquation) -> list[Jaxpr]:
@@ -148,18 +148,12 @@ _BARRIERS_ARE_DROPPED = tuple(int(n) for n in jax.__version__.split(".")[:2]) < 
 
 def barrier(first: Sequence[Any], then: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Both lists unchanged, but what is computed from either waits until all of ``first`` is there."""
-    first, then = list(first), list(then)
-    keys = [is_typed_key(v) for v in then]
-    raw = [jax.random.key_data(v) if k else v for v, k in zip(then, keys, strict=True)]
+    avals = [jax.typeof(v) for v in then]
+    raw = [to_raw(v) for v in then]
     if _BARRIERS_ARE_DROPPED and jax.default_backend() == "cpu":
         raw = _tied(first, raw)
-    if first or raw:
-        first, raw = lax.optimization_barrier((first, raw))
-    then = [
-        jax.random.wrap_key_data(r, impl=jax.random.key_impl(v)) if k else r
-        for r, v, k in zip(raw, then, keys, strict=True)
-    ]
-    return first, then
+    done, raw = lax.optimization_barrier((list(first), raw)) if first or raw else ([], [])
+    return done, [from_raw(r, a) for r, a in zip(raw, avals, strict=True)]
 
 
 def _tied(first: Sequence[Any], then: Sequence[Any]) -> list[Any]:
@@ -199,12 +193,17 @@ def _from_bits(bits: Any, dtype: Any) -> Any:
 
 
 def is_typed_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def array_type(shape: tuple[int, ...], dtype: Any) -> Any:
+    """The type that JAX gives an array in a jaxpr."""
+    return jax.core.ShapedArray(shape, dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def aval_bytes(aval: Any) -> int:
     """Bytes of an array of this type; typed keys count their raw words."""
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return raw.size * raw.dtype.itemsize
     return aval.size * aval.dtype.itemsize
@@ -227,6 +226,6 @@ def to_raw(x: Any) -> Any:
 
 def from_raw(raw: Any, aval: Any) -> Any:
     """Inverse of :func:`to_raw` for a value of type ``aval``."""
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(raw, impl=aval.dtype._impl)
     return raw

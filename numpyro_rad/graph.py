@@ -246,7 +246,7 @@ class _Builder:
         self.fusible_uses: dict[Value, list[bool]] = {}  # for each use, whether the user is elementwise
         for step in steps:
             for operand in step.operands:
-                if operand in flat.tangents:
+                if isinstance(operand, Value) and operand in flat.tangents:
                     self.fusible_uses.setdefault(operand, []).append(self.is_elementwise(step))
         for atom in results:
             if isinstance(atom, Value):
@@ -299,7 +299,7 @@ class _Builder:
             return self.derived[known]
         avals = [_struct(o) for o in operands]
         aval = jax.eval_shape(run, *avals)
-        output = self.flat.value(jax.core.ShapedArray(aval.shape, aval.dtype))
+        output = self.flat.value(_jax.array_type(aval.shape, aval.dtype))
         self.equations.append(Equation(name, operands, (output,), lambda *args: [run(*args)], True, line))
         self.derived[known] = output
         return output

@@ -15,6 +15,7 @@ one choice of codecs; ``plan_within`` searches that choice under a byte budget.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Callable, Iterable, Iterator
 
 import jax.numpy as jnp
@@ -417,29 +418,29 @@ def _spend(graph: Graph, plan: Plan, rung: Codec, budget_bytes: int) -> Plan:
     level = LADDER.index(rung)
     if level == 0:
         return plan
-    entries = {(*p.path, v.number): (v, p.repeat, e) for p in plan.walk() for v, e in p.encoded.items()}
-    levels = dict.fromkeys(entries, level)
+    entries: dict[Path, tuple[Value, int, Encoded]] = {
+        (*p.path, v.number): (v, p.repeat, e) for p in plan.walk() for v, e in p.encoded.items()
+    }
+    levels: dict[Path, int] = dict.fromkeys(entries, level)
     left = budget_bytes - plan.stored_bytes
 
-    def gain(key: Path) -> tuple[float, int]:
-        """Fall of relative variance per byte, and bytes, of the next upgrade of a residual."""
+    def upgrade(key: Path) -> tuple[float, Path, int]:
+        """Change of relative variance per byte by the next upgrade of a residual, and its bytes."""
         value, repeat, entry = entries[key]
         shape, dtype = value.aval.shape, value.aval.dtype
         now, better = LADDER[levels[key]], LADDER[levels[key] - 1]
         extra = (better.stored_bytes(shape, dtype) - now.stored_bytes(shape, dtype)) * repeat * len(entry.readers)
-        return (now.relative_variance(shape) - better.relative_variance(shape)) / max(extra, 1), extra
+        return (better.relative_variance(shape) - now.relative_variance(shape)) / max(extra, 1), key, extra
 
-    open_keys = set(entries)
-    while open_keys:
-        gains = {key: gain(key) for key in open_keys}
-        open_keys = {key for key, (_, extra) in gains.items() if extra <= left}
-        if not open_keys:
-            break
-        best = max(sorted(open_keys), key=lambda key: gains[key][0])
-        left -= gains[best][1]
-        levels[best] -= 1
-        if levels[best] == 0:
-            open_keys.discard(best)
+    best_first = [upgrade(key) for key in entries]
+    heapq.heapify(best_first)
+    while best_first:
+        _, key, extra = heapq.heappop(best_first)
+        if extra <= left:
+            left -= extra
+            levels[key] -= 1
+            if levels[key]:
+                heapq.heappush(best_first, upgrade(key))
     base = uniform(rung)
 
     def policy(path: Path, value: Value, repeat: int) -> Codec | None:
