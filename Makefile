@@ -1,0 +1,67 @@
+# make demo   train one Bayesian neural network twice, exact and randomized, and compare (under 3 minutes)
+# make test   run the test suite
+# make lint   ruff (lint and format) and pyright
+# make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
+# make clean  remove the virtual environments and every cache
+#
+# Needs only make, Python 3.11 to 3.13 and a package index. Options:
+#   PYTHON=...       the interpreter (default: the first of python3.12, python3.13, python3.11, python3 that works)
+#   VENV=...         the virtual environment (default: .venv)
+#   DEMO_ARGS=...    more options for examples/bnn.py, such as DEMO_ARGS="--dataset mnist --data-dir data"
+#   PYTEST_ARGS=...  more options for pytest, such as PYTEST_ARGS="-m slow"
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+# The first candidate that runs and has a supported version: a launcher that exists but fails is passed over.
+PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3 python; do \
+	if $$python -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$python; break; fi; done)
+VENV ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?= p1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed-examples
+	$(BIN)/python examples/bnn.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.installed-examples
+	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
+
+# One stamp for each extra: pip runs once, and again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing numpyro_rad[$*] into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --quiet --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@chosen="$(PYTHON)"; \
+	if [ -z "$$chosen" ]; then \
+		echo "No working Python 3.11, 3.12 or 3.13 found: install one, or name it with make PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$chosen" -c '$(SUPPORTED)'; then \
+		echo "PYTHON=$$chosen does not run or is not Python 3.11, 3.12 or 3.13: name another one" >&2; \
+		exit 1; \
+	fi; \
+	echo "creating $(VENV) with $$("$$chosen" --version)"; \
+	"$$chosen" -m venv "$(VENV)"
+
+clean:
+	rm -rf "$(VENV)" .venv-3.* build dist .pytest_cache .hypothesis
+	find . \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +

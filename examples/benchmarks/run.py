@@ -1,0 +1,331 @@
+"""Compare RAD_ELBO with its rivals on one workload, in one process, and write the numbers as JSON.
+
+    python examples/benchmarks/run.py p1 --quick
+    python examples/benchmarks/run.py p1 --rivals exact,checkpoint_layer,accumulate,ours_2bit
+    python examples/benchmarks/figures.py docs/benchmarks/p1.json      # the figure, and the table on standard output
+
+What each number means is said in ``measure.py``, who is compared in ``rivals.py``, and on what in ``workloads.py``. A
+rival that fails keeps the numbers it has and gets a ``failure``; ratios are to ``exact``, which is always run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import measure
+from rivals import RIVALS
+from workloads import WORKLOADS, BayesianMLP
+
+DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+# The small minibatch must fit in this part of the exact step's T when there is no 2-bit row to equal.
+DEFAULT_MEMORY_RATIO = 12
+# Float32 sums in another order differ by less than this; a wrong gradient by much more.
+ROUNDING = 1e-4
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the comparison that the command line asks for and write its JSON."""
+    options = parse_arguments(arguments)
+    workload = WORKLOADS[options.workload][1 if options.quick else 0]
+    benchmark = Benchmark(workload, options.rivals, options.seed, options.repeats, options.draws)
+    output = options.output or DEFAULT_FOLDER / f"{workload.name}.json"
+    report = benchmark.run()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    log(f"wrote {output}")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, with the list of rivals in its help."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n    python")[0],
+        epilog="Rivals:\n" + "\n".join(f"  {r.name:<18}{r.note}" for r in RIVALS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    workloads = "; ".join(f"{name}: {full.title} (--quick: {quick.title})" for name, (full, quick) in WORKLOADS.items())
+    parser.add_argument("workload", choices=WORKLOADS, help=workloads)
+    parser.add_argument(
+        "--rivals",
+        type=parse_rivals,
+        default=list(RIVALS),
+        metavar="A,B,C",
+        help="who takes part, by the names below (default: all of them)",
+    )
+    parser.add_argument("--quick", action="store_true", help="the small size of the workload, for trying things out")
+    parser.add_argument(
+        "--repeats", type=positive_int, metavar="N", help="timed rounds, one more is dropped (default: the workload's)"
+    )
+    parser.add_argument(
+        "--draws", type=at_least_two, metavar="N", help="draws per gradient variance (default: the workload's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, parameters, keys and order (default: 0)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="where the JSON goes (default: docs/benchmarks/WORKLOAD.json, WORKLOAD-quick.json with --quick)",
+    )
+    return parser.parse_args(arguments)
+
+
+def parse_rivals(text: str) -> list[str]:
+    """Names separated by commas, in the order of the tables; ``exact`` is always among them."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in RIVALS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"unknown rival {', '.join(unknown)!r}; choose from {', '.join(RIVALS)}")
+    return [name for name in RIVALS if name in names or name == "exact"]
+
+
+def positive_int(text: str) -> int:
+    """An argument of at least one."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def at_least_two(text: str) -> int:
+    """An argument of at least two."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("a variance needs at least 2 draws")
+    return int(text)
+
+
+class Benchmark:
+    """One comparison: compile every rival, time them in turns, then look at their gradients.
+
+    ``rows`` (the JSON's table) holds what is known about each rival; a failure ends that rival's part and nothing else.
+    """
+
+    def __init__(
+        self, workload: BayesianMLP, names: list[str], seed: int, repeats: int | None, draws: int | None
+    ) -> None:
+        self.workload = workload
+        self.seed = seed
+        self.repeats = repeats or workload.repeats
+        self.draws = draws or workload.draws
+        self.data = workload.dataset(seed)
+        self.rows: dict[str, dict[str, Any]] = {name: describe(name) for name in names}
+        self.steps: dict[str, measure.Step] = {}
+        self.compiled: dict[str, measure.Compiled] = {}
+
+    def run(self) -> dict[str, Any]:
+        started = datetime.now(UTC)
+        # Set up first, compile second: compiling empties JAX's caches. The first use of the compiler is not counted.
+        # The small batch comes last, because its size depends on what the others need.
+        names = [name for name in self.rows if name != "small_batch"]
+        for name in names:
+            self.attempt(name, "set up", self.set_up)
+        measure.compile_step(self.steps["exact"])
+        for name in list(self.steps):
+            self.attempt(name, "compile", self.measure_compiled)
+        if "small_batch" in self.rows:
+            self.attempt("small_batch", "set up", self.set_up_small_batch)
+            if "small_batch" in self.steps:
+                self.attempt("small_batch", "compile", self.measure_compiled)
+        for name in self.steps:
+            if RIVALS[name].family in ("ours", "rad2021"):
+                self.attempt(name, "explain", self.explain)
+        self.measure_times()
+        exact_step = self.train()
+        self.measure_gradients(exact_step)
+        self.add_ratios()
+        return {
+            "workload": self.workload.parameters(),
+            "date": started.isoformat(timespec="seconds"),
+            "machine": machine(),
+            "versions": versions(),
+            "settings": {"seed": self.seed, "repeats": self.repeats, "draws": self.draws, "dtype": "float32"},
+            "exact_gradient": self.exact_gradient,
+            "rivals": list(self.rows.values()),
+        }
+
+    def attempt(self, name: str, phase: str, action: Callable[[str], None]) -> None:
+        """Run one phase of one rival; an error becomes part of its ``failure``, except for the reference."""
+        started = time.perf_counter()
+        try:
+            action(name)
+        except Exception as error:
+            if name == "exact":
+                raise
+            reason = f"{phase}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            earlier = self.rows[name].get("failure")
+            self.rows[name]["failure"] = f"{earlier}; {reason}" if earlier else reason
+            log(f"{name:<18}{reason}")
+        else:
+            log(f"{name:<18}{phase} ({time.perf_counter() - started:.1f} s)")
+
+    def set_up(self, name: str, rows: int | None = None) -> None:
+        rows = rows or self.workload.batch
+        self.rows[name]["rows_per_step"] = rows
+        self.steps[name] = measure.build(RIVALS[name], self.workload, self.data, self.seed, rows)
+
+    def set_up_small_batch(self, name: str) -> None:
+        """As many rows as fit in the memory of our 2-bit row, or in a fixed part of the exact step's."""
+        target, source = self.rows.get("ours_2bit", {}).get("temp_bytes"), "ours_2bit"
+        if target is None:
+            target, source = self.rows["exact"]["temp_bytes"] / DEFAULT_MEMORY_RATIO, f"exact / {DEFAULT_MEMORY_RATIO}"
+        found = measure.rows_of_equal_memory(self.workload, self.data, self.seed, target)
+        self.rows[name]["equal_memory"] = {**found, "target": source}
+        self.set_up(name, found["rows"])
+
+    def measure_compiled(self, name: str) -> None:
+        """T and compile times."""
+        row, step = self.rows[name], self.steps[name]
+        compiled = self.compiled[name] = measure.compile_step(step)
+        row["temp_bytes"] = compiled.temp_bytes
+        row["compile"] = {
+            "trace_and_lower_seconds": compiled.trace_and_lower_seconds,
+            "compile_seconds": compiled.compile_seconds,
+            "total_seconds": compiled.trace_and_lower_seconds + compiled.compile_seconds,
+        }
+
+    def explain(self, name: str) -> None:
+        """R: the bytes that the plan says are stored between the sweeps."""
+        import numpyro_rad  # late, because the other rivals do without it
+
+        row, step = self.rows[name], self.steps[name]
+        svi = step.svi
+        params = svi.get_params(step.state)
+        plan = numpyro_rad.explain(svi.loss, jax.random.key(self.seed), params, svi.model, svi.guide, *step.batch)
+        row["stored_bytes"], row["exact_stored_bytes"] = int(plan.stored_bytes), int(plan.exact_bytes)
+
+    def measure_times(self) -> None:
+        """Step times of everything that compiled; a rival that cannot run is left out before the rounds begin."""
+        calls = {}
+        for name, compiled in self.compiled.items():
+            step = self.steps[name]
+            call = partial(compiled.step, step.state, *step.batch)
+
+            def first_call(name: str, call: Callable[[], Any] = call) -> None:
+                jax.block_until_ready(call())
+                calls[name] = call
+
+            self.attempt(name, "first step", first_call)
+        for name, seconds in measure.interleaved_times(calls, self.repeats, self.seed).items():
+            self.rows[name]["step"] = measure.summarize_times(seconds)
+            log(f"{name:<18}{self.rows[name]['step']['median_seconds']:.4f} s per step")
+
+    def train(self) -> measure.Step:
+        """Take the exact training steps after which gradients are measured; keep the parameters, key and batch."""
+        step, run = self.steps["exact"], self.compiled["exact"].step
+        state = step.state
+        for key in jax.random.split(jax.random.key(self.seed + 3), self.workload.training_steps):
+            state, loss = run(state, *self.workload.minibatch(key, self.data, self.workload.batch))
+        self.params = step.svi.optim.get_params(state.optim_state)
+        self.key = state.rng_key
+        log(f"trained for {self.workload.training_steps} steps, loss {float(loss):.4g}")
+        return step
+
+    def measure_gradients(self, exact_step: measure.Step) -> None:
+        """The exact gradient and its variance, then every other rival's difference from it or added variance."""
+        gradient = exact_step.gradient()
+        self.exact = gradient(self.params, self.key, exact_step.batch)
+        self.exact_gradient = {
+            "square_norm": float(measure.square_norm(self.exact)),
+            "stochastic_variance": self.stochastic_variance(gradient, self.workload.batch),
+        }
+        actions = {
+            "exact": self.compare_gradient,
+            "rounded": self.compare_gradient,
+            "randomized": self.measure_path_noise,
+            "small_batch": self.measure_small_batch,
+        }
+        for name in self.compiled:
+            self.attempt(name, "gradient", actions[RIVALS[name].kind])
+
+    def stochastic_variance(self, gradient: Callable[..., Any], rows: int) -> float:
+        return measure.stochastic_variance(gradient, self.params, self.workload, self.data, rows, self.seed, self.draws)
+
+    def compare_gradient(self, name: str) -> None:
+        step = self.steps[name]
+        difference = measure.gradient_difference(step.gradient()(self.params, self.key, step.batch), self.exact)
+        equal = difference["relative_difference"] <= ROUNDING
+        self.rows[name]["gradient"] = {**difference, "equals_exact_to_rounding": equal}
+
+    def measure_path_noise(self, name: str) -> None:
+        step = self.steps[name]
+        gradient = step.gradient_with_path_key()
+        noise = measure.path_variance(
+            lambda path_key: gradient(self.params, path_key, self.key, step.batch), self.exact, self.seed, self.draws
+        )
+        rho = noise["added_variance"] / self.exact_gradient["stochastic_variance"]
+        self.rows[name]["gradient"] = {**noise, "rho": rho}
+
+    def measure_small_batch(self, name: str) -> None:
+        """What fewer rows add to the variance, in the same unit as rho."""
+        variance = self.stochastic_variance(self.steps[name].gradient(), self.rows[name]["rows_per_step"])
+        exact = self.exact_gradient["stochastic_variance"]
+        self.rows[name]["gradient"] = {"stochastic_variance": variance, "rho": variance / exact - 1.0}
+
+    def add_ratios(self) -> None:
+        """T, step and compile time of each row, divided by those of ``exact``."""
+        reference = self.rows["exact"]
+        for row in self.rows.values():
+            ratios: dict[str, float] = {}
+            if "temp_bytes" in row:
+                ratios["temp_bytes"] = row["temp_bytes"] / reference["temp_bytes"]
+                ratios["compile"] = row["compile"]["total_seconds"] / reference["compile"]["total_seconds"]
+            if "step" in row:
+                ratios["step"] = row["step"]["median_seconds"] / reference["step"]["median_seconds"]
+            row["ratio_to_exact"] = ratios
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A rival's row before anything is measured."""
+    rival = RIVALS[name]
+    labels = {"name": name, "label": rival.label, "family": rival.family, "kind": rival.kind, "note": rival.note}
+    return {**labels, "stored_bytes": None}
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and operating system, without names of hosts or users."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    try:
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        system = f"{platform.system()} {platform.release()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    return {
+        "cpu": f"{model} ({platform.machine()})",
+        "cores": cores,
+        "os": system,
+        "backend": device.platform,
+        "device": device.device_kind,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "numpyro", "optax", "numpyro_rad"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def log(message: str) -> None:
+    """Progress goes to standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

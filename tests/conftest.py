@@ -1,0 +1,24 @@
+"""What every test shares: where the data files are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data-dir",
+        default=os.environ.get("NUMPYRO_RAD_DATA"),
+        help="folder with the data files (default: the environment variable NUMPYRO_RAD_DATA); "
+        "tests that need a file skip without it",
+    )
+
+
+@pytest.fixture
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder with the data files; a test that asks for it is skipped where there is none."""
+    folder = request.config.getoption("--data-dir")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs data files: pass --data-dir or set NUMPYRO_RAD_DATA")
+    return Path(folder)

@@ -1,0 +1,216 @@
+"""The main job from end to end, with tiny settings: its table, its picture and what it says when a file is missing."""
+
+import gzip
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "64", "--steps", "4"]
+QUALITY = {"digits": ("accuracy", "calibration_error"), "uci": ("rmse",)}
+COST = ("residual_bytes", "temp_bytes", "step_seconds", "compile_seconds")
+
+
+@pytest.fixture
+def bnn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """examples/bnn.py as a module, with its neighbours importable while a test runs."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("bnn")
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("data")
+
+
+def write_uci(folder: Path, points: int = 60) -> None:
+    """A small regression set with two splits, in the format of the stored ones; one feature is constant."""
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.normal(size=(points, 2)), np.full(points, 0.1)])
+    y = 50.0 + 10.0 * x[:, 0] + rng.normal(size=points)
+    rows = np.stack([rng.permutation(points) for _ in range(2)]).astype(np.uint16)
+    (folder / "uci").mkdir()
+    np.savez(folder / "uci" / "small.npz", X=x, y=y, train_idx=rows[:, :54], test_idx=rows[:, 54:])
+
+
+def write_mnist(folder: Path) -> None:
+    """Ten training and five test images in MNIST's format."""
+    rng = np.random.default_rng(0)
+    (folder / "mnist").mkdir()
+    for part, count in (("train", 10), ("t10k", 5)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (folder / "mnist" / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.mark.parametrize("dataset", ["digits", "uci:small"])
+def test_ends_with_one_table_and_one_picture(
+    bnn: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str
+) -> None:
+    write_uci(tmp_path)
+    figure = tmp_path / "picture.png"
+    arguments = ["--dataset", dataset, "--data-dir", str(tmp_path), "--figure", str(figure), "--codec", "keep"]
+    numbers = bnn.main([*TINY, *arguments])
+
+    assert list(numbers) == ["Trace_ELBO", "RAD_ELBO"]
+    quality = ("elbo", "log_likelihood", *QUALITY[dataset.split(":")[0]])
+    for name in (*quality, *COST):
+        assert all(math.isfinite(run[name]) for run in numbers.values()), name
+    # nothing random in the plan: the two runs are one and the same up to rounding
+    for name in quality:
+        np.testing.assert_allclose(numbers["RAD_ELBO"][name], numbers["Trace_ELBO"][name], rtol=1e-3, err_msg=name)
+    assert 0 < numbers["RAD_ELBO"]["residual_bytes"] <= numbers["Trace_ELBO"]["residual_bytes"]
+
+    printed = capsys.readouterr()
+    assert "training on" in printed.err  # the progress bar
+    assert printed.out.count("Trace_ELBO") == 1
+    assert "test RMSE" in printed.out if dataset.startswith("uci") else "calibration error" in printed.out
+    assert printed.out.endswith(f"Picture: {figure}\n")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_same_seed_same_numbers(bnn: ModuleType, tmp_path: Path) -> None:
+    arguments = [*TINY, "--figure", str(tmp_path / "picture.png"), "--codec", "2"]
+    first, second = bnn.main(arguments), bnn.main(arguments)
+    for name in ("elbo", "log_likelihood", "residual_bytes"):
+        assert first["RAD_ELBO"][name] == second["RAD_ELBO"][name]
+
+
+def test_impossible_budget_is_a_sentence(bnn: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--memory-budget 1"):
+        bnn.main([*TINY, "--memory-budget", "1", "--figure", str(tmp_path / "picture.png")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--dataset", "mnist", "--data-dir", "nowhere"], "--data-dir DIR"),
+        (["--dataset", "fashion_mnist", "--data-dir", "nowhere"], "zalandoresearch/fashion-mnist"),
+        (["--dataset", "uci:concrete", "--data-dir", "nowhere"], "DIR/uci/concrete.npz"),
+        (["--dataset", "cifar"], "no data set 'cifar'"),
+        (["--steps", "0"], "0 is not positive"),
+        (["--codec", "3"], "invalid choice"),
+        (["--codec", "2", "--memory-budget", "1MiB"], "not allowed with"),
+    ],
+)
+def test_bad_input_is_a_sentence(
+    bnn: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        bnn.main(arguments)
+    assert exit_.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_help_explains_every_option(bnn: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bnn.main(["--help"])
+    printed = capsys.readouterr().out
+    options = printed[printed.index("options:") :]
+    assert options.count("(default:") == options.count("\n  --")
+
+
+def test_missing_data_without_a_folder(data: ModuleType) -> None:
+    with pytest.raises(data.DataNotFound, match="no data directory was given"):
+        data.load("mnist")
+
+
+def test_idx_files(data: ModuleType, tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    mnist = data.load("mnist", tmp_path)
+    assert mnist.x_train.shape == (10, 784)
+    assert mnist.x_test.shape == (5, 784)
+    assert mnist.num_classes == 10
+    np.testing.assert_array_equal(mnist.y_test, np.arange(5))
+    np.testing.assert_allclose([mnist.x_train.mean(), mnist.x_train.std()], [0.0, 1.0], atol=1e-5)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01\0\0\0\x05abc", b"\0\0\x0d\x01\0\0\0\x01abcd"])
+def test_damaged_idx_file(data: ModuleType, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match="not a complete IDX file"):
+        data.read_idx(tmp_path / "file.gz")
+
+
+def test_uci_split(data: ModuleType, tmp_path: Path) -> None:
+    write_uci(tmp_path)
+    first, second = (data.load("uci:small", tmp_path, split) for split in (0, 1))
+    assert first.x_train.shape == (54, 3)
+    assert first.x_test.shape == (6, 3)
+    assert not np.array_equal(first.x_train, second.x_train)
+    np.testing.assert_allclose(first.x_train.std(0), [1.0, 1.0, 0.0], atol=1e-6)  # the constant feature stays at 0
+    np.testing.assert_allclose([first.y_train.mean(), first.y_train.std()], [0.0, 1.0], atol=1e-5)
+    with pytest.raises(ValueError, match="splits 0 to 1"):
+        data.load("uci:small", tmp_path, 2)
+
+
+def test_scores_against_a_slow_twin(bnn: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(3, 40, 4)), rng.integers(0, 4, 40)
+    scores, _ = bnn.classification_scores(logits, labels)
+    likelihoods, confidences, hits = [], [], []
+    for point, label in enumerate(labels):
+        each = [np.exp(draw[point]) / np.exp(draw[point]).sum() for draw in logits]
+        probabilities = sum(each) / len(each)
+        likelihoods.append(probabilities[label])
+        confidences.append(probabilities.max())
+        hits.append(probabilities.argmax() == label)
+    gaps = 0.0
+    for b in range(bnn.CALIBRATION_BINS):
+        inside = [i for i, c in enumerate(confidences) if b <= c * bnn.CALIBRATION_BINS < b + 1]
+        if inside:
+            gaps += abs(sum(confidences[i] - hits[i] for i in inside)) / len(labels)
+    assert scores == pytest.approx(
+        {
+            "accuracy": np.mean(hits),
+            "log_likelihood": np.mean(np.log(likelihoods)),
+            "calibration_error": gaps,
+        }
+    )
+
+    means, precisions, targets, target_std = rng.normal(size=(3, 5)), rng.gamma(6.0, size=3), rng.normal(size=5), 7.0
+    expected = []
+    for point, target in enumerate(targets):  # the density of 7 y, from y = N(mean, 1 / precision)
+        stds = target_std / np.sqrt(precisions)
+        errors = target_std * (target - means[:, point])
+        expected.append(np.log(np.mean(np.exp(-0.5 * (errors / stds) ** 2) / (stds * math.sqrt(2 * math.pi)))))
+    found = bnn.regression_scores(means, precisions, targets, target_std)
+    rmse = target_std * math.sqrt(np.mean((means.mean(0) - targets) ** 2))
+    assert found == pytest.approx({"rmse": rmse, "log_likelihood": np.mean(expected)})
+
+
+def test_stored_data(bnn: ModuleType, data: ModuleType, data_dir: Path) -> None:
+    mnist, concrete = data.load("mnist", data_dir), data.load("uci:concrete", data_dir, split=19)
+    assert mnist.x_train.shape == (60000, 784)
+    assert mnist.y_test[:5].tolist() == [7, 2, 1, 0, 4]
+    assert concrete.x_train.shape == (927, 8)
+    assert concrete.x_test.shape == (103, 8)
+
+
+@pytest.mark.slow
+def test_default_run_learns(tmp_path: Path) -> None:
+    """The program as it is started by make demo: more than 96 % of the test images right, with either ELBO."""
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import bnn, json; print(json.dumps(bnn.main([])))"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(EXAMPLES)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(result.stdout.splitlines()[-1])
+    assert all(run["accuracy"] > 0.96 for run in numbers.values())
+    assert numbers["RAD_ELBO"]["residual_bytes"] < numbers["Trace_ELBO"]["residual_bytes"] / 4
+    assert (tmp_path / "bnn_digits.png").is_file()

@@ -1,0 +1,253 @@
+"""The package keeps its shape: imports run one way, JAX's internals stay in one module, importing costs nothing.
+
+Each rule is a function from a package folder to the sentences that say how it is broken, so that each can also be tried
+on a small package that breaks it.
+"""
+
+import ast
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import numpyro_rad
+
+PACKAGE = Path(numpyro_rad.__file__).parent
+
+# From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
+LAYERS = (
+    ("_jax", "codecs"),
+    ("rules",),
+    ("graph",),
+    ("plan",),
+    ("sweep",),
+    ("transform",),
+    ("explain",),
+    ("elbo",),
+    ("diagnostics",),
+    ("svi", "report"),
+    ("__init__",),
+)
+LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
+
+JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
+MAY_USE_JAX_INTERNALS = {"_jax"}
+MAY_IMPORT_NUMPYRO = {"elbo", "svi"}
+
+
+def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Each module or subpackage by its name directly below the package, with the syntax trees of its files."""
+    for file in sorted(package.rglob("*.py")):
+        parts = file.relative_to(package).with_suffix("").parts
+        yield parts[0], ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def imported_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Every dotted name that is imported anywhere in a module, and its line; relative imports keep their dots.
+
+    ``from a import b`` gives ``a.b``: whether ``b`` is a module or something in one, the prefix tells what is needed.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            separator = "" if source.endswith(".") else "."
+            yield from ((f"{source}{separator}{alias.name}", node.lineno) for alias in node.names)
+
+
+def dotted_attributes(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Every chain such as ``jax.core.Tracer`` in a module, and its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node), node.lineno
+
+
+def lies_in(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def upward_imports(package: Path) -> list[str]:
+    """Imports within the package that do not go to a lower layer, and modules that have no layer."""
+    broken = []
+    for module, tree in modules(package):
+        if module not in LEVEL:
+            broken.append(f"{module} has no place in the order of imports: give it one in LAYERS of {__file__}")
+            continue
+        for name, line in imported_names(tree):
+            if name.startswith("."):
+                broken.append(f"{module}, line {line}: the relative import {name}; write the package's name")
+            elif lies_in(name, package.name):
+                target = [*name.split("."), "__init__"][1]
+                target = target if target in LEVEL else "__init__"
+                if target != module and LEVEL[target] >= LEVEL[module]:
+                    broken.append(f"{module}, line {line}: imports {target}, which is not below it")
+    return broken
+
+
+def stray_internals(package: Path) -> list[str]:
+    """Uses of JAX's internals outside the one module that may know them."""
+    return [
+        f"{module}, line {line}: {name}; only _jax may use {', '.join(JAX_INTERNALS)}"
+        for module, tree in modules(package)
+        if module not in MAY_USE_JAX_INTERNALS
+        for names in (imported_names, dotted_attributes)
+        for name, line in names(tree)
+        if lies_in(name, *JAX_INTERNALS)
+    ]
+
+
+def stray_numpyro(package: Path) -> list[str]:
+    """Imports of NumPyro outside the modules that are about it."""
+    return [
+        f"{module}, line {line}: imports {name}; only {' and '.join(sorted(MAY_IMPORT_NUMPYRO))} may import numpyro"
+        for module, tree in modules(package)
+        if module not in MAY_IMPORT_NUMPYRO
+        for name, line in imported_names(tree)
+        if lies_in(name, "numpyro")
+    ]
+
+
+def import_side_effects(module: str, folder: Path) -> str:
+    """What a fresh interpreter complains of when it imports a module: warnings, errors, JAX arrays left alive."""
+    program = f"import {module}, jax; arrays = jax.live_arrays(); assert not arrays, f'arrays at import: {{arrays}}'"
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return result.stdout + result.stderr + ("" if result.returncode == 0 else f"exit status {result.returncode}")
+
+
+def undocumented(module: ModuleType | SimpleNamespace) -> list[str]:
+    """Public names that do not exist or have no docstring of their own (the one that a dataclass makes is none)."""
+    broken = []
+    for name in module.__all__:
+        value = getattr(module, name, None)
+        own = vars(value).get("__doc__") if isinstance(value, type) else inspect.getdoc(value)
+        if value is None or not own or own.startswith(f"{name}("):
+            broken.append(f"{name} is public and has no docstring")
+    return broken
+
+
+@pytest.mark.parametrize("rule", [upward_imports, stray_internals, stray_numpyro], ids=lambda rule: rule.__name__)
+def test_imports(rule: Callable[[Path], list[str]]) -> None:
+    assert rule(PACKAGE) == []
+
+
+def test_import_is_silent_and_creates_no_array() -> None:
+    assert import_side_effects("numpyro_rad", PACKAGE.parent) == ""
+
+
+def test_public_names_have_docstrings() -> None:
+    assert undocumented(importlib.import_module("numpyro_rad")) == []
+
+
+def plant(folder: Path, **files: str) -> Path:
+    """Write a package ``small`` whose modules have the given text."""
+    package = folder / "small"
+    package.mkdir()
+    for name, text in {"__init__": "", **files}.items():
+        file = package.joinpath(*name.split("__in__")[::-1]).with_suffix(".py")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(textwrap.dedent(text), encoding="utf-8")
+    return package
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"graph": "from small.plan import Plan"}, "graph, line 1: imports plan"),
+        ({"graph": "from small import rules, sweep"}, "graph, line 1: imports sweep"),
+        ({"graph": "import small.plan"}, "graph, line 1: imports plan"),
+        ({"codecs": "from small._jax import trace"}, "codecs, line 1: imports _jax"),
+        ({"graph": "def late():\n    from small.plan import Plan"}, "graph, line 2: imports plan"),
+        ({"plan": "from small import make_plan"}, "plan, line 1: imports __init__"),
+        ({"plan": "import small"}, "plan, line 1: imports __init__"),
+        ({"plan": "from .graph import Graph"}, "plan, line 1: the relative import .graph.Graph"),
+        ({"plan": "from . import graph"}, "plan, line 1: the relative import .graph"),
+        ({"elementwise__in__rules": "from small.graph import Graph"}, "rules, line 1: imports graph"),
+        ({"planner": ""}, "planner has no place"),
+    ],
+)
+def test_upward_import_is_found(tmp_path: Path, files: dict[str, str], complaint: str) -> None:
+    (found,) = upward_imports(plant(tmp_path, **files))
+    assert found.startswith(complaint)
+
+
+def test_downward_imports_pass(tmp_path: Path) -> None:
+    package = plant(
+        tmp_path,
+        __init__="from small.elbo import RAD_ELBO",
+        elbo="import numpyro.infer\nfrom small import codecs, graph\nimport small_relative.plan",
+        plan="from small.rules.elementwise import RULES",
+        __init____in__rules="from small import _jax\nfrom small.rules.elementwise import RULES",
+        elementwise__in__rules="import jax",
+        _jax="from jax._src import core\nimport jax.core\njax.core.Tracer",
+    )
+    assert upward_imports(package) == stray_internals(package) == stray_numpyro(package) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import jax._src.core",
+        "from jax._src import core",
+        "from jax import core",
+        "from jax.interpreters import ad",
+        "import jax.extend as jex",
+        "from jax.extend.core import Primitive",
+        "import jax\nTracer = jax.core.Tracer",
+    ],
+)
+def test_internals_are_found(tmp_path: Path, text: str) -> None:
+    found = stray_internals(plant(tmp_path, sweep=text))
+    assert found
+    assert all(complaint.startswith("sweep, line") for complaint in found)
+
+
+@pytest.mark.parametrize("text", ["import numpyro", "from numpyro.infer import SVI", "import numpyro.infer.util as u"])
+def test_numpyro_is_found(tmp_path: Path, text: str) -> None:
+    (found,) = stray_numpyro(plant(tmp_path, transform=text, svi="import numpyro"))
+    assert found.startswith("transform, line 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("import jax.numpy as jnp\nZERO = jnp.zeros(3)", "arrays at import"),
+        ("import warnings\nwarnings.warn('at import')", "UserWarning: at import"),
+        ("print('hello')", "hello"),
+    ],
+)
+def test_side_effects_are_found(tmp_path: Path, text: str, complaint: str) -> None:
+    plant(tmp_path, __init__=text)
+    assert complaint in import_side_effects("small", tmp_path)
+
+
+def test_missing_docstrings_are_found() -> None:
+    class Documented:
+        """Says what it is."""
+
+    class Heir(Documented):
+        pass
+
+    class Automatic:
+        __doc__ = "Automatic(bits: int)"
+
+    def function() -> None:
+        pass
+
+    names = {"Documented": Documented, "Heir": Heir, "Automatic": Automatic, "function": function}
+    found = undocumented(SimpleNamespace(__all__=[*names, "Absent"], **names))
+    assert [complaint.split()[0] for complaint in found] == ["Heir", "Automatic", "function", "Absent"]
