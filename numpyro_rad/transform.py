@@ -19,7 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad import _jax
 from numpyro_rad.codecs import Codec, StochasticRound, seed_words
-from numpyro_rad.graph import Graph, linearize
+from numpyro_rad.graph import Graph
+from numpyro_rad.linearize import linearize
 from numpyro_rad.plan import Plan, make_plan, plan_within, uniform
 from numpyro_rad.sweep import backward, forward
 
@@ -127,7 +128,11 @@ class Program:
 
         run = jax.custom_vjp(value)
         run.defvjp(sweep_forward, sweep_backward, symbolic_zeros=True)
-        return jax.tree.unflatten(self.out_tree, run(seed, *self.consts, *args))
+        outs = run(seed, *self.consts, *args)
+        outs = [
+            o if isinstance(o, jax.Array) else jnp.asarray(o) for o in outs
+        ]  # a constant result is a literal until here
+        return jax.tree.unflatten(self.out_tree, outs)
 
 
 @jax.tree_util.register_pytree_node_class

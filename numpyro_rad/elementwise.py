@@ -1,0 +1,156 @@
+"""Elimination of elementwise vertices: a chain of elementwise derivatives becomes one coefficient array.
+
+A tangent that elementwise steps have made is held as a *linear form* of earlier tangents,
+
+    t = sum_i c_i * t_i,        c_i = scale_i * residual_i  (elementwise),
+
+and grows by the chain rule until somebody needs the tangent itself. The products and sums of coefficients are equations
+appended to the primal program, so a GELU stores one array where its dozen steps would store five. This is vertex
+elimination (Griewank and Walther 2008, ch. 9) restricted to diagonal Jacobians.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_rad import _jax
+from numpyro_rad.graph import Atom, Constant, Equation, Value
+
+LINEAR = frozenset("mul div select_n neg add add_any sub copy copy_p".split())
+"""Primitives of the tangent program that have a diagonal Jacobian if all their tangents have the result's shape."""
+
+SUMS = LINEAR - {"mul", "div"}
+"""Those that may have several tangent operands."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Term:
+    """``scale * residual`` in front of a tangent; no residual means a plain number."""
+
+    scale: float
+    residual: Value | None
+
+
+ONE = Term(1.0, None)
+LinearForm = dict[Value, Term]
+
+
+class Coefficients:
+    """Arithmetic of coefficients. What has to be computed is appended to the primal program, each thing once.
+
+    :param equations: the primal program.
+    :param new_value: makes a value of a type.
+    """
+
+    def __init__(self, equations: list[Equation], new_value: Callable[[Any], Value]) -> None:
+        self._equations = equations
+        self._new_value = new_value
+        self._known: dict[Any, Value] = {}
+
+    def local(self, name: str, operands: Sequence[Atom], position: int, dtype: Any, line: str) -> Term:
+        """The coefficient that an elementwise linear step puts in front of its tangent operand at ``position``."""
+        if name == "mul":
+            return self._of(operands[1 - position], line)
+        if name == "div":
+            denominator = self._of(operands[1], line)
+            if denominator.residual is None:
+                return Term(1.0 / denominator.scale if denominator.scale else math.inf, None)
+            return Term(1.0, self._derive("reciprocal", _reciprocal, (denominator.residual,), line))
+        if name == "select_n":  # one where this case is chosen, zero elsewhere: the bits of the predicate say it all
+            case = position - 1
+            run = partial(_indicator, case=case, dtype=dtype)
+            return Term(1.0, self._derive(f"case {case} {dtype}", run, (operands[0],), line))
+        return Term(-1.0, None) if name == "neg" or (name == "sub" and position == 1) else ONE
+
+    def product(self, a: Term, b: Term, line: str) -> Term:
+        scale = a.scale * b.scale
+        if a.residual is None or b.residual is None:
+            return Term(scale, a.residual or b.residual)
+        pair = sorted((a.residual, b.residual), key=lambda v: v.number)
+        return Term(scale, self._derive("mul", jnp.multiply, tuple(pair), line))
+
+    def sum(self, a: Term | None, b: Term, line: str) -> Term:
+        if a is None:
+            return b
+        if a.residual is b.residual:
+            return Term(a.scale + b.scale, a.residual)
+        if a.residual is None:
+            a, b = b, a
+        assert a.residual is not None
+        if b.residual is None:
+            run = partial(_affine, scale=a.scale, shift=b.scale)
+            return Term(1.0, self._derive(f"affine {a.scale} {b.scale}", run, (a.residual,), line))
+        run = partial(_scaled_sum, a=a.scale, b=b.scale)
+        return Term(1.0, self._derive(f"sum {a.scale} {b.scale}", run, (a.residual, b.residual), line))
+
+    def _of(self, atom: Atom, line: str) -> Term:
+        """The coefficient that a primal operand is: a number where it is one."""
+        if isinstance(atom, Value):
+            return Term(1.0, atom)
+        if np.ndim(atom.value) == 0 and math.isfinite(float(atom.value)):
+            return Term(float(atom.value), None)
+        array = atom.value
+        return Term(1.0, self._derive(f"constant {id(array)}", lambda: jnp.asarray(array), (), line))
+
+    def _derive(self, name: str, run: Callable[..., Any], operands: tuple[Atom, ...], line: str) -> Value:
+        known = (name, *operands)
+        if known not in self._known:
+            structs = [
+                o.value if isinstance(o, Constant) else jax.ShapeDtypeStruct(o.aval.shape, o.aval.dtype)
+                for o in operands
+            ]
+            aval = jax.eval_shape(run, *structs)
+            output = self._new_value(_jax.array_type(aval.shape, aval.dtype))
+            self._equations.append(Equation(name, operands, (output,), lambda *args: [run(*args)], True, line))
+            self._known[known] = output
+        return self._known[known]
+
+
+def _reciprocal(x: Any) -> Any:
+    return 1 / x
+
+
+def _indicator(which: Any, case: int, dtype: Any) -> Any:
+    chosen = (which if case else ~which) if which.dtype == bool else which == case
+    return chosen.astype(dtype)
+
+
+def _affine(x: Any, scale: float, shift: float) -> Any:
+    return _times(scale, x) + np.asarray(shift, x.dtype)
+
+
+def _scaled_sum(x: Any, y: Any, a: float, b: float) -> Any:
+    return _times(a, x) + _times(b, y)
+
+
+def _times(scale: float, x: Any) -> Any:
+    return x if scale == 1.0 else -x if scale == -1.0 else x * np.asarray(scale, x.dtype)
+
+
+def _weigh(term: Term, residual: Any, x: Any) -> Any:
+    weighed = x if residual is None else residual.astype(x.dtype) * x
+    return _times(term.scale, weighed)
+
+
+def combine(terms: tuple[Term, ...], residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    """The tangent that a linear form stands for."""
+    arrays = iter(residuals)
+    parts = [
+        _weigh(term, None if term.residual is None else next(arrays), t)
+        for term, t in zip(terms, tangents, strict=True)
+    ]
+    return [sum(parts[1:], start=parts[0])]
+
+
+def pull_combination(terms: tuple[Term, ...], residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    """The cotangents of the tangents of a linear form."""
+    arrays = iter(residuals)
+    return [_weigh(term, None if term.residual is None else next(arrays), cotangents[0]) for term in terms]
