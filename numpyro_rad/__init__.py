@@ -1,8 +1,10 @@
 """Stochastic variational inference that fits in memory: randomized automatic differentiation for NumPyro.
 
-One changed word, ``RAD_ELBO`` for ``Trace_ELBO``, makes SVI store a fraction of the residuals of reverse-mode AD. To
-read the code start with ``graph`` and ``linearize`` (the linearized computational graph), then ``plan`` (what to
-store), ``sweep`` (the two sweeps), ``transform`` (how they become a JAX transformation) and ``elbo``. ``codecs`` stands alone.
+One changed word, ``RAD_ELBO`` for ``Trace_ELBO``, makes SVI store a fraction of the residuals of reverse-mode AD.
+
+To read the code start with ``graph`` and ``linearize`` (the linearized computational graph), then ``plan`` (what to
+store), ``sweep`` (the two sweeps), ``transform`` (how they become a JAX transformation) and ``elbo``. ``codecs`` stands
+alone.
 """
 
 from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, StochasticRound

@@ -43,6 +43,9 @@ class RAD_ELBO(Trace_ELBO):
     :raises ValueError: for a budget that cannot be read, or for both options at once.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.
 
+    The loss raises ``ValueError`` where there are no parameters (unless ``codec`` is exact) and ``NotImplementedError``
+    under forward-mode differentiation.
+
     **Reference:** Oktay, McGreivy, Aduol, Beatson, Adams, *Randomized Automatic Differentiation*, ICLR 2021.
 
     Example::
@@ -88,19 +91,9 @@ class RAD_ELBO(Trace_ELBO):
     ) -> tuple[Plan, list]:
         """The plan for gradients with respect to ``param_map``, and the names of its arrays in order."""
         self._check(param_map)
-        leaves, tree = jax.tree.flatten(param_map)
-        if not leaves:
-            raise ValueError(
-                "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter. "
-                "Use a guide with parameters, for example AutoNormal(model), and pass svi.get_params(state)."
-            )
-        paths, _ = jax.tree_util.tree_flatten_with_path(param_map)
-        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-
-        def loss(*leaves: Any) -> Any:
-            return self._exact(rng_key, jax.tree.unflatten(tree, leaves), model, guide, args, kwargs)
-
-        return plan_of(loss, leaves, self._planner()), names
+        return plan_of(
+            lambda params: self._exact(rng_key, params, model, guide, args, kwargs), param_map, self._planner()
+        )
 
     def _randomized(
         self, path_key: Any, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict
@@ -119,6 +112,11 @@ class RAD_ELBO(Trace_ELBO):
 
     def _check(self, param_map: Any) -> None:
         leaves = jax.tree.leaves(param_map)
+        if not leaves and not (self.codec is not None and self.codec.exact):
+            raise ValueError(
+                "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter. "
+                "Use a guide with parameters, for example AutoNormal(model), or Trace_ELBO for the value alone."
+            )
         if any(_jax.is_forward_mode(x) for x in leaves):
             raise NotImplementedError(
                 "RAD_ELBO randomizes reverse-mode differentiation and has no forward mode "

@@ -119,6 +119,7 @@ def _reciprocal(x: Any) -> Any:
 
 
 def _indicator(which: Any, case: int, dtype: Any) -> Any:
+    which = jnp.asarray(which)  # a literal predicate is a number of Python
     chosen = (which if case else ~which) if which.dtype == bool else which == case
     return chosen.astype(dtype)
 

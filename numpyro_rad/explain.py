@@ -129,9 +129,7 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
             f"explain needs a RAD_ELBO or the result of rad(f), got {type(target).__name__}. For NumPyro's own ELBOs "
             "there is no plan to explain; wrap a plain function as rad(f)."
         )
-    tangents = iter(plan.graph.tangent_inputs)
-    labels = {next(tangents): name for name in names[-len(plan.graph.tangent_inputs) :]}
-    rows = tuple(_rows(plan, labels))
+    rows = tuple(_rows(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True))))
     return Explanation(
         rows, plan.stored_bytes, sum(r.exact_bytes for r in rows if r.operation != _SOURCE), tuple(_defaults(plan))
     )

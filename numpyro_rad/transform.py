@@ -9,6 +9,7 @@ is lifted to an argument of that ``custom_vjp``, so the result composes with ``j
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def parse_bytes(size: int | str) -> int:
         number, unit = float(size), ""
     else:
         match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", size)
-        if match is None or match[2] not in _UNITS:
+        if match is None or match[2] not in _UNITS or math.isinf(float(match[1])):
             raise ValueError(
                 f"memory_budget={size!r} cannot be read as a number of bytes. Write a number and one of the units "
                 "B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), for example '256MiB'."
@@ -106,7 +107,7 @@ class Program:
         n_consts = len(self.consts)
 
         def value(seed: Any, *operands: Any) -> list[Any]:
-            return _jax.eval_open(self.jaxpr, operands[:n_consts], operands[n_consts:])
+            return _as_arrays(_jax.eval_open(self.jaxpr, operands[:n_consts], operands[n_consts:]))
 
         def sweep_forward(seed: Any, *operands: Any) -> tuple[list[Any], _Stored]:
             active = tuple(
@@ -116,7 +117,7 @@ class Program:
             arrays = [o.value for o in operands]
             outs, tape = forward(plan, seed.value, arrays)
             reads = [a for v, a in zip(plan.graph.inputs, arrays, strict=True) if v in plan.reads]
-            return outs, _Stored((seed.value, tape, reads), active)
+            return _as_arrays(outs), _Stored((seed.value, tape, reads), active)
 
         def sweep_backward(stored: _Stored, cotangents: Sequence[Any]) -> tuple[Any, ...]:
             plan = self.plan(stored.active)
@@ -128,11 +129,12 @@ class Program:
 
         run = jax.custom_vjp(value)
         run.defvjp(sweep_forward, sweep_backward, symbolic_zeros=True)
-        outs = run(seed, *self.consts, *args)
-        outs = [
-            o if isinstance(o, jax.Array) else jnp.asarray(o) for o in outs
-        ]  # a constant result is a literal until here
-        return jax.tree.unflatten(self.out_tree, outs)
+        return jax.tree.unflatten(self.out_tree, run(seed, *self.consts, *args))
+
+
+def _as_arrays(results: Sequence[Any]) -> list[Any]:
+    """Results of a program, of which a constant one is a literal until here."""
+    return [r if isinstance(r, jax.Array) else jnp.asarray(r) for r in results]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -186,27 +188,22 @@ def rad(f: Callable, *, codec: Codec | None = None, memory_budget: int | str | N
 def _planned(f: Callable, make: Planner, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int]) -> tuple:
     """Plan of ``f`` for differentiation with respect to ``argnums``, and the names of the differentiated arrays."""
     positions = [range(len(args))[i] for i in ((argnums,) if isinstance(argnums, int) else argnums)]
-    chosen = {i: args[i] for i in positions}
-    leaves, tree = jax.tree.flatten(chosen)
-    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in _leaves_with_path(chosen)]
 
-    def of_chosen(*leaves: Any) -> Any:
-        moving = jax.tree.unflatten(tree, leaves)
-        return f(*(moving.get(i, a) for i, a in enumerate(args)), **kwargs)
+    def of_chosen(chosen: dict[int, Any]) -> Any:
+        return f(*(chosen.get(i, a) for i, a in enumerate(args)), **kwargs)
 
-    return plan_of(of_chosen, leaves, make), paths
+    return plan_of(of_chosen, {i: args[i] for i in positions}, make)
 
 
-def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def plan_of(f: Callable, leaves: Sequence[Any], make: Planner) -> Plan:
-    """The plan of ``f`` for differentiation with respect to all its floating-point arguments."""
-    program = Program(f, leaves, make)
-    active = [False] * len(program.consts)
-    active += [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
-    return program.plan(tuple(active))
+def plan_of(f: Callable, tree: Any, make: Planner) -> tuple[Plan, list[str]]:
+    """The plan of ``f`` for differentiation with respect to the floating-point arrays of ``tree``, and their names."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [leaf for _, leaf in paths]
+    program = Program(lambda *leaves: f(jax.tree.unflatten(treedef, leaves)), leaves, make)
+    moving = [bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact)) for x in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    plan = program.plan((*[False] * len(program.consts), *moving))
+    return plan, [name for name, on in zip(names, moving, strict=True) if on]
 
 
 def path_seed(key: Any) -> Any:
