@@ -55,7 +55,7 @@ class Coefficients:
         self._new_value = new_value
         self._known: dict[Any, Value] = {}
 
-    def local(self, name: str, operands: Sequence[Atom], position: int, dtype: Any, line: str) -> Term:
+    def local(self, name: str, operands: Sequence[Atom], position: int, line: str) -> Term:
         """The coefficient that an elementwise linear step puts in front of its tangent operand at ``position``."""
         if name == "mul":
             return self._of(operands[1 - position], line)
@@ -66,18 +66,19 @@ class Coefficients:
             return Term(1.0, self._derive("reciprocal", _reciprocal, (denominator.residual,), line))
         if name == "select_n":  # one where this case is chosen, zero elsewhere: the bits of the predicate say it all
             case = position - 1
-            run = partial(_indicator, case=case, dtype=dtype)
-            return Term(1.0, self._derive(f"case {case} {dtype}", run, (operands[0],), line))
+            return Term(1.0, self._derive(f"case {case}", partial(_is_chosen, case=case), (operands[0],), line))
         return Term(-1.0, None) if name == "neg" or (name == "sub" and position == 1) else ONE
 
     def product(self, a: Term, b: Term, line: str) -> Term:
+        """The coefficient of two steps in a row. A mask silences what it meets, even a derivative that is infinite."""
         scale = a.scale * b.scale
         if a.residual is None or b.residual is None:
             return Term(scale, a.residual or b.residual)
-        pair = sorted((a.residual, b.residual), key=lambda v: v.number)
-        return Term(scale, self._derive("mul", jnp.multiply, tuple(pair), line))
+        first, second = sorted((a.residual, b.residual), key=lambda v: (v.aval.dtype != bool, v.number))
+        name, run = ("mask", _masked) if first.aval.dtype == bool else ("mul", jnp.multiply)
+        return Term(scale, self._derive(name, run, (first, second), line))
 
-    def sum(self, a: Term | None, b: Term, line: str) -> Term:
+    def sum(self, a: Term | None, b: Term, dtype: Any, line: str) -> Term:
         if a is None:
             return b
         if a.residual is b.residual:
@@ -86,10 +87,10 @@ class Coefficients:
             a, b = b, a
         assert a.residual is not None
         if b.residual is None:
-            run = partial(_affine, scale=a.scale, shift=b.scale)
-            return Term(1.0, self._derive(f"affine {a.scale} {b.scale}", run, (a.residual,), line))
-        run = partial(_scaled_sum, a=a.scale, b=b.scale)
-        return Term(1.0, self._derive(f"sum {a.scale} {b.scale}", run, (a.residual, b.residual), line))
+            run = partial(_affine, scale=a.scale, shift=b.scale, dtype=dtype)
+            return Term(1.0, self._derive(f"affine {a.scale} {b.scale} {dtype}", run, (a.residual,), line))
+        run = partial(_scaled_sum, a=a.scale, b=b.scale, dtype=dtype)
+        return Term(1.0, self._derive(f"sum {a.scale} {b.scale} {dtype}", run, (a.residual, b.residual), line))
 
     def _of(self, atom: Atom, line: str) -> Term:
         """The coefficient that a primal operand is: a number where it is one."""
@@ -118,18 +119,21 @@ def _reciprocal(x: Any) -> Any:
     return 1 / x
 
 
-def _indicator(which: Any, case: int, dtype: Any) -> Any:
+def _is_chosen(which: Any, case: int) -> Any:
     which = jnp.asarray(which)  # a literal predicate is a number of Python
-    chosen = (which if case else ~which) if which.dtype == bool else which == case
-    return chosen.astype(dtype)
+    return (which if case else ~which) if which.dtype == bool else which == case
 
 
-def _affine(x: Any, scale: float, shift: float) -> Any:
-    return _times(scale, x) + np.asarray(shift, x.dtype)
+def _masked(mask: Any, x: Any) -> Any:
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _scaled_sum(x: Any, y: Any, a: float, b: float) -> Any:
-    return _times(a, x) + _times(b, y)
+def _affine(x: Any, scale: float, shift: float, dtype: Any) -> Any:
+    return _times(scale, x.astype(dtype)) + np.asarray(shift, dtype)
+
+
+def _scaled_sum(x: Any, y: Any, a: float, b: float, dtype: Any) -> Any:
+    return _times(a, x.astype(dtype)) + _times(b, y.astype(dtype))
 
 
 def _times(scale: float, x: Any) -> Any:
@@ -137,8 +141,9 @@ def _times(scale: float, x: Any) -> Any:
 
 
 def _weigh(term: Term, residual: Any, x: Any) -> Any:
-    weighed = x if residual is None else residual.astype(x.dtype) * x
-    return _times(term.scale, weighed)
+    if residual is None:
+        return _times(term.scale, x)
+    return _times(term.scale, _masked(residual, x) if residual.dtype == bool else residual.astype(x.dtype) * x)
 
 
 def combine(terms: tuple[Term, ...], residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:

@@ -193,10 +193,10 @@ class _Builder:
         form: LinearForm = {}
         for position, operand in enumerate(step.operands):
             if isinstance(operand, Value) and self.is_tangent(operand):
-                local = self.coefficients.local(step.name, step.operands, position, out.aval.dtype, line)
+                local = self.coefficients.local(step.name, step.operands, position, line)
                 for source, term in self.form(operand).items():
                     product = self.coefficients.product(local, term, line)
-                    form[source] = self.coefficients.sum(form.get(source), product, line)
+                    form[source] = self.coefficients.sum(form.get(source), product, out.aval.dtype, line)
         self.forms[out] = form
         uses = self.fusible_uses[out]
         sources = len(form)

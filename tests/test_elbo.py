@@ -414,7 +414,7 @@ def test_mutable_state(make):
     problem = make()
     states = []
     for elbo in (Trace_ELBO(), RAD_ELBO(codec=Keep()), RAD_ELBO()):
-        svi = problem.svi(elbo)
+        svi = problem.svi(elbo, optax.sgd(1e-4))  # Adam would blow up the rounding of gradients that are zero
         state = svi.init(jax.random.key(2), *problem.args)
         before = state.mutable_state
         for _ in range(2):

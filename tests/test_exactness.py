@@ -74,6 +74,7 @@ elementwise("two_uses", lambda x: jnp.tanh(x) * jnp.exp(jnp.tanh(x)) + jnp.exp(x
 elementwise("rounding", lambda x: x * jnp.round(x) + jnp.sign(x) * x + jnp.floor(x))
 elementwise("stop_gradient", lambda x: x * lax.stop_gradient(jnp.exp(x)))
 elementwise("safe_root", lambda x: jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0))
+elementwise("masked_infinity", lambda x: jnp.sqrt(jax.nn.relu(x)) + jnp.log(2 * jnp.where(x > 0, x, 0.0) + (x <= 0)))
 elementwise("softmax", lambda x: jax.nn.softmax(jax.nn.log_softmax(x, 0) * x))
 elementwise("logsumexp", lambda x: jax.nn.logsumexp(x * x, axis=0) + jax.nn.logsumexp(x, axis=1).sum())
 elementwise("reductions", lambda x: x.sum(0) * x.max(0) + x.min(0) - x.mean() + jnp.prod(x, 0))

@@ -194,9 +194,12 @@ def test_every_codec_is_unbiased(codec):
     check("gelu_network", codec)
 
 
+# Two readers need two codes, which together are larger than the array itself: it is kept.
+KEPT = [("two_readers_on_one_path", codec) for codec in (StochasticRound(8), SampleAxis(0.15, centred=True))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", CODECS, ids=str)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(("name", "codec"), [(n, c) for n in PROGRAMS for c in CODECS if (n, c) not in KEPT], ids=str)
 def test_every_program_with_every_codec_is_unbiased(name, codec):
     check(name, codec)
 
