@@ -685,7 +685,8 @@ def test_compiled_step_needs_less_memory():
         temp.append(compiled(svi.update, state, x, y).memory_analysis().temp_size_in_bytes)
     exact, keep, four_bits = temp
     assert keep < 0.8 * exact  # 0.75 with JAX 0.10: what one layer works with is much of so narrow a network
-    old = jax.__version_info__ < (0, 11)  # its CPU backend drops barriers, and the order that replaces them costs copies
+    # The CPU backend of JAX 0.10 drops barriers, and the order that replaces them costs copies.
+    old = jax.__version_info__ < (0, 11)
     assert four_bits < (1 / 2 if old else 1 / 3) * exact  # measured: 0.40 with JAX 0.10, 0.31 with 0.12
 
 
