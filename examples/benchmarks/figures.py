@@ -139,7 +139,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.axhline(1.0, color="0.75", linewidth=1, zorder=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.set_xlabel("temporary memory of one compiled SVI step (MiB, log scale)")
     axes.set_ylabel("step time / Trace_ELBO's")
     axes.set_title(f"{report['workload']['title']} (left and low is better)", fontsize=11)
