@@ -8,7 +8,7 @@ alone.
 """
 
 from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, StochasticRound
-from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.elbo import RAD_ELBO, NoiseKeys
 from numpyro_rad.explain import Explanation, explain
 from numpyro_rad.plan import BudgetError
 from numpyro_rad.transform import grad, rad, value_and_grad
@@ -22,6 +22,7 @@ __all__ = [
     "Codec",
     "Explanation",
     "Keep",
+    "NoiseKeys",
     "RandomProjection",
     "SampleAxis",
     "StochasticRound",

@@ -1,16 +1,19 @@
-"""``RAD_ELBO``: NumPyro's ``Trace_ELBO`` with a randomized reverse-mode gradient.
+"""``RAD_ELBO``: NumPyro's ELBOs with a randomized reverse-mode gradient.
 
 The loss is NumPyro's own, traced and handed to :class:`numpyro_rad.transform.Program`; nothing of the model or the
 guide changes. The key of the path randomness is folded out of the loss's key, which is then split as ever, so the value
-under one key is the value of ``Trace_ELBO`` under that key.
+under one key is the value of the ELBO that is wrapped under that key.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import jax
-from numpyro.infer import Trace_ELBO
+from numpyro.handlers import seed
+from numpyro.infer import RenyiELBO, Trace_ELBO
+from numpyro.infer.elbo import ELBO
 
 from numpyro_rad import _jax
 from numpyro_rad.codecs import Codec
@@ -20,12 +23,29 @@ from numpyro_rad.transform import Program, path_seed, plan_of, planner
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
 
 
+class NoiseKeys(NamedTuple):
+    """Keys of the three sources of noise in a gradient of SVI; any of them can be held fixed while others are redrawn.
+
+    All are JAX PRNG keys, typed or raw, and independent of one another. A pytree, so ``jax.vmap`` maps over it.
+
+    :ivar guide: noise of the guide's samples, and whatever else model and guide draw (dropout, ...).
+    :ivar minibatch: indices that ``numpyro.plate(..., subsample_size=...)`` draws.
+    :ivar path: the codes of the residuals; the value of the loss does not depend on it.
+    """
+
+    guide: Any
+    minibatch: Any
+    path: Any
+
+
 class RAD_ELBO(Trace_ELBO):
     """Evidence lower bound whose gradient stores little: a drop-in for ``numpyro.infer.Trace_ELBO``.
 
     The value is exact. The gradient has the expectation of ``Trace_ELBO``'s (over the path randomness, for any fixed
     noise of guide, model and subsampling) and a variance that is larger by a little; :func:`numpyro_rad.explain` says
     where and by how much. Without options every residual that may be coded is rounded stochastically to 4 bits.
+
+    Any other ELBO of NumPyro, or of yours, is wrapped by ``base=``; its attributes are found here too.
 
     Gradients here are random even for a fixed key of guide and data, so line searches (``numpyro.optim.Minimize``) need
     ``codec=Keep()``. Forward-mode differentiation does not exist for it: use ``Trace_ELBO`` there.
@@ -34,13 +54,17 @@ class RAD_ELBO(Trace_ELBO):
     :param vectorize_particles: ``True`` for ``jax.vmap`` over particles, ``False`` for ``jax.lax.map``, or a callable.
     :param multi_sample_guide: whether the guide proposes several samples at once.
     :param sum_sites: whether to sum the contributions of all sites or return them by name (values only).
+    :param base: the ELBO to take the value from instead of ``Trace_ELBO``: an instance of ``TraceMeanField_ELBO``,
+        ``RenyiELBO``, ``TraceGraph_ELBO``, ``TraceEnum_ELBO`` or any subclass of ``numpyro.infer.elbo.ELBO``. The four
+        arguments above belong to ``Trace_ELBO`` and are then set on the base.
     :param memory_budget: the most bytes that may be stored between the two sweeps of one gradient, all particles
         together, an int or a string such as ``"64MiB"``. Codes, scales and kept values count; parameters and data do
         not.
     :param codec: one codec wherever a code is unbiased and smaller; ``Keep()`` for exact gradients, by recomputation
         and fused derivatives alone.
-    :raises TypeError: for a wrong ``codec`` or ``memory_budget``.
-    :raises ValueError: for a budget that cannot be read, or for both options at once.
+    :raises TypeError: for a wrong ``base``, ``codec`` or ``memory_budget``.
+    :raises ValueError: for a budget that cannot be read, for ``codec`` and ``memory_budget`` at once, or for a ``base``
+        together with an argument that belongs on it.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.
 
     The loss raises ``ValueError`` where there are no parameters (unless ``codec`` is exact) and ``NotImplementedError``
@@ -51,6 +75,7 @@ class RAD_ELBO(Trace_ELBO):
     Example::
 
         svi = SVI(model, guide, optax.adam(1e-3), RAD_ELBO(memory_budget="256MiB"))
+        svi = SVI(model, guide, optax.adam(1e-3), RAD_ELBO(base=TraceMeanField_ELBO(num_particles=8)))
     """
 
     def __init__(
@@ -60,31 +85,68 @@ class RAD_ELBO(Trace_ELBO):
         multi_sample_guide: bool = False,
         sum_sites: bool = True,
         *,
+        base: ELBO | None = None,
         memory_budget: int | str | None = None,
         codec: Codec | None = None,
     ) -> None:
-        super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
+        own = (num_particles, vectorize_particles, multi_sample_guide, sum_sites)
+        if base is None:
+            base = Trace_ELBO(*own)
+        elif own != (1, True, False, True):
+            raise ValueError(
+                "num_particles, vectorize_particles, multi_sample_guide and sum_sites are set on the base: write "
+                f"RAD_ELBO(base={type(base).__name__}(num_particles=...))."
+            )
+        if not isinstance(base, ELBO) or isinstance(base, RAD_ELBO):
+            raise TypeError(
+                f"base={base!r} is not an instance of one of NumPyro's ELBOs. Pass one, for example "
+                "base=TraceMeanField_ELBO(), or nothing for Trace_ELBO."
+            )
         planner(codec, memory_budget)  # complain now rather than in the first step
+        self.base = base
+        self.can_infer_discrete = base.can_infer_discrete  # the class has one of its own
         self.memory_budget = memory_budget
         self.codec = codec
+
+    def __getattr__(self, name: str) -> Any:
+        """What ``SVI`` and users ask of an ELBO (``num_particles``, ``max_plate_nesting``, ...) is the base's."""
+        if name == "base" or name.startswith("__"):  # copies and unpickled objects ask before there is a base
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def loss(self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Negative ELBO as the base returns it; ``rng_key`` seeds the paths too."""
+        path_key = jax.random.fold_in(rng_key, _PATH_TAG)
+        return self._randomized(path_key, self.base.loss, rng_key, param_map, model, guide, args, kwargs)
 
     def loss_with_mutable_state(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Negative ELBO and mutable state, as ``Trace_ELBO`` returns them; ``rng_key`` seeds the paths too."""
+        """Negative ELBO and mutable state, as the base returns them; ``rng_key`` seeds the paths too."""
+
+        def exact(*operands: Any, **options: Any) -> Any:
+            result = self.base.loss_with_mutable_state(*operands, **options)
+            return {**result, "mutable_state": jax.lax.stop_gradient(result["mutable_state"])}
+
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
-        return self._randomized(path_key, rng_key, param_map, model, guide, args, kwargs)
+        return self._randomized(path_key, exact, rng_key, param_map, model, guide, args, kwargs)
 
-    def loss_with_path_key(
-        self, path_key: Any, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The loss with a path key of its own: what is drawn from ``rng_key`` can be held fixed while it changes.
+    def loss_with_keys(self, keys: NoiseKeys, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss with a key of its own for each source of noise, for instance to tell their variances apart.
 
-        :param path_key: key of the path randomness; the value does not depend on it, the gradient's noise does.
-        :param rng_key: key of guide, model and subsampling.
-        :return: the negative ELBO.
+        :param keys: keys of guide, minibatch and path noise. Particles draw their own minibatches as under the base
+            (those of ``RenyiELBO`` share one). Plates in the body of a ``numpyro.contrib.control_flow.scan`` draw from
+            the guide's key.
+        :return: the negative ELBO; for a model without subsampling it is that of ``loss`` under the guide's key.
+
+        Example::
+
+            gradient = jax.grad(lambda params, path: elbo.loss_with_keys(
+                NoiseKeys(guide_key, minibatch_key, path), params, model, guide, x, y))
+            draws = jax.vmap(gradient, (None, 0))(params, jax.random.split(key, 100))  # path noise alone
         """
-        return self._randomized(path_key, rng_key, param_map, model, guide, args, kwargs)["loss"]
+        base, model, guide = _with_minibatch_key(self.base, keys.minibatch, model, guide)
+        return self._randomized(keys.path, base.loss, keys.guide, param_map, model, guide, args, kwargs)
 
     def plan(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
@@ -92,23 +154,26 @@ class RAD_ELBO(Trace_ELBO):
         """The plan for gradients with respect to ``param_map``, and the names of its arrays in order."""
         self._check(param_map)
         return plan_of(
-            lambda params: self._exact(rng_key, params, model, guide, args, kwargs), param_map, self._planner()
+            lambda params: self.base.loss(rng_key, params, model, guide, *args, **kwargs), param_map, self._planner()
         )
 
     def _randomized(
-        self, path_key: Any, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict
+        self,
+        path_key: Any,
+        exact: Any,
+        rng_key: Any,
+        param_map: Any,
+        model: Any,
+        guide: Any,
+        args: tuple,
+        kwargs: dict,
     ) -> Any:
         self._check(param_map)
-        program = Program(lambda: self._exact(rng_key, param_map, model, guide, args, kwargs), (), self._planner())
+        program = Program(lambda: exact(rng_key, param_map, model, guide, *args, **kwargs), (), self._planner())
         return program(path_seed(path_key))
 
     def _planner(self) -> Any:
         return planner(self.codec, self.memory_budget)
-
-    def _exact(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict) -> Any:
-        """NumPyro's loss. The mutable state is an output without a cotangent."""
-        result = super().loss_with_mutable_state(rng_key, param_map, model, guide, *args, **kwargs)
-        return {**result, "mutable_state": jax.lax.stop_gradient(result["mutable_state"])}
 
     def _check(self, param_map: Any) -> None:
         leaves = jax.tree.leaves(param_map)
@@ -123,3 +188,41 @@ class RAD_ELBO(Trace_ELBO):
                 "(forward_mode_differentiation=True). Forward mode stores no residuals, so there is nothing to save: "
                 "use numpyro.infer.Trace_ELBO for it."
             )
+
+
+class _PlateSeeded:
+    """A model or guide whose plates draw from a key of their own.
+
+    It is a callable rather than a handler around one so that the key may change from particle to particle.
+    """
+
+    def __init__(self, fn: Any, key: Any) -> None:
+        self.fn, self.key = fn, key
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return seed(self.fn, self.key, hide_types=["sample", "prng_key", "control_flow"])(*args, **kwargs)
+
+
+def _with_minibatch_key(base: ELBO, key: Any, model: Any, guide: Any) -> tuple[ELBO, Any, Any]:
+    """``base``, model and guide such that plates draw from ``key``, each particle with its own share of it."""
+    wrapped = _PlateSeeded(model, key), _PlateSeeded(guide, key)
+
+    def set_key(key: Any) -> None:
+        for number, fn in enumerate(wrapped):  # a plate of the guide and another of the model are independent
+            fn.key = jax.random.fold_in(key, number)
+
+    set_key(key)
+    if isinstance(base, RenyiELBO):  # its particles share a minibatch, by definition of the bound
+        return base, *wrapped
+    vectorize = base.vectorize_particles_fn
+
+    def vectorize_with_keys(particle: Any, keys: Any) -> Any:
+        def of_pair(pair: tuple[Any, Any]) -> Any:
+            set_key(pair[1])
+            return particle(pair[0])
+
+        return vectorize(of_pair, (keys, jax.random.split(key, len(keys))))
+
+    base = copy.copy(base)
+    base.vectorize_particles_fn = vectorize_with_keys
+    return base, *wrapped

@@ -118,7 +118,7 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
 
         print(explain(RAD_ELBO(), key, svi.get_params(state), model, guide, x, y))
     """
-    if hasattr(target, "loss_with_path_key"):
+    if hasattr(target, "loss_with_keys"):
         plan, names = target.plan(*args, **kwargs)
         names = [name.removesuffix("$params").split("_auto_")[0] for name in names]
     elif hasattr(target, "planned"):

@@ -1,9 +1,12 @@
-"""What every test shares: where the data files are."""
+"""What every test shares: where the data files are, double precision, small residuals that count."""
 
 import os
 from pathlib import Path
 
+import jax
 import pytest
+
+import numpyro_rad.plan
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,3 +25,16 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs data files: pass --data-dir or set NUMPYRO_RAD_DATA")
     return Path(folder)
+
+
+@pytest.fixture
+def double():
+    """Double precision for a test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def encode_all(monkeypatch):
+    """Residuals of small models are encoded as well."""
+    monkeypatch.setattr(numpyro_rad.plan, "LEAST_ENCODED_BYTES", 0)

@@ -28,6 +28,8 @@ from numpyro.infer.svi import SVIState
 from rivals import RIVALS, Rival
 from workloads import BayesianMLP
 
+from numpyro_rad import NoiseKeys
+
 Gradient = Any  # a pytree of arrays, one per guide parameter
 
 
@@ -58,7 +60,8 @@ class Step:
 
         def loss(params: Any, path_key: jax.Array, key: jax.Array, batch: Sequence[jax.Array]) -> jax.Array:
             svi = self.svi
-            return svi.loss.loss_with_path_key(path_key, key, self.constrain(params), svi.model, svi.guide, *batch)
+            keys = NoiseKeys(guide=key, minibatch=key, path=path_key)
+            return svi.loss.loss_with_keys(keys, self.constrain(params), svi.model, svi.guide, *batch)
 
         return jax.jit(jax.grad(loss))
 
@@ -79,18 +82,24 @@ class Compiled:
     step: Callable[..., Any]
     trace_and_lower_seconds: float
     compile_seconds: float
+    cpu_seconds: float  # of both together, all threads: what other work on the machine changes least
     temp_bytes: int
 
 
 def compile_step(step: Step) -> Compiled:
     """Compile ``jit(svi.update)`` for the step's state and batch, from empty caches."""
+    return compile_update(step.svi.update, step.state, *step.batch)
+
+
+def compile_update(update: Callable[..., Any], state: SVIState, *args: Any) -> Compiled:
+    """Compile ``jit(update)`` for a state and the array arguments of the model, from empty caches."""
     jax.clear_caches()
-    started = time.perf_counter()
-    lowered = jax.jit(step.svi.update).lower(step.state, *step.batch)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    lowered = jax.jit(update).lower(state, *args)
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
-    done = time.perf_counter()
-    return Compiled(compiled, lowered_at - started, done - lowered_at, temp_size(compiled))
+    done, cpu_done = time.perf_counter(), time.process_time()
+    return Compiled(compiled, lowered_at - started, done - lowered_at, cpu_done - cpu_started, temp_size(compiled))
 
 
 def temp_size(compiled: Any) -> int:

@@ -11,11 +11,7 @@ rival that fails keeps the numbers it has and gets a ``failure``; ratios are to 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,6 +21,7 @@ from typing import Any
 
 import jax
 import measure
+from record import log, machine, versions
 from rivals import RIVALS
 from workloads import WORKLOADS, BayesianMLP
 
@@ -288,43 +285,6 @@ def describe(name: str) -> dict[str, Any]:
     rival = RIVALS[name]
     labels = {"name": name, "label": rival.label, "family": rival.family, "kind": rival.kind, "note": rival.note}
     return {**labels, "stored_bytes": None}
-
-
-def machine() -> dict[str, Any]:
-    """The hardware and operating system, without names of hosts or users."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    try:
-        system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        system = f"{platform.system()} {platform.release()}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = jax.devices()[0]
-    return {
-        "cpu": f"{model} ({platform.machine()})",
-        "cores": cores,
-        "os": system,
-        "backend": device.platform,
-        "device": device.device_kind,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "numpyro", "optax", "numpyro_rad"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def log(message: str) -> None:
-    """Progress goes to standard error."""
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""Programs that tests of the ELBOs share: a model, a guide, their arguments and parameters, and ways to compare."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from models import wave
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_rad import explain
+
+KEY = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Model, guide and their arguments, with parameters to look at."""
+
+    model: object
+    guide: object
+    args: tuple
+    kwargs: dict
+    params: dict
+
+    def loss(self, elbo, key, params, *args):
+        return elbo.loss(key, params, self.model, self.guide, *(args or self.args), **self.kwargs)
+
+    def value_and_grad(self, elbo, key=None):
+        key = jax.random.key(KEY) if key is None else key
+        return jax.jit(jax.value_and_grad(partial(self.loss, elbo, key)))(self.params)
+
+    def svi(self, elbo, optimizer=None):
+        return SVI(self.model, self.guide, optimizer or optax.adam(1e-2), elbo)
+
+    def explain(self, elbo):
+        return explain(elbo, jax.random.key(KEY), self.params, self.model, self.guide, *self.args, **self.kwargs)
+
+
+def program(model, guide, *args, elbo=None, **kwargs):
+    svi = SVI(model, guide, optax.adam(1e-2), elbo or Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(1), *args, **kwargs))
+    return Program(model, guide, args, kwargs, params)
+
+
+def network(x, y, batch_size=None, activation=jnp.tanh):
+    """One hidden layer, few sites: what compiles fast. Optionally on a minibatch."""
+    w = numpyro.sample("w", dist.Normal(jnp.zeros((x.shape[1], 16)), 1.0).to_event(2))
+    v = numpyro.sample("v", dist.Normal(jnp.zeros(16), 1.0).to_event(1))
+    with numpyro.plate("points", x.shape[0], subsample_size=batch_size):
+        batch, targets = numpyro.subsample(x, event_dim=1), numpyro.subsample(y, event_dim=0)
+        numpyro.sample("y", dist.Normal(activation(batch @ w) @ v, 0.5), obs=targets)
+
+
+def small_network(points=64):
+    return _small_network(points, bool(jax.config.jax_enable_x64))
+
+
+@cache
+def _small_network(points, double):
+    return program(network, AutoNormal(network, init_scale=0.1), *wave(points))
+
+
+@cache
+def exact(problem):
+    """Value and gradient of ``Trace_ELBO`` under the usual key."""
+    return problem.value_and_grad(Trace_ELBO())
+
+
+def assert_close(actual, expected, rtol):
+    """Each array within ``rtol`` of the largest entry of the expected one."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), path
+        scale = np.abs(b).max(initial=0.0)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_equal_trees(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def flat(tree):
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+
+
+def is_random(explanation):
+    return any(row.relative_variance > 0 for row in explanation.rows)
