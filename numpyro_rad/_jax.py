@@ -142,7 +142,7 @@ def is_forward_mode(x: Any) -> bool:
 
 
 # Up to this release XLA's CPU backend drops optimization barriers before it schedules, so that order needs a
-# dependency.
+# dependency. Among several devices it would cost collectives, so there the order is left to the compiler.
 _BARRIERS_ARE_DROPPED = tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11)
 
 
@@ -150,7 +150,7 @@ def barrier(first: Sequence[Any], then: Sequence[Any]) -> tuple[list[Any], list[
     """Both lists unchanged, but what is computed from either waits until all of ``first`` is there."""
     avals = [jax.typeof(v) for v in then]
     raw = [to_raw(v) for v in then]
-    if _BARRIERS_ARE_DROPPED and jax.default_backend() == "cpu":
+    if _BARRIERS_ARE_DROPPED and jax.default_backend() == "cpu" and jax.device_count() == 1:
         raw = _tied(first, raw)
     done, raw = lax.optimization_barrier((list(first), raw)) if first or raw else ([], [])
     return done, [from_raw(r, a) for r, a in zip(raw, avals, strict=True)]

@@ -192,6 +192,11 @@ class Codec:
     _needs, _least_axes = "real floating-point arrays (float16, bfloat16, float32, float64)", 0
 
 
+def _rows(shape):
+    """Where an axis is to be sampled or projected: that of an array as it is, or of a vector cut into rows."""
+    return shape if len(shape) != 1 else (shape[0] // max(_cut(shape[0], 1, 256), 1), _cut(shape[0], 1, 256))
+
+
 class _Exact(Codec):
     exact = True
 
@@ -222,29 +227,49 @@ class Keep(_Exact):
         return "keep"
 
 
+def _cut(length, inner, size):
+    """How many of the `length` blocks of `inner` entries make a row of about `size`: all of them, or a divisor.
+
+    Of the divisors that come close, one with few factors of two, and of these the one that comes closest: then the rows
+    end where the shares of 2, 4, 8, ... devices end.
+    """
+    if length * inner <= 2 * size:
+        return length
+    near = [d for d in range(1, 2 * size // inner + 1) if length % d == 0 and 8 * d * inner >= 3 * size]
+    return min(near, key=lambda d: (d & -d, abs(d * inner - size)), default=length)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """View of an array as (lead, groups, slots, width): byte w of a group holds entry w of each of its slots.
 
-    `lead` are whole leading (batch) axes, never merged into a group, so that coding keeps the order and the sharding of
-    the batch. A slot is a contiguous run, so packing and unpacking are vector operations on whole runs.
+    A group never reaches over the edge of a *row*, and rows are cut so that they keep the order of the leading (batch)
+    axes and, where the sizes allow it, the edges between the shares of several devices. A slot is a contiguous run, so
+    packing and unpacking are vector operations on whole runs.
     """
 
-    lead: int
-    inner: int  # entries for each leading index, before padding
+    lead: int  # rows
+    inner: int  # entries of each row, before padding
     groups: int
     slots: int  # entries packed in a byte
     width: int  # bytes of a group
 
     @classmethod
-    def of(cls, shape, at_least, slots, group=None):
-        axis, inner = len(shape), 1
-        while axis and inner < at_least:
+    def of(cls, shape, slots, size=256, group=None):
+        """
+        :param size: how long a row should be at least, about.
+        :param group: most entries of a group; None for one group in each row.
+        """
+        axis, inner, lead = len(shape), 1, math.prod(shape)
+        while axis and inner < size:
             axis -= 1
-            inner *= shape[axis]
+            part = shape[axis] if axis == len(shape) - 1 > 0 else _cut(shape[axis], inner, size)
+            inner, lead = inner * part, math.prod(shape[:axis]) * (shape[axis] // max(part, 1))
+            if part < shape[axis]:
+                break
         groups = -(-inner // (group or max(inner, 1)))
         width = max(1, -(-inner // (max(groups, 1) * slots)))
-        return cls(math.prod(shape[:axis]), inner, -(-inner // (width * slots)), slots, width)
+        return cls(lead, inner, -(-inner // (width * slots)), slots, width)
 
     def split(self, x):
         x = x.reshape(self.lead, self.inner)
@@ -277,15 +302,15 @@ class BitMask(_Exact):
 
     def encode(self, seed, x):
         self._check(x)
-        layout = _Layout.of(x.shape, 256, 8)
+        layout = _Layout.of(x.shape, 8)
         return (layout.pack(layout.split(x)),)
 
     def decode(self, seed, code, like):
-        layout = _Layout.of(like.shape, 256, 8)
+        layout = _Layout.of(like.shape, 8)
         return layout.join(layout.unpack(code[0]) != 0, like.shape)
 
     def stored_bytes(self, shape, dtype):
-        layout = _Layout.of(shape, 256, 8)
+        layout = _Layout.of(shape, 8)
         return layout.lead * layout.groups * layout.width
 
     def supports(self, shape, dtype):
@@ -337,7 +362,7 @@ class StochasticRound(Codec):
             )
 
     def _layout(self, shape):
-        return _Layout.of(shape, self.group, 8 // self.bits, self.group)
+        return _Layout.of(shape, 8 // self.bits, max(256, self.group), self.group)
 
     def _fit(self, x):
         """Minimum and step of each group, (lead, groups) each."""
@@ -392,8 +417,9 @@ class SampleAxis(Codec):
 
     The last axis is cut into strata of s = round(1 / keep) neighbours (the last may be smaller). One entry of each,
     chosen uniformly, is kept and scaled by the size of its stratum, the others become zero: mean x, variance
-    (s - 1) x**2 for each entry. Which entries were kept follows from the seed and is not stored. A NaN or an infinity
-    makes all the kept entries of its row NaN, and the whole row if centred.
+    (s - 1) x**2 for each entry. Which entries were kept follows from the seed and is not stored. A vector is seen as
+    rows of some 256 entries. A NaN or an infinity makes all the kept entries of its row NaN, and the whole row if
+    centred.
 
     :param keep: fraction of the entries that is stored, above 0 and at most 2/3.
     :param per: "row" for another choice in each row (all axes but the last), "shared" for one choice for all rows, so
@@ -434,6 +460,7 @@ class SampleAxis(Codec):
 
     def encode(self, seed, x):
         self._check(x)
+        x = x.reshape(_rows(x.shape))
         chosen = self._chosen(seed, x.shape)
         strata, size = chosen.shape[-2:]
         grouped = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, strata * size - x.shape[-1])])
@@ -442,25 +469,29 @@ class SampleAxis(Codec):
         return (kept, self._mean(x)) if self.centred else (kept,)
 
     def decode(self, seed, code, like):
-        sizes = self._sizes(like.shape[-1])
+        shape = _rows(like.shape)
+        sizes = self._sizes(shape[-1])
         dtype = _work_dtype(like.dtype)
         mean = code[1][..., None] if self.centred else np.zeros((), dtype)
         scaled = mean + (code[0].astype(dtype) - mean) * jnp.asarray(sizes, dtype)  # (..., strata)
-        dense = jnp.where(self._chosen(seed, like.shape), scaled[..., None], mean[..., None])  # (..., strata, size)
-        dense = dense.reshape(*like.shape[:-1], math.prod(dense.shape[-2:]))[..., : like.shape[-1]]
+        dense = jnp.where(self._chosen(seed, shape), scaled[..., None], mean[..., None])  # (..., strata, size)
+        dense = dense.reshape(*shape[:-1], math.prod(dense.shape[-2:]))[..., : shape[-1]].reshape(like.shape)
         return _cast_unbiased(dense, like.dtype, fold(seed, 1))
 
     def stored_bytes(self, shape, dtype):
+        shape = _rows(shape)
         each_row = len(self._sizes(shape[-1])) * _itemsize(dtype) + self.centred * _work_dtype(dtype).itemsize
         return math.prod(shape[:-1]) * each_row
 
     def variance(self, x):
+        x = x.reshape(_rows(x.shape))
         sizes = self._sizes(x.shape[-1])
         deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
         return (jnp.asarray(np.repeat(sizes - 1, sizes), deviation.dtype) * deviation**2).sum()
 
     def relative_variance(self, shape):
-        n, sizes = shape[-1], self._sizes(shape[-1])
+        n = _rows(shape)[-1]
+        sizes = self._sizes(n)
         return float((sizes * (sizes - 1)).sum() / n * ((n - 1) / n if self.centred else 1)) if n else 0.0
 
     def __str__(self):
@@ -475,7 +506,8 @@ class RandomProjection(Codec):
     Stores x P and decodes (x P) Pᵀ, where P, of shape (n, k), k = max(1, round(keep * n)), holds independent signs over
     sqrt(k), so E[P Pᵀ] = I and the variance is (n - 1) / k times the squared norm, whatever x is. P follows from the
     seed, is not stored, and is shared by the rows. It is made in full, n * k entries, while encoding and decoding:
-    meant for axes of at most a few thousand entries. A NaN or an infinity makes its row NaN.
+    meant for axes of at most a few thousand entries. A vector is seen as rows of some 256 entries. A NaN or an infinity
+    makes its row NaN.
 
     :param keep: numbers stored for each entry, above 0 and at most 1.
     :raises ValueError: if `keep` is not.
@@ -498,25 +530,27 @@ class RandomProjection(Codec):
 
     def encode(self, seed, x):
         self._check(x)
-        wide = x.astype(_work_dtype(x.dtype))
-        code = jnp.matmul(wide, self._matrix(seed, x.shape[-1], wide.dtype), precision="highest")  # (..., k)
+        wide = x.astype(_work_dtype(x.dtype)).reshape(_rows(x.shape))
+        code = jnp.matmul(wide, self._matrix(seed, wide.shape[-1], wide.dtype), precision="highest")  # (..., k)
         code = jnp.where(jnp.isfinite(wide).all(-1, keepdims=True), code, jnp.nan)
         return (_cast_unbiased(code, x.dtype, fold(seed, 1)),)
 
     def decode(self, seed, code, like):
         wide = code[0].astype(_work_dtype(like.dtype))
-        decoded = jnp.matmul(wide, self._matrix(seed, like.shape[-1], wide.dtype).T, precision="highest")
-        return _cast_unbiased(decoded, like.dtype, fold(seed, 2))
+        decoded = jnp.matmul(wide, self._matrix(seed, _rows(like.shape)[-1], wide.dtype).T, precision="highest")
+        return _cast_unbiased(decoded.reshape(like.shape), like.dtype, fold(seed, 2))
 
     def stored_bytes(self, shape, dtype):
+        shape = _rows(shape)
         return math.prod(shape[:-1]) * self._columns(shape[-1]) * _itemsize(dtype)
 
     def variance(self, x):
-        n = x.shape[-1]
+        n = _rows(x.shape)[-1]
         return (x.astype(_work_dtype(x.dtype)) ** 2).sum() * (max(n - 1, 0) / self._columns(n))
 
     def relative_variance(self, shape):
-        return max(shape[-1] - 1, 0) / self._columns(shape[-1])
+        n = _rows(shape)[-1]
+        return max(n - 1, 0) / self._columns(n)
 
     def __str__(self):
         return f"project {self.keep:g}"
