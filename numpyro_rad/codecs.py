@@ -194,7 +194,10 @@ class Codec:
 
 def _rows(shape):
     """Where an axis is to be sampled or projected: that of an array as it is, or of a vector cut into rows."""
-    return shape if len(shape) != 1 else (shape[0] // max(_cut(shape[0], 1, 256), 1), _cut(shape[0], 1, 256))
+    if len(shape) != 1:
+        return shape
+    row = _cut(shape[0], 1, 256)
+    return (shape[0] // row, row) if row else (1, 0)
 
 
 class _Exact(Codec):
@@ -230,13 +233,11 @@ class Keep(_Exact):
 def _cut(length, inner, size):
     """How many of the `length` blocks of `inner` entries make a row of about `size`: all of them, or a divisor.
 
-    Of the divisors that come close, one with few factors of two, and of these the one that comes closest: then the rows
-    end where the shares of 2, 4, 8, ... devices end.
+    The number of rows is divisible by 32 or else as even as can be: then rows end where the shares of 2, 4, 8, ...
+    devices end. Of such divisors the one that comes closest.
     """
-    if length * inner <= 2 * size:
-        return length
-    near = [d for d in range(1, 2 * size // inner + 1) if length % d == 0 and 8 * d * inner >= 3 * size]
-    return min(near, key=lambda d: (d & -d, abs(d * inner - size)), default=length)
+    near = [d for d in range(1, 2 * size // max(inner, 1) + 1) if length % d == 0 and 4 * d * inner >= size]
+    return min(near, key=lambda d: (-math.gcd(length // d, 32), abs(d * inner - size)), default=length)
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,8 @@ class _Layout:
         """Integers below 2**(8 / slots), shape (lead, groups, slots, width), to uint8 (lead, groups, width)."""
         shift = lax.broadcasted_iota(jnp.uint32, (1, 1, self.slots, 1), 2) * _u32(8 // self.slots)
         # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
-        # stored.
-        return lax.reduce((q.astype(jnp.uint32) << shift).astype(jnp.uint8), np.uint8(0), lax.bitwise_or, (2,))
+        # stored. Added rather than combined by "or", which not every backend has among devices.
+        return lax.reduce((q.astype(jnp.uint32) << shift).astype(jnp.uint8), np.uint8(0), lax.add, (2,))
 
     def unpack(self, code):
         bits = 8 // self.slots  # constant shifts, stacked: five times faster on CPU than one broadcast shift

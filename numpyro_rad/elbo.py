@@ -1,6 +1,6 @@
 """``RAD_ELBO``: NumPyro's ELBOs with a randomized reverse-mode gradient.
 
-The loss is NumPyro's own, traced and handed to :class:`numpyro_rad.transform.Program`; nothing of the model or the
+The loss is NumPyro's own, traced and handed to :func:`numpyro_rad.transform.randomized`; nothing of the model or the
 guide changes. The key of the path randomness is folded out of the loss's key, which is then split as ever, so the value
 under one key is the value of the ELBO that is wrapped under that key.
 """
@@ -8,6 +8,7 @@ under one key is the value of the ELBO that is wrapped under that key.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro_rad import _jax
 from numpyro_rad.codecs import Codec
 from numpyro_rad.plan import Plan
-from numpyro_rad.transform import Program, path_seed, plan_of, planner
+from numpyro_rad.transform import path_seed, plan_of, planner, randomized
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
 
@@ -67,8 +68,7 @@ class RAD_ELBO(Trace_ELBO):
         together with an argument that belongs on it.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.
 
-    The loss raises ``ValueError`` where there are no parameters (unless ``codec`` is exact) and ``NotImplementedError``
-    under forward-mode differentiation.
+    The loss raises ``NotImplementedError`` under forward-mode differentiation. Attributes of the base may be set here.
 
     **Reference:** Oktay, McGreivy, Aduol, Beatson, Adams, *Randomized Automatic Differentiation*, ICLR 2021.
 
@@ -103,8 +103,8 @@ class RAD_ELBO(Trace_ELBO):
                 "base=TraceMeanField_ELBO(), or nothing for Trace_ELBO."
             )
         planner(codec, memory_budget)  # complain now rather than in the first step
-        self.base = base
         self.can_infer_discrete = base.can_infer_discrete  # the class has one of its own
+        self.base = base
         self.memory_budget = memory_budget
         self.codec = codec
 
@@ -113,6 +113,10 @@ class RAD_ELBO(Trace_ELBO):
         if name == "base" or name.startswith("__"):  # copies and unpickled objects ask before there is a base
             raise AttributeError(name)
         return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in ("base", "memory_budget", "codec") or "base" not in vars(self)
+        object.__setattr__(self if own else self.base, name, value)
 
     def loss(self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Negative ELBO as the base returns it; ``rng_key`` seeds the paths too."""
@@ -152,7 +156,11 @@ class RAD_ELBO(Trace_ELBO):
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> tuple[Plan, list]:
         """The plan for gradients with respect to ``param_map``, and the names of its arrays in order."""
-        self._check(param_map)
+        if not jax.tree.leaves(param_map):
+            raise ValueError(
+                "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter and "
+                "no gradient has a plan. Use a guide with parameters, for example AutoNormal(model)."
+            )
         return plan_of(
             lambda params: self.base.loss(rng_key, params, model, guide, *args, **kwargs), param_map, self._planner()
         )
@@ -168,26 +176,22 @@ class RAD_ELBO(Trace_ELBO):
         args: tuple,
         kwargs: dict,
     ) -> Any:
-        self._check(param_map)
-        program = Program(lambda: exact(rng_key, param_map, model, guide, *args, **kwargs), (), self._planner())
-        return program(path_seed(path_key))
-
-    def _planner(self) -> Any:
-        return planner(self.codec, self.memory_budget)
-
-    def _check(self, param_map: Any) -> None:
-        leaves = jax.tree.leaves(param_map)
-        if not leaves and not (self.codec is not None and self.codec.exact):
-            raise ValueError(
-                "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter. "
-                "Use a guide with parameters, for example AutoNormal(model), or Trace_ELBO for the value alone."
-            )
-        if any(_jax.is_forward_mode(x) for x in leaves):
+        if any(_jax.is_forward_mode(x) for x in jax.tree.leaves(param_map)):
             raise NotImplementedError(
                 "RAD_ELBO randomizes reverse-mode differentiation and has no forward mode "
                 "(forward_mode_differentiation=True). Forward mode stores no residuals, so there is nothing to save: "
                 "use numpyro.infer.Trace_ELBO for it."
             )
+        seed = path_seed(path_key)
+        run = partial(exact, rng_key, param_map, model, guide, *args, **kwargs)
+        if not _jax.is_traced((seed, rng_key, param_map, args, kwargs)):
+            value = run()  # outside of any transformation a model may look at its numbers
+            if not _jax.is_traced(value):
+                return value
+        return randomized(run, self._planner(), seed)
+
+    def _planner(self) -> Any:
+        return planner(self.codec, self.memory_budget)
 
 
 class _PlateSeeded:

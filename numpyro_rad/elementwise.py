@@ -24,7 +24,7 @@ import numpy as np
 from numpyro_rad import _jax
 from numpyro_rad.graph import Atom, Constant, Equation, Value
 
-LINEAR = frozenset("mul div select_n neg add add_any sub copy copy_p".split())
+LINEAR = frozenset("mul div select_n neg add add_any sub copy".split())
 """Primitives of the tangent program that have a diagonal Jacobian if all their tangents have the result's shape."""
 
 SUMS = LINEAR - {"mul", "div"}

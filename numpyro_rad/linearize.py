@@ -21,15 +21,14 @@ from numpyro_rad.elementwise import ONE, Coefficients, LinearForm
 from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
 
 
-def linearize(jaxpr: _jax.Jaxpr, consts: Sequence[Any], active: Sequence[bool]) -> Graph:
-    """The LCG of ``jaxpr`` with respect to the active ones among its constants and inputs.
+def linearize(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
+    """The LCG of ``jaxpr`` with respect to the active ones among its inputs.
 
     :param jaxpr: a traced program.
-    :param consts: its constants; they become the first inputs of the graph.
-    :param active: one flag for each constant and input: whether its cotangent is wanted.
+    :param active: one flag for each input: whether its cotangent is wanted.
     :return: a graph whose tangent outputs are aligned with the program's outputs (None: no or zero tangent).
     """
-    both, has_tangent = _jax.jvp_jaxpr(jaxpr, consts, active)
+    both, has_tangent = _jax.jvp_jaxpr(jaxpr, active)
     is_tangent = [False] * len(active) + [True] * sum(active)
     graph, results = split(both, is_tangent)
     n_outs = len(has_tangent)
@@ -135,7 +134,7 @@ class _Builder:
                 self.add_primal(step)
             elif self.is_elementwise(step):
                 self.add_elementwise(step)
-            elif step.name in rules.MIXED:
+            elif step.name in rules.MIXED and not any(map(_jax.has_references, _jax.inner_jaxprs(step.equation))):
                 self.add_split(step)
             elif any(r not in flat.tangents for r in step.results):
                 self.add_opaque(step)

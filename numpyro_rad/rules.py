@@ -18,14 +18,14 @@ from numpyro_rad import _jax
 
 _ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
-complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
+complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
 imag integer_pow is_finite le lgamma log log1p logistic lt le_to lt_to max min mul ne neg nextafter not
 one_minus_square or population_count pow real reduce_precision rem round rsqrt select_n shift_left
 shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """.split()
 
 _STRUCTURAL = """
-broadcast_in_dim concatenate dynamic_slice dynamic_update_slice empty expand_dims gather iota pad reshape rev scatter
+broadcast_in_dim concatenate dynamic_slice dynamic_update_slice empty gather iota pad reshape rev scatter
 slice split squeeze transpose
 """.split()
 
@@ -39,17 +39,15 @@ _RANDOM = "random_bits threefry2x32 random_wrap random_unwrap random_split rando
 CHEAP = frozenset(_ELEMENTWISE + _STRUCTURAL + _REDUCTIONS + _RANDOM)
 """Primitives of the primal program that may be run again in the backward sweep."""
 
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
+_CALLS = frozenset({"jit", "closed_call", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call"})
 
 BILINEAR = frozenset({"dot_general", "conv_general_dilated", "mul"})
 """Primitives of the tangent program whose pullback is linear in the residual that they read."""
 
-STRUCTURAL = frozenset([*_STRUCTURAL, "reduce_sum", "cumsum", "convert_element_type", "copy", "copy_p", "scatter-add"])
+STRUCTURAL = frozenset([*_STRUCTURAL, "reduce_sum", "cumsum", "convert_element_type", "copy", "scatter-add"])
 """Primitives of the tangent program that read no residual worth storing (indices and zeros at most)."""
 
-PASSES_ESTIMATE = frozenset(
-    "reshape transpose broadcast_in_dim squeeze expand_dims rev copy copy_p convert_element_type".split()
-)
+PASSES_ESTIMATE = frozenset("reshape transpose broadcast_in_dim squeeze rev copy convert_element_type".split())
 """One-operand linear rearrangements: an unbiased estimate of the input gives one of the output."""
 
 MIXED = frozenset({"scan", "cond"})

@@ -70,11 +70,12 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
         inside = {o for e in stage for o in e.outputs}
         outside = dict.fromkeys(a for e in stage for a in e.inputs if isinstance(a, Value) and a not in inside)
         local = {v: env[v] for v in outside}
-        if i:
+        if i and pending:
             codes, tree = jax.tree.flatten([encoded[v] for v in pending])
             done = [env[v] for v in dict.fromkeys(o for e in stages[i - 1] if e.anchor for o in e.outputs)]
-            codes, arrays = _jax.barrier([*codes, *done], list(local.values()))
-            local = dict(zip(local, arrays, strict=True))
+            waiting = [v for v in outside if v in _leading_to_anchors(stage)]
+            codes, arrays = _jax.barrier([*codes, *done], [env[v] for v in waiting])
+            local.update(zip(waiting, arrays, strict=True))
             encoded.update(zip(pending, jax.tree.unflatten(tree, codes[: tree.num_leaves]), strict=True))
             pending.clear()
         for equation in stage:
@@ -95,6 +96,15 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
         tuple(children[s] for s in plan.children),
     )
     return outs, tape
+
+
+def _leading_to_anchors(stage: list[Equation]) -> set[Atom]:
+    """What the expensive steps of a stage follow from."""
+    found: set[Atom] = set()
+    for equation in reversed(stage):
+        if equation.anchor or any(o in found for o in equation.outputs):
+            found.update(equation.inputs)
+    return found
 
 
 def _read(env: dict[Value, Any], atom: Atom) -> Any:
@@ -212,14 +222,15 @@ def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
 
 
 class _StageInputs:
-    """The arrays that one stage of the backward sweep takes from outside: all of them pass its barrier."""
+    """The arrays that one stage of the backward sweep takes from outside. All pass its barrier but the tapes of control
+    flow, which cannot be decoded before the loop or branch that reads them begins.
+    """
 
     def __init__(self, plan: Plan, stage: list[Edge], reads: dict, kept: dict, encoded: dict, children: dict) -> None:
         self.plan = plan
         graph = plan.graph
         exact: set[Value] = set()
         codes: dict[tuple[Value, int], Any] = {}
-        tapes: dict[Split, Any] = {}
         for edge in stage:
             for residual, linear in zip(edge.residuals, edge.linear, strict=True):
                 if linear and plan.estimated(residual):
@@ -229,7 +240,6 @@ class _StageInputs:
                 else:
                     exact.add(residual)
             if edge.split is not None:
-                tapes[edge.split] = children[edge.split]
                 exact.update(split_reads(plan, edge.split))
         # The equations to run again, in order, and what they start from.
         wanted = set(exact)
@@ -250,12 +260,11 @@ class _StageInputs:
             "reads": [reads[v] for v in ordered if v not in kept],
             "kept": [kept[v] for v in ordered if v in kept],
             "codes": list(codes.values()),
-            "tapes": list(tapes.values()),
         }
         self.read_values = [v for v in ordered if v not in kept]
         self.kept_values = [v for v in ordered if v in kept]
         self.code_keys = list(codes)
-        self.tape_keys = list(tapes)
+        self.tapes = {s: children[s] for e in stage if (s := e.split) is not None}
 
 
 class _StageValues:
@@ -265,7 +274,7 @@ class _StageValues:
     def __init__(self, state: _StageInputs, seed: Any) -> None:
         self.plan, self.seed = state.plan, seed
         self.codes = dict(zip(state.code_keys, state.arrays["codes"], strict=True))
-        self.tapes = dict(zip(state.tape_keys, state.arrays["tapes"], strict=True))
+        self.tapes = state.tapes
         self.env: dict[Value, Any] = dict(zip(state.read_values, state.arrays["reads"], strict=True))
         for value, code in zip(state.kept_values, state.arrays["kept"], strict=True):
             raw = self.plan.kept[value].decode(seed, code, jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))

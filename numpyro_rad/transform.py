@@ -83,30 +83,37 @@ def planner(codec: Codec | None = None, memory_budget: int | str | None = None) 
 class Program:
     """A traced function and, once it is differentiated, its plan.
 
-    :param f: a function of array arguments; whatever else it needs it closes over.
-    :param args: its arguments, of which only shapes and dtypes matter here.
-    :param make_plan: from graph to plan.
+    The operands of the program are what the function closes over, tracers of outer transformations included, followed
+    by its arguments. They are passed in and never kept: what ``custom_vjp`` remembers of a program holds no array.
+
     """
 
-    def __init__(self, f: Callable, args: Sequence[Any], make_plan: Planner) -> None:
-        self.jaxpr, shapes = _jax.trace(f, *args)
-        self.out_tree = jax.tree.structure(shapes)
-        self.consts = list(self.jaxpr.consts)  # what f closes over, tracers of outer transformations included
-        self._make_plan = make_plan
+    @classmethod
+    def trace(cls, f: Callable, args: Sequence[Any], make_plan: Planner) -> tuple[Program, list[Any]]:
+        """The program of ``f``, and what ``f`` closes over.
+
+        :param f: a function of arrays; whatever else it needs it closes over.
+        :param args: its arguments, of which only shapes and dtypes matter.
+        :param make_plan: from graph to plan.
+        """
+        jaxpr, closed_over, shapes = _jax.trace(f, *args)
+        return cls(jaxpr, jax.tree.structure(shapes), make_plan), closed_over
+
+    def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, make_plan: Planner) -> None:
+        self._jaxpr, self._out_tree, self._make_plan = jaxpr, out_tree, make_plan
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
-        """The plan for the differentiated ones among constants and arguments."""
+        """The plan for the differentiated ones among the operands."""
         if active not in self._plans:
-            self._plans[active] = self._make_plan(linearize(self.jaxpr, self.consts, active))
+            self._plans[active] = self._make_plan(linearize(self._jaxpr, active))
         return self._plans[active]
 
-    def __call__(self, seed: Any, *args: Any) -> Any:
-        """The function's value at ``args``, with a derivative whose randomness comes from ``seed``."""
-        n_consts = len(self.consts)
+    def __call__(self, seed: Any, *operands: Any) -> Any:
+        """The function's value at ``operands``, with a derivative whose randomness comes from ``seed``."""
 
         def value(seed: Any, *operands: Any) -> list[Any]:
-            return _as_arrays(_jax.eval_open(self.jaxpr, operands[:n_consts], operands[n_consts:]))
+            return _as_arrays(_jax.evaluate(self._jaxpr, operands))
 
         def sweep_forward(seed: Any, *operands: Any) -> tuple[list[Any], _Stored]:
             active = tuple(
@@ -124,11 +131,19 @@ class Program:
             reads = dict(zip([v for v in plan.graph.inputs if v in plan.reads], arrays, strict=True))
             arriving = [None if isinstance(c, SymbolicZero) else c for c in cotangents]
             pulled = iter(backward(plan, seed, tape, reads, arriving))
-            return None, *(next(pulled) if on else None for on in stored.active)
+            gradients = [next(pulled) if on else None for on in stored.active]
+            avals = [v.aval for v in plan.graph.inputs]
+            return None, *(None if g is None else _jax.as_weak_as(g, a) for g, a in zip(gradients, avals, strict=True))
 
         run = jax.custom_vjp(value)
         run.defvjp(sweep_forward, sweep_backward, symbolic_zeros=True)
-        return jax.tree.unflatten(self.out_tree, run(seed, *self.consts, *args))
+        return jax.tree.unflatten(self._out_tree, run(seed, *operands))
+
+
+def randomized(f: Callable, make: Planner, seed: Any) -> Any:
+    """The value of ``f()``, with a derivative in all that it closes over whose randomness comes from ``seed``."""
+    program, operands = Program.trace(f, (), make)
+    return program(seed, *operands)
 
 
 def _as_arrays(results: Sequence[Any]) -> list[Any]:
@@ -177,11 +192,11 @@ def rad(f: Callable, *, codec: Codec | None = None, memory_budget: int | str | N
     make = planner(codec, memory_budget)
 
     @functools.wraps(f)
-    def randomized(key: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return Program(lambda: f(*args, **kwargs), (), make)(path_seed(key))
+    def with_key(key: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return randomized(lambda: f(*args, **kwargs), make, path_seed(key))
 
-    randomized.planned = functools.partial(_planned, f, make)  # type: ignore[attr-defined]
-    return randomized
+    with_key.planned = functools.partial(_planned, f, make)  # type: ignore[attr-defined]
+    return with_key
 
 
 def _planned(f: Callable, make: Planner, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int]) -> tuple:
@@ -198,10 +213,10 @@ def plan_of(f: Callable, tree: Any, make: Planner) -> tuple[Plan, list[str]]:
     """The plan of ``f`` for differentiation with respect to the floating-point arrays of ``tree``, and their names."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = [leaf for _, leaf in paths]
-    program = Program(lambda *leaves: f(jax.tree.unflatten(treedef, leaves)), leaves, make)
+    program, closed_over = Program.trace(lambda *leaves: f(jax.tree.unflatten(treedef, leaves)), leaves, make)
     moving = [bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact)) for x in leaves]
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    plan = program.plan((*[False] * len(program.consts), *moving))
+    plan = program.plan((*[False] * len(closed_over), *moving))
     return plan, [name for name, on in zip(names, moving, strict=True) if on]
 
 
@@ -240,11 +255,11 @@ def value_and_grad(
 
         value, gradient = value_and_grad(loss)(jax.random.key(0), params, batch)
     """
-    randomized = rad(f, codec=codec, memory_budget=memory_budget)
+    with_key = rad(f, codec=codec, memory_budget=memory_budget)
 
     @functools.wraps(f)
     def checked(key: Any, /, *args: Any, **kwargs: Any) -> Any:
-        out = randomized(key, *args, **kwargs)
+        out = with_key(key, *args, **kwargs)
         value = out[0] if has_aux else out
         if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
             kind = f"shape {value.shape}, dtype {value.dtype}" if hasattr(value, "shape") else type(value).__name__

@@ -639,6 +639,50 @@ def test_wrong_targets_of_explain():
         explain(RAD_ELBO(), jax.random.key(0), {}, lambda: None, lambda: None)
 
 
+def test_without_parameters_the_value_is_that_of_trace_elbo():
+    model, guide = (lambda d=d: numpyro.sample("x", d()) for d in (dist.Normal, dist.Cauchy))
+    rest = (jax.random.key(KEY), {}, model, guide)
+    assert RAD_ELBO().loss(*rest) == Trace_ELBO().loss(*rest)
+    assert jax.jit(lambda key: RAD_ELBO().loss(key, *rest[1:]))(rest[0]) == pytest.approx(
+        float(Trace_ELBO().loss(*rest))
+    )
+
+
+def test_a_model_may_look_at_its_numbers_outside_of_transformations():
+    """As with ``Trace_ELBO``: values are numbers unless something traces them."""
+    seen = []
+
+    def model():
+        x = numpyro.sample("x", dist.Normal())
+        seen.append(float(x))
+
+    def guide():
+        numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.5), 1.0))
+
+    rest = (jax.random.key(KEY), {"loc": jnp.asarray(0.5)}, model, guide)
+    assert RAD_ELBO().loss(*rest) == Trace_ELBO().loss(*rest)
+    assert seen[0] == seen[1]
+    scale = jax.grad(lambda s: RAD_ELBO().loss(*rest[:2], lambda: numpyro.sample("x", dist.Normal(0.0, s)), guide))(2.0)
+    assert scale != 0  # a value that the model closes over is traced although no argument is
+
+
+def test_attributes_set_later_are_the_bases():
+    elbo = RAD_ELBO()
+    elbo.num_particles = 4
+    assert elbo.base.num_particles == 4
+    problem = small_network()
+    key = jax.random.key(KEY)
+    np.testing.assert_allclose(
+        problem.loss(elbo, key, problem.params), problem.loss(Trace_ELBO(4), key, problem.params)
+    )
+
+
+def test_no_tracer_outlives_the_gradient():
+    problem = small_network(8)
+    with jax.check_tracer_leaks(True):
+        jax.grad(partial(problem.loss, RAD_ELBO(codec=Keep()), jax.random.key(KEY)))(problem.params)
+
+
 @pytest.mark.parametrize("key", [7, jnp.arange(5), None], ids=str)
 def test_wrong_path_key(key):
     problem = pooled()

@@ -6,13 +6,20 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
+from numpyro.handlers import seed, trace
+from numpyro.infer.util import log_density
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "64", "--steps", "4"]
 QUALITY = {"digits": ("accuracy", "calibration_error"), "uci": ("rmse",)}
 COST = ("residual_bytes", "temp_bytes", "step_seconds", "compile_seconds")
@@ -29,6 +36,20 @@ def bnn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("data")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports modules of examples/benchmarks, whose names other folders use as well; and little is optimized."""
+    names = [path.stem for path in (EXAMPLES / "benchmarks").glob("*.py")]
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES / "benchmarks"), *sys.path])
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield importlib.import_module
+    jax.config.update("jax_disable_most_optimizations", False)
+    for name in names:  # what the test imported; monkeypatch then puts back what was there before
+        sys.modules.pop(name, None)
 
 
 def write_uci(folder: Path, points: int = 60) -> None:
@@ -196,6 +217,97 @@ def test_stored_data(bnn: ModuleType, data: ModuleType, data_dir: Path) -> None:
     assert mnist.y_test[:5].tolist() == [7, 2, 1, 0, 4]
     assert concrete.x_train.shape == (927, 8)
     assert concrete.x_test.shape == (103, 8)
+
+
+def write_cifar10(folder: Path) -> None:
+    """Ten training and five test images in the format of the stored CIFAR-10 batches."""
+    rng = np.random.default_rng(0)
+    (folder / "cifar10").mkdir()
+    for file, count in (("train_batch1", 10), ("test_batch", 5)):
+        pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        np.savez(folder / "cifar10" / f"{file}.npz", images=pixels, labels=np.arange(count) % 10)
+
+
+TINY_WORKLOADS = {
+    "p1": {"depth": 2, "width": 8, "inputs": 8, "data_size": 32},
+    "p2": {"side": 4, "units": 8},
+    "p3": {"side": 8, "channels": (2, 4), "data_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("p1", marks=pytest.mark.slow), "p2", pytest.param("p3", marks=pytest.mark.slow)]
+)
+def test_benchmark_from_run_to_page(
+    benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    workloads, run, figures = (benchmarks(module) for module in ("workloads", "run", "figures"))
+    sizes = {**TINY_WORKLOADS[name], "batch": 8, "micro_batches": 2, "training_steps": 1}
+    tiny = replace(workloads.WORKLOADS[name][0], **sizes)
+    monkeypatch.setitem(workloads.WORKLOADS, name, (tiny, tiny))
+    output, page = tmp_path / "report.json", tmp_path / "page.md"
+    run.main([name, "--rivals", "ours_4bit", "--repeats", "1", "--draws", "2", "--output", str(output)])
+
+    report = json.loads(output.read_text())
+    rows = {row["name"]: row for row in report["rivals"]}
+    assert report["workload"]["data_size"] > 8
+    assert not [row["failure"] for row in rows.values() if "failure" in row]
+    assert list(rows) == ["exact", "ours_4bit"]
+    assert 0 <= rows["ours_4bit"]["gradient"]["rho"] < 1
+
+    page.write_text(f"before\n<!-- {name}-table -->\nold\n<!-- /{name}-table -->\nafter\n")
+    figures.main([str(output), "--table-only", "--into", str(page)])
+    assert "old" not in page.read_text()
+    assert figures.markdown_table(report) in page.read_text()
+
+
+@pytest.mark.parametrize("name", TINY_WORKLOADS)
+def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], ModuleType], name: str) -> None:
+    """The same loss and gradient from every way to write the layer, up to the precision of bfloat16."""
+    workloads = benchmarks("workloads")
+    workload, data = replace(workloads.WORKLOADS[name][0], **TINY_WORKLOADS[name]).load(0, None)
+    x, y = (array[:4] for array in data)
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_grad(variant: str, weights: dict) -> tuple:
+        def loss(weights: dict) -> jax.Array:
+            return -log_density(seed(workload.model(variant), 0), (x, y), {}, weights)[0]
+
+        return jax.value_and_grad(loss)(weights)
+
+    sites = trace(seed(workload.model(), 0)).get_trace(x, y)
+    weights = {
+        key: site["value"] for key, site in sites.items() if site["type"] == "sample" and key not in ("y", "data")
+    }
+    expected, slope = value_and_grad("plain", weights)
+    for variant in workloads.VARIANTS:
+        rtol = {"bfloat16_residuals": 0.02, "bfloat16": 0.1}.get(variant, 1e-4)
+        value, gradient = value_and_grad(variant, weights)
+        np.testing.assert_allclose(value, expected, rtol=rtol, err_msg=variant)
+        for key, exact in slope.items():
+            error = np.linalg.norm(gradient[key] - exact) / np.linalg.norm(exact)
+            assert error < rtol, (variant, key, error)
+
+
+def test_benchmarks_read_stored_images(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    write_cifar10(tmp_path)
+    workloads = benchmarks("workloads").WORKLOADS
+    for name, shape in (("p2", (10, 784)), ("p3", (10, 32, 32, 3))):
+        workload, (x, y) = workloads[name][0].load(0, tmp_path)
+        assert x.shape == shape
+        assert workload.data_size == 10
+        np.testing.assert_array_equal(y, np.arange(10))
+
+
+@pytest.mark.parametrize(("page", "names"), [("README.md", ["p1"]), ("docs/benchmarks.md", ["p1", "p2", "p3"])])
+def test_tables_come_from_the_stored_numbers(
+    benchmarks: Callable[[str], ModuleType], page: str, names: list[str]
+) -> None:
+    text = (ROOT / page).read_text()
+    for name in names:
+        report = json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
+        assert benchmarks("figures").with_table(text, report) == text
 
 
 @pytest.mark.slow

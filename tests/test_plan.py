@@ -12,7 +12,18 @@ from jax.extend import core as jex_core
 from jax.interpreters import ad, mlir
 
 import numpyro_rad
-from numpyro_rad import BudgetError, Keep, RandomProjection, SampleAxis, StochasticRound, explain, plan, rad, rules
+from numpyro_rad import (
+    BudgetError,
+    Keep,
+    RandomProjection,
+    SampleAxis,
+    StochasticRound,
+    _jax,
+    explain,
+    plan,
+    rad,
+    rules,
+)
 from numpyro_rad.linearize import linearize
 from numpyro_rad.plan import make_plan, uniform
 from numpyro_rad.sweep import forward
@@ -562,6 +573,6 @@ def test_lists_of_primitives_do_not_overlap():
 
 
 def test_dead_edges_and_unused_inputs_need_nothing():
-    jaxpr = jax.make_jaxpr(lambda x, w: (x @ w).sum() + 0 * jnp.tanh(x @ w @ w).sum())(X, W)
-    p = make_plan(linearize(jaxpr, jaxpr.consts, [False, False]), uniform(Keep()))
+    jaxpr, _, _ = _jax.trace(lambda x, w: (x @ w).sum() + 0 * jnp.tanh(x @ w @ w).sum(), X, W)
+    p = make_plan(linearize(jaxpr, [False, False]), uniform(Keep()))
     assert p.stored_bytes == 0 and not p.graph.edges

@@ -2,7 +2,8 @@
 
     python examples/benchmarks/figures.py docs/benchmarks/p1.json
 
-writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers.
+writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers; with ``--into PAGE.md`` the table
+also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page.
 """
 
 from __future__ import annotations
@@ -40,11 +41,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("report", type=Path, help="JSON written by run.py")
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")
     options = parser.parse_args(arguments)
     report = json.loads(options.report.read_text())
     if not options.table_only:
         draw(report, options.figure or options.report.with_suffix(".png"))
+    for page in options.into:
+        page.write_text(with_table(page.read_text(), report))
     print(markdown_table(report))
+
+
+def with_table(page: str, report: dict[str, Any]) -> str:
+    """The page with the report's table between its markers."""
+    start, end = (f"<!-- {slash}{report['workload']['name']}-table -->" for slash in ("", "/"))
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise ValueError(f"The page needs one {start} and one {end}, with the table between them.")
+    before, _, rest = page.partition(start)
+    return before + start + "\n" + markdown_table(report) + "\n" + end + rest.partition(end)[2]
 
 
 def markdown_table(report: dict[str, Any]) -> str:
@@ -147,6 +160,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     # Never zoom in so far that timing noise looks like a difference.
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(min(bottom, 0.7), 0.0), max(top, 1.3))
+    if top > 4:  # one slow rival must not push all others together
+        axes.set_yscale("log", base=2)
+        axes.set_ylim(0.5, 1.3 * top)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9.5)

@@ -26,7 +26,7 @@ import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from rivals import RIVALS, Rival
-from workloads import BayesianMLP
+from workloads import Workload
 
 from numpyro_rad import NoiseKeys
 
@@ -66,7 +66,7 @@ class Step:
         return jax.jit(jax.grad(loss))
 
 
-def build(rival: Rival, workload: BayesianMLP, data: tuple[jax.Array, jax.Array], seed: int, rows: int) -> Step:
+def build(rival: Rival, workload: Workload, data: tuple[jax.Array, jax.Array], seed: int, rows: int) -> Step:
     """Set up the rival's SVI; every rival starts from the same parameters and sees the same first rows."""
     model = workload.model(rival.layer)
     svi = SVI(model, workload.guide(model), workload.optimizer(), rival.elbo(workload))
@@ -108,7 +108,7 @@ def temp_size(compiled: Any) -> int:
 
 
 def rows_of_equal_memory(
-    workload: BayesianMLP, data: tuple[jax.Array, jax.Array], seed: int, target_bytes: float
+    workload: Workload, data: tuple[jax.Array, jax.Array], seed: int, target_bytes: float
 ) -> dict[str, Any]:
     """The minibatch whose T is about ``target_bytes``, from a linear model of the exact step's T in the rows.
 
@@ -207,7 +207,7 @@ def gradient_difference(gradient: Gradient, exact: Gradient) -> dict[str, Any]:
 def stochastic_variance(
     gradient: Callable[..., Gradient],
     params: Any,
-    workload: BayesianMLP,
+    workload: Workload,
     data: tuple[jax.Array, jax.Array],
     rows: int,
     seed: int,

@@ -17,7 +17,7 @@ from jax import lax, random
 from numpyro.handlers import seed, substitute
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import compute_log_probs
-from workloads import MATMUL_NAME, BayesianMLP
+from workloads import PRODUCT_NAME, Workload
 
 # exact: the gradient of Trace_ELBO to rounding.  rounded: deterministic, but not that gradient.
 # randomized: an unbiased estimate of it, with a path key of its own.  small_batch: the exact gradient of fewer rows.
@@ -98,14 +98,14 @@ class Rival:
     :param label: what the figure and the table call it.
     :param kind: what its gradient is to the exact one, which decides what is measured about it.
     :param elbo: makes the loss object for a workload.
-    :param layer: the layer variant of the model, a key of ``workloads.LAYERS``.
+    :param layer: the layer variant of the model, a key of ``workloads.VARIANTS``.
     """
 
     name: str
     label: str
     family: Family
     kind: Kind
-    elbo: Callable[[BayesianMLP], Trace_ELBO]
+    elbo: Callable[[Workload], Trace_ELBO]
     layer: str = "plain"
     note: str = ""
 
@@ -113,22 +113,22 @@ class Rival:
 def _dots_rival() -> Rival:
     """``dots_saveable`` where JAX still honours a policy that looks at primitives, else the same by name.
 
-    In the newest ``jax.checkpoint`` (``jax_remat3``) a policy is asked about named values only. The hidden layers'
-    products are then named in the model, and only they are saved: in this model that is the same set but for the small
-    output layer.
+    In the newest ``jax.checkpoint`` (``jax_remat3``) a policy is asked about named values only. The layers' products
+    are then named in the model, and only they are saved: that is the same set but for the small output layer, and with
+    convolutions, which ``dots_saveable`` passes over.
     """
     policy = getattr(jax.checkpoint_policies, "dots_saveable", None)
     layer, note = "plain", "jax.checkpoint_policies.dots_saveable on the whole loss"
     if policy is None or getattr(jax.config, "jax_remat3", False):
-        policy = jax.checkpoint_policies.save_only_these_names(MATMUL_NAME)
-        layer, note = "named_matmul", "save_only_these_names on the hidden layers' matmuls, on the whole loss"
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT_NAME)
+        layer, note = "named_product", "save_only_these_names on the layers' products, on the whole loss"
     return Rival("checkpoint_dots", "checkpoint, dots", "rival", "exact", lambda _: CheckpointELBO(policy), layer, note)
 
 
-def _rad(make_codec: Callable[[Any], Any] | None) -> Callable[[BayesianMLP], Trace_ELBO]:
+def _rad(make_codec: Callable[[Any], Any] | None) -> Callable[[Workload], Trace_ELBO]:
     """A builder of ``RAD_ELBO`` with one codec everywhere, or with its defaults."""
 
-    def elbo(_: BayesianMLP) -> Trace_ELBO:
+    def elbo(_: Workload) -> Trace_ELBO:
         import numpyro_rad  # late on purpose: see the module's docstring
 
         return numpyro_rad.RAD_ELBO() if make_codec is None else numpyro_rad.RAD_ELBO(codec=make_codec(numpyro_rad))
@@ -142,7 +142,7 @@ def _rounding(bits: int) -> Rival:
     return Rival(f"ours_{bits}bit", label, "ours", "randomized", elbo, note=f"StochasticRound(bits={bits})")
 
 
-def _exact(_: BayesianMLP) -> Trace_ELBO:
+def _exact(_: Workload) -> Trace_ELBO:
     return Trace_ELBO()
 
 
@@ -155,7 +155,7 @@ _ALL = [
         "rounded",
         _exact,
         "bfloat16_residuals",
-        "hidden layers with bfloat16 residuals, arithmetic in float32, written by hand",
+        "layers with bfloat16 residuals, arithmetic in float32, written by hand",
     ),
     Rival(
         "bf16_compute",
@@ -164,7 +164,7 @@ _ALL = [
         "rounded",
         _exact,
         "bfloat16",
-        "hidden layers computed and stored in bfloat16 (mixed precision)",
+        "layers computed and stored in bfloat16 (mixed precision)",
     ),
     Rival(
         "checkpoint_step",
@@ -181,7 +181,7 @@ _ALL = [
         "exact",
         _exact,
         "checkpoint",
-        "jax.checkpoint on each hidden layer",
+        "jax.checkpoint on each layer, or step of the scan",
     ),
     _dots_rival(),
     Rival("small_batch", "small batch", "rival", "small_batch", _exact, note="Trace_ELBO on fewer rows"),

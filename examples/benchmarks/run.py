@@ -2,6 +2,7 @@
 
     python examples/benchmarks/run.py p1 --quick
     python examples/benchmarks/run.py p1 --rivals exact,checkpoint_layer,accumulate,ours_2bit
+    python examples/benchmarks/run.py p2 --data-dir DIR                 # MNIST; without it, scikit-learn's digits
     python examples/benchmarks/figures.py docs/benchmarks/p1.json      # the figure, and the table on standard output
 
 What each number means is said in ``measure.py``, who is compared in ``rivals.py``, and on what in ``workloads.py``. A
@@ -23,7 +24,7 @@ import jax
 import measure
 from record import log, machine, versions
 from rivals import RIVALS
-from workloads import WORKLOADS, BayesianMLP
+from workloads import WORKLOADS, Workload
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 # The small minibatch must fit in this part of the exact step's T when there is no 2-bit row to equal.
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the comparison that the command line asks for and write its JSON."""
     options = parse_arguments(arguments)
     workload = WORKLOADS[options.workload][1 if options.quick else 0]
-    benchmark = Benchmark(workload, options.rivals, options.seed, options.repeats, options.draws)
+    benchmark = Benchmark(workload, options)
     output = options.output or DEFAULT_FOLDER / f"{workload.name}.json"
     report = benchmark.run()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--draws", type=at_least_two, metavar="N", help="draws per gradient variance (default: the workload's)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of data, parameters, keys and order (default: 0)")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with mnist/ for p2 and cifar10/ for p3 (default: scikit-learn's digits, and synthetic images)",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -106,15 +113,12 @@ class Benchmark:
     ``rows`` (the JSON's table) holds what is known about each rival; a failure ends that rival's part and nothing else.
     """
 
-    def __init__(
-        self, workload: BayesianMLP, names: list[str], seed: int, repeats: int | None, draws: int | None
-    ) -> None:
-        self.workload = workload
-        self.seed = seed
-        self.repeats = repeats or workload.repeats
-        self.draws = draws or workload.draws
-        self.data = workload.dataset(seed)
-        self.rows: dict[str, dict[str, Any]] = {name: describe(name) for name in names}
+    def __init__(self, workload: Workload, options: argparse.Namespace) -> None:
+        self.seed = options.seed
+        self.repeats = options.repeats or workload.repeats
+        self.draws = options.draws or workload.draws
+        self.workload, self.data = workload.load(self.seed, options.data_dir)
+        self.rows: dict[str, dict[str, Any]] = {name: describe(name) for name in options.rivals}
         self.steps: dict[str, measure.Step] = {}
         self.compiled: dict[str, measure.Compiled] = {}
 
