@@ -8,100 +8,19 @@ may be coded, so storing a random code instead of an array x leaves the gradient
 and costs variance tr Cov(decode(encode(x))) instead of memory. Every codec below satisfies this for every entry, and
 reports its bytes and its variance in closed form so that a plan can be priced before anything runs.
 
-All randomness is an integer hash of (seed, index of the entry). It fuses with its neighbours, and the decoder makes the
-same draws again rather than storing them. A *seed* is two uint32 words: `seed_words` makes it from a JAX key, `fold` a
-new one for each residual and loop iteration. Used by `plan.py` (bytes, variance) and `sweep.py` (encode, decode).
+The randomness follows from a seed (see `seeds.py`), so the decoder makes the same draws again rather than storing them.
+Used by `plan.py` (bytes, variance) and `sweep.py` (encode, decode).
 """
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_GOLDEN = 0x9E3779B1  # odd, close to 2**32 / golden ratio: spreads consecutive indices
-
-
-def _u32(number):
-    return np.uint32(number & 0xFFFFFFFF)
-
-
-def _mix(word, late=0):
-    """A bijection of uint32 in two multiply and xor-shift rounds (constants of C. Wellons's `lowbias32`)."""
-    word = (word ^ (word >> _u32(16))) * _u32(0x7FEB352D) + late
-    word = (word ^ (word >> _u32(15))) * _u32(0x846CA68B)
-    return word ^ (word >> _u32(16))
-
-
-def _hash(seed, index):
-    # The second word enters between the rounds: two seeds are never index-shifted copies of each other.
-    return _mix(index * _u32(_GOLDEN) + seed[0], late=seed[1])
-
-
-def _linear_index(shape):
-    """Row-major index of every entry, as one iota per axis so that it fuses and shards like the array itself."""
-    index, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * _u32(stride)
-        stride *= shape[axis]
-    return index
-
-
-def _uniform(seed, shape, dtype):
-    """Uniform numbers on [0, 1), multiples of 2**-24."""
-    bits = _hash(seed, _linear_index(shape)) >> _u32(8)
-    return bits.astype(jnp.int32).astype(dtype) * np.asarray(2.0**-24, dtype)
-
-
-def seed_words(key):
-    """Seed of the codecs from one JAX PRNG key.
-
-    :param key: a typed key or a raw uint32 key of any implementation and length, shape `()` or `(words,)`.
-    :return: uint32 array of shape (2,); different keys of two words give different seeds.
-    :raises ValueError: if `key` is not one key.
-    """
-    key = jnp.asarray(key)
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    if data.dtype != jnp.uint32 or data.ndim != 1:
-        raise ValueError(
-            f"seed_words needs one PRNG key, got {key.dtype} of shape {key.shape}, because a seed belongs to one draw. "
-            "Pass jax.random.key(...), or jax.vmap over a batch of keys."
-        )
-    return fold(np.asarray([0x243F6A88, 0x85A308D3], np.uint32), *(data[i] for i in range(data.shape[0])))
-
-
-def fold(seed, *numbers):
-    """A new seed, independent of the old one, for each sequence of numbers (a residual, a loop iteration).
-
-    Python ints are hashed at trace time and cost two operations of the compiled program. Seeds folded from one seed by
-    different sequences of them differ; the order of two such folds in a row does not matter, so fold all ints at once.
-
-    :param seed: uint32 array of shape (2,).
-    :param numbers: all of them Python ints in [0, 2**32), or all integer scalars that may be traced.
-    :return: uint32 array of shape (2,). Different single numbers give different seeds.
-    :raises ValueError: if a Python int does not fit 32 bits.
-    """
-    if all(isinstance(number, int) for number in numbers):
-        a = b = np.uint32(0)
-        for number in numbers:
-            if not 0 <= number < 2**32:
-                raise ValueError(f"fold({number}): a seed is folded with 32-bit words; use a number in [0, 2**32).")
-            a, b = _feistel(a, b, np.uint32(number))
-        return jnp.stack([jnp.asarray(seed[0]) + a, jnp.asarray(seed[1]) ^ b])
-    a, b = jnp.asarray(seed[0]), jnp.asarray(seed[1])
-    for number in numbers:
-        a, b = _feistel(a, b, jnp.uint32(number))
-    return jnp.stack([a, b])
-
-
-def _feistel(a, b, word):
-    """One step for each half: a bijection of the pair for every word, and of the word for every pair."""
-    with np.errstate(over="ignore"):
-        a = a ^ _mix(b + word * _u32(_GOLDEN) + _u32(0x9E3779B9))
-        return a, b ^ _mix(a + word * _u32(0x85EBCA6B) + _u32(0xC2B2AE35))
+from numpyro_rad.seeds import fold, hash_words, linear_index, u32, uniform
 
 
 def _itemsize(dtype):
@@ -119,7 +38,7 @@ def _work_dtype(dtype):
 
 def _spacing(x, dtype):
     """Distance between the numbers of a half-precision `dtype` at the float32 values x."""
-    power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & _u32(0x7F800000), jnp.float32)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & u32(0x7F800000), jnp.float32)
     info = jnp.finfo(dtype)
     smallest = max(float(info.smallest_subnormal), 2.0**-126)  # float32 subnormals are flushed to zero on most devices
     return jnp.maximum(power * np.float32(2.0**-info.nmant), np.float32(smallest))
@@ -134,7 +53,7 @@ def _cast_unbiased(x, dtype, seed):
     """x in `dtype`; to half precision by stochastic rounding, since rounding to nearest would bias the mean."""
     if _itemsize(dtype) == 2:
         scaled, floor = x / _spacing(x, dtype), jnp.floor(x / _spacing(x, dtype))
-        x = (floor + (_uniform(seed, x.shape, x.dtype) < scaled - floor)) * _spacing(x, dtype)
+        x = (floor + (uniform(seed, x.shape, x.dtype) < scaled - floor)) * _spacing(x, dtype)
     return x.astype(dtype)
 
 
@@ -284,7 +203,7 @@ class _Layout:
 
     def pack(self, q):
         """Integers below 2**(8 / slots), shape (lead, groups, slots, width), to uint8 (lead, groups, width)."""
-        shift = lax.broadcasted_iota(jnp.uint32, (1, 1, self.slots, 1), 2) * _u32(8 // self.slots)
+        shift = lax.broadcasted_iota(jnp.uint32, (1, 1, self.slots, 1), 2) * u32(8 // self.slots)
         # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
         # stored. Added rather than combined by "or", which not every backend has among devices.
         return lax.reduce((q.astype(jnp.uint32) << shift).astype(jnp.uint8), np.uint8(0), lax.add, (2,))
@@ -384,7 +303,7 @@ class StochasticRound(Codec):
         x = layout.split(x).astype(_work_dtype(dtype))
         low, step = self._fit(x)
         number, below, above = self._neighbours(x, low, step, dtype)
-        up = _uniform(seed, x.shape, x.dtype) * (above - below) < x - below
+        up = uniform(seed, x.shape, x.dtype) * (above - below) < x - below
         return layout.pack(number + up), low, step
 
     def decode(self, seed, code, like):
@@ -452,7 +371,7 @@ class SampleAxis(Codec):
         """(..., strata, size), true at the one kept entry of each stratum."""
         sizes = self._sizes(shape[-1])
         rows = shape[:-1] if self.per == "row" else (1,) * (len(shape) - 1)
-        slot = _hash(seed, _linear_index((*rows, len(sizes)))) % jnp.asarray(sizes, jnp.uint32)
+        slot = hash_words(seed, linear_index((*rows, len(sizes)))) % jnp.asarray(sizes, jnp.uint32)
         return slot[..., None] == jnp.arange(round(1 / self.keep), dtype=jnp.uint32)
 
     def _mean(self, x):
@@ -526,7 +445,7 @@ class RandomProjection(Codec):
 
     def _matrix(self, seed, n, dtype):
         k = self._columns(n)
-        sign = (_hash(seed, _linear_index((n, k))) >> _u32(31)).astype(jnp.int32) * 2 - 1
+        sign = (hash_words(seed, linear_index((n, k))) >> u32(31)).astype(jnp.int32) * 2 - 1
         return sign.astype(dtype) * np.asarray(1 / math.sqrt(k), dtype)
 
     def encode(self, seed, x):

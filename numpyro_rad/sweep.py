@@ -1,11 +1,12 @@
 """The two sweeps: forward over the primal program, filling a tape; backward over the tangent program, reading it.
 
-Both run in *stages*, and an optimization barrier stands between any two. Forward, a stage is what can be done before
-the next expensive step (a contraction, a loop): what is only there for that step waits for its stage, so a sampled
-weight and its log density live where the weight is used. Backward, an edge belongs to the stage in which the cotangent
-of one of its inputs can first be complete; prior, guide and layer of one weight then meet in one stage, where the
-weight is made again once. The barriers hold the compiler to this: codes are written before the next step begins, and
-nothing is decoded or made again before the cotangent that needs it has arrived.
+Both run in *stages*. Forward, a stage is what can be done before the next expensive step (a contraction, a loop): what
+is only there for that step waits for its stage, so a sampled weight and its log density live where the weight is used.
+Backward, an edge belongs to the stage in which the cotangent of one of its inputs can first be complete; prior, guide
+and layer of one weight then meet in one stage, where the weight is made again once. Optimization barriers hold the
+compiler to this: codes are written before the next expensive step begins, and nothing is decoded or made again before
+the cotangent that needs it has arrived. Where nothing is encoded there is no barrier forward: it would only store what
+the compiler would have fused.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_rad import _jax
-from numpyro_rad.codecs import fold
 from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
 from numpyro_rad.plan import Plan
+from numpyro_rad.seeds import fold
 
 
 class Tape(NamedTuple):
@@ -73,7 +74,8 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
         if i and pending:
             codes, tree = jax.tree.flatten([encoded[v] for v in pending])
             done = [env[v] for v in dict.fromkeys(o for e in stages[i - 1] if e.anchor for o in e.outputs)]
-            waiting = [v for v in outside if v in _leading_to_anchors(stage)]
+            needed = _leading_to_anchors(stage)
+            waiting = [v for v in outside if v in needed]  # the rest may be fused with whatever reads it
             codes, arrays = _jax.barrier([*codes, *done], [env[v] for v in waiting])
             local.update(zip(waiting, arrays, strict=True))
             encoded.update(zip(pending, jax.tree.unflatten(tree, codes[: tree.num_leaves]), strict=True))

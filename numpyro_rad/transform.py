@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad import _jax
-from numpyro_rad.codecs import Codec, StochasticRound, seed_words
+from numpyro_rad.codecs import Codec, StochasticRound
 from numpyro_rad.graph import Graph
 from numpyro_rad.linearize import linearize
 from numpyro_rad.plan import Plan, make_plan, plan_within, uniform
+from numpyro_rad.seeds import seed_words
 from numpyro_rad.sweep import backward, forward
 
 DEFAULT_CODEC = StochasticRound(bits=4)

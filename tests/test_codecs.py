@@ -21,9 +21,8 @@ from numpyro_rad.codecs import (
     RandomProjection,
     SampleAxis,
     StochasticRound,
-    fold,
-    seed_words,
 )
+from numpyro_rad.seeds import fold, seed_words
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (1, 2, 4, 8)] + [StochasticRound(2, group=16)]

@@ -298,6 +298,23 @@ def compiled_call_with_a_constant_array(x, w, b, t, index):
     return jax.jit(lambda h: jnp.sin(jnp.where(np.arange(12) % 3 > 0, h, 0.5)))(x @ w).sum()
 
 
+@named
+def compiled_call_with_a_constant_array_in_a_loop(x, w, b, t, index):
+    """The same in the body of a loop."""
+
+    def step(h, _):
+        return jax.jit(lambda h: jnp.sin(jnp.where(np.arange(12) % 3 > 0, h, 0.5)))(h @ w), None
+
+    return lax.scan(step, x, None, length=2)[0].sum()
+
+
+@named
+def branch_that_stores_its_operand(x, w, b, t, index):
+    """KeyError: what was encoded before the first expensive step of a branch waited for the last one."""
+    h = jnp.tanh(x @ w)
+    return lax.cond(index[0] > 0, lambda h: jnp.sin(h @ w) * h, lambda h: (h @ w) * h @ w, h).sum()
+
+
 def with_budget(n):
     """Shrinking compiles hundreds of programs: add ``Phase.shrink`` by hand to make a failure small."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
@@ -327,7 +344,7 @@ def test_fixed_programs(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 38])
 def test_one_draw_for_two_readers_on_a_path_is_caught(seed, monkeypatch):
-    """Of the first 80 seeds these are the two whose programs show it: its size is that of one more draw's variance."""
+    """Of the first 72 seeds these are the two whose programs show it: its size is that of one more draw's variance."""
     assert worst_z(loss(seeded(seed)), [StochasticRound(1)])[0] < 1
     one_group = lambda graph, linear: {value: (frozenset(edges),) for value, edges in linear.items()}  # noqa: E731
     monkeypatch.setattr(plan, "_disjoint_groups", one_group)

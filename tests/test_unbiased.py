@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
 from numpyro_rad import Codec, Keep, RandomProjection, SampleAxis, StochasticRound, explain, plan, rad, rules, sweep
-from numpyro_rad.codecs import fold
+from numpyro_rad.seeds import fold
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (8, 4, 2, 1)]
