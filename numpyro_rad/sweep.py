@@ -12,6 +12,7 @@ the compiler would have fused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_rad import _jax
+from numpyro_rad.codecs import Codec
 from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
 from numpyro_rad.plan import Plan
 from numpyro_rad.seeds import fold
@@ -35,6 +37,19 @@ class Tape(NamedTuple):
 def _seed_of(plan: Plan, seed: Any, value: Value, group: int) -> Any:
     """The seed of one draw: no two draws of a program share one (loops fold their iteration into ``seed``)."""
     return fold(seed, *plan.path, value.number, group)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _encode(codec: Codec, seed: Any, array: Any) -> tuple[Any, ...]:
+    return codec.encode(seed, array)
+
+
+@_encode.defjvp
+def _encode_jvp(codec: Codec, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        f"a randomized gradient was differentiated once more, but the '{codec}' codes that it reads have no "
+        "derivative, so second derivatives would be wrong. Pass codec=Keep() where a gradient is differentiated."
+    )
 
 
 # -- forward ---------------------------------------------------------------------------------------------------------
@@ -61,7 +76,7 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
         if value in plan.encoded:
             entry = plan.encoded[value]
             draws = range(len(entry.readers))
-            encoded[value] = tuple(entry.codec.encode(_seed_of(plan, seed, value, i), array) for i in draws)
+            encoded[value] = tuple(_encode(entry.codec, _seed_of(plan, seed, value, i), array) for i in draws)
             pending.append(value)
 
     for value in graph.inputs:

@@ -302,6 +302,14 @@ def test_update_run_and_evaluate_agree(encode_all):
     assert np.isfinite(continued.losses).all()
 
 
+def test_debugging_finds_no_nan_of_ours(encode_all):
+    problem = small_network(16)
+    svi = problem.svi(RAD_ELBO(codec=StochasticRound(bits=1)))
+    with jax.debug_nans(True):
+        _, loss = jax.jit(svi.update)(svi.init(jax.random.key(0), *problem.args), *problem.args)
+        assert np.isfinite(loss)
+
+
 def test_stable_update_refuses_a_step_that_is_not_finite():
     problem = small_network()
     svi = problem.svi(RAD_ELBO())

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import numpyro_rad
-from numpyro_rad import Keep, rad
+from numpyro_rad import Keep, StochasticRound, rad
 
 KEY = jax.random.key(7)  # the path key: no value or exact gradient may depend on it
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
@@ -485,6 +485,17 @@ def test_gradient_of_the_gradient(name):
     expected = compiled(outer(exactly))(*args)
     assert_close(compiled(outer(with_keep))(*args), expected, name, **DOUBLE)
     assert all((np.asarray(g) != 0).any() for g in expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_gradient_of_a_randomized_gradient_is_refused(wrap):
+    """Codes are integers: JAX would take their derivative for zero, without a word."""
+    x, w = normal(128, 64), normal(64, 64)
+    f = rad(lambda w: jnp.sin(jnp.tanh(x @ w) @ w).sum(), codec=StochasticRound(4))
+    gradient = wrap(jax.grad(lambda w: f(KEY, w)))
+    assert np.isfinite(gradient(w)).all()
+    with pytest.raises(NotImplementedError, match=r"differentiated once more.*Keep\(\)"):
+        wrap(jax.grad(lambda w: (gradient(w) ** 2).sum()))(w)
 
 
 def test_hessian_vector_product_by_reverse_over_reverse():
