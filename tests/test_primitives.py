@@ -454,7 +454,8 @@ def branches(n, x):
 
 
 def on_one_device():
-    return jax.sharding.NamedSharding(jax.make_mesh((1,), ("devices",)), jax.sharding.PartitionSpec())
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def called(x):
@@ -717,7 +718,10 @@ def test_exact(label):
 
 NAMED = {label.split(":")[0]: label for label in reversed(CASES)}  # the first case of each primitive
 REPRESENTATIVE = {NAMED[name] for name in of_tangent_programs() if name in NAMED} | {"mul: broadcast"}
-NOT_VMAPPED = {"ragged_dot_general"}  # JAX vmaps it over some operands only
+NOT_VMAPPED = {"ragged_dot_general", "linear_call"}  # JAX vmaps the one over some operands only, the other not at all
+# Nothing is encoded, so test_exact says it all: programs with mutable arrays run as a whole, and a determinant is one
+# number.
+NOT_ENCODED = {"new_ref", "freeze", "lu: determinant"}
 LEAST_ENCODED = {"dot_general": 2, "conv_general_dilated": 1, "elementwise": 2}  # with the layers around the case
 
 
@@ -734,7 +738,8 @@ def assert_encoded(label, randomized, weights):
 
 
 @pytest.mark.parametrize(
-    "label", [pytest.param(n, marks=[] if n in REPRESENTATIVE else pytest.mark.slow) for n in CASES]
+    "label",
+    [pytest.param(n, marks=[] if n in REPRESENTATIVE else pytest.mark.slow) for n in CASES if n not in NOT_ENCODED],
 )
 @pytest.mark.usefixtures("no_residual_is_too_small")
 def test_unbiased(label):
