@@ -110,7 +110,9 @@ def has_references(jaxpr: Jaxpr) -> bool:
 
 def _check_references(jaxpr: Jaxpr) -> None:
     """Refuse mutable arrays where JAX cannot differentiate a program of tangents that works on them."""
-    if _VERSION < (0, 11) and has_references(jaxpr):
+    if _VERSION >= (0, 11):
+        return
+    if has_references(jaxpr):
         raise NotImplementedError(
             f"the program has a mutable array (jax.new_ref), which JAX {jax.__version__} cannot differentiate here. "
             "Write x.at[...].set(...) instead, or use JAX 0.11 or later."
