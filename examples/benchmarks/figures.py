@@ -151,7 +151,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.errorbar(memory, times, yerr=[low, high], **look, **style)
     axes.axhline(1.0, color="0.75", linewidth=1, zorder=0)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
+    low, high = axes.get_xlim()
+    subs = (1.0, 1.5) if high > 4 * low else (1.0, 1.125, 1.25, 1.375, 1.5, 1.75)  # a narrow range has few powers
+    axes.xaxis.set_major_locator(LogLocator(base=2, subs=subs))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.set_xlabel("temporary memory of one compiled SVI step (MiB, log scale)")
     axes.set_ylabel("step time / Trace_ELBO's")
