@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad import _jax
+from numpyro_rad import _jax, rules
 from numpyro_rad.graph import Atom, Constant, Equation, Value
 
 LINEAR = frozenset("mul div select_n neg add add_any sub copy".split())
@@ -110,7 +110,17 @@ class Coefficients:
             ]
             aval = jax.eval_shape(run, *structs)
             output = self._new_value(_jax.array_type(aval.shape, aval.dtype))
-            self._equations.append(Equation(name, operands, (output,), lambda *args: [run(*args)], True, line))
+            self._equations.append(
+                Equation(
+                    name,
+                    operands,
+                    (output,),
+                    lambda *args: [run(*args)],
+                    True,
+                    line,
+                    nanoseconds=rules.DERIVE_NANOSECONDS * aval.size,
+                )
+            )
             self._known[known] = output
         return self._known[known]
 

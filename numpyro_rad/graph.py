@@ -45,6 +45,7 @@ class Equation:
     """One step of the primal program. ``run`` maps operand arrays to a list of output arrays.
 
     ``split`` is set for control flow: its forward part also returns a tape for the edge of the same ``split``.
+    ``nanoseconds`` is what running it takes, about; 0 for control flow, whose bodies have their own.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Equation:
     line: str
     split: Split | None = None
     draws_bits: bool = False
+    nanoseconds: float = 0.0
 
     @property
     def anchor(self) -> bool:

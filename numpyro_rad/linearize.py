@@ -167,6 +167,7 @@ class _Builder:
                 rules.is_cheap(equation),
                 line,
                 draws_bits=rules.draws_bits(equation),
+                nanoseconds=rules.nanoseconds(equation),
             )
         )
 
@@ -296,6 +297,7 @@ class _Builder:
                 lambda *arrays: results(arrays, zeros(), False),
                 False,
                 line,
+                nanoseconds=rules.nanoseconds(step.equation),
             )
         )
         self.edges.append(

@@ -1,31 +1,27 @@
-"""Decide for each residual whether it is alive anyway, recomputed, kept exactly, or encoded.
+"""Decide for each residual whether it is alive anyway, recomputed, kept exactly, or encoded, and with which codec.
 
-All four are weighed in one minimum cut. Each primal value is a pair of nodes joined by an arc whose capacity is what
-keeping the value costs; operands of a cheap equation have arcs of infinite capacity to its results (whoever has the
-operands can make the result); what cannot be made again hangs on the source. A residual whose pullback is linear in it
-ends in an arc to the sink whose capacity is the size of its code; any other in an infinite one. The cheapest cut is
-then the least number of stored bytes,
+All values of a program, those of the bodies of its loops included, form one decision problem (``solver``): a cheap
+equation makes its results again from its operands, inputs of the program are alive in both sweeps and cost nothing,
+anything else has to be kept to be had. A residual whose pullback is linear in it may be replaced by a code.
 
-    minimize  sum_{v kept} bytes(v) + sum_{r encoded} bytes(code(r))   subject to   every residual can be had.
+Bytes are what the budget counts. The cost of a choice is what it adds to the exact step, in two parts that are
+comparable because the work that a gradient takes is its time times its variance:
 
-Inputs of the program hang on nothing: they are alive in both sweeps and cost no storage. ``make_plan`` solves this for
-one choice of codecs; ``plan_within`` searches that choice under a byte budget.
+    cost = seconds added / seconds of the exact step + variance added / variance of the exact gradient.
+
+Both are predictions: seconds from ``rules.nanoseconds``, variance from a ``VarianceModel``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Callable, Iterable, Iterator
 
 import jax.numpy as jnp
-import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
 
-from numpyro_rad import _jax, rules
+from numpyro_rad import _jax, rules, solver
 from numpyro_rad.codecs import BitMask, Codec, Keep, SampleAxis, StochasticRound
-from numpyro_rad.graph import Edge, Graph, Split, Value
+from numpyro_rad.graph import Edge, Equation, Graph, Split, Value
 
 SMALL_BYTES = 64
 """Values of up to this size (PRNG keys, scalars) are kept rather than made again: chains of key splits stay short."""
@@ -37,9 +33,13 @@ LEAST_ENCODED_BYTES = 8192
 """Residuals below this size (over all iterations of the loops around them) are not worth their added variance."""
 
 Path = tuple[int, ...]
-Policy = Callable[[Path, Value, int], Codec | None]
-"""From a residual's path (loop numbers, then its own) and its number of repetitions to its codec; None: keep
-exactly."""
+Codecs = Callable[[Path, Value, int], tuple[Codec, ...]]
+"""From a residual's path (loop numbers, then its own) and its number of repetitions to the codecs that it may have
+besides being exact."""
+
+VarianceModel = Callable[[Path, Value, Codec, int], float]
+"""From a residual's path, the residual, its codec and the number of independent draws to the variance that they add to
+the gradient, relative to the variance of the exact gradient."""
 
 
 class BudgetError(ValueError):
@@ -69,6 +69,20 @@ class Encoded:
         return self.bytes_each * len(self.readers)
 
 
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a plan is expected to cost, in its own model of time and variance.
+
+    :ivar added_seconds: time for encoding, decoding, storing and recomputing, relative to that of the exact step.
+    :ivar added_variance: variance added to the gradient, relative to that of the exact gradient.
+    :ivar gap: how much less, relative to the sum of both, another plan for the same bytes could cost at best.
+    """
+
+    added_seconds: float
+    added_variance: float
+    gap: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """What one graph stores between its sweeps, and the plans of the bodies of its control flow.
@@ -89,6 +103,7 @@ class Plan:
     carrier: dict[Value, Value]
     children: dict[Split, tuple[Plan, ...]]
     reads: frozenset[Value]
+    predicted: Prediction | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -118,93 +133,49 @@ def keep_codec(value: Value) -> Codec:
     return BitMask() if value.aval.dtype == bool else Keep()
 
 
-def uniform(codec: Codec) -> Policy:
+def uniform(codec: Codec) -> Codecs:
     """One codec wherever it may be used and saves something; everything else exact."""
-
-    def policy(path: Path, value: Value, repeat: int) -> Codec | None:
-        exact_bytes = _jax.aval_bytes(value.aval)
-        if codec.exact or exact_bytes * repeat < LEAST_ENCODED_BYTES:
-            return None
-        return codec if codec.supports(value.aval.shape, value.aval.dtype) else None
-
-    return policy
+    return _any_of((codec,))
 
 
-def make_plan(
-    graph: Graph, policy: Policy, free: Iterable[Value] | None = None, repeat: int = 1, path: Path = ()
-) -> Plan:
-    """The plan of least stored bytes for the codecs that ``policy`` names.
+def _any_of(codecs: tuple[Codec, ...]) -> Codecs:
+    """All codecs wherever they may be used and save something."""
 
-    :param graph: a linearized computational graph.
-    :param policy: the codec for each residual.
-    :param free: inputs that the backward sweep can have at no cost; all of them by default.
-    :param repeat: how often the graph runs.
-    :param path: numbers of the control flow around it.
+    def choices(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
+        shape, dtype, exact_bytes = value.aval.shape, value.aval.dtype, _jax.aval_bytes(value.aval)
+        if exact_bytes * repeat < LEAST_ENCODED_BYTES:
+            return ()
+        fit = (c for c in codecs if not c.exact and c.supports(shape, dtype))
+        return tuple(c for c in fit if c.stored_bytes(shape, dtype) < exact_bytes)
+
+    return choices
+
+
+def equal_shares(graph: Graph) -> VarianceModel:
+    """The variance model without data: every code has an equal share in the gradient.
+
+    If all residuals were coded with relative variance v each, the gradient would get v times its squared norm, which
+    is also taken for the variance of the exact gradient (on image classification at usual batch sizes it is).
     """
-    free_inputs = set(graph.inputs if free is None else free)
-    regenerable = _regenerable(graph, free_inputs)
-    children: dict[Split, tuple[Plan, ...]] = {}
-    exact: set[Value] = set()
+    n_residuals = max(1, len({r for g in _graphs(graph) for e in g.edges for r in e.residuals}))
+
+    def variance(path: Path, value: Value, codec: Codec, n_draws: int) -> float:
+        return codec.relative_variance(value.aval.shape) / n_residuals
+
+    return variance
+
+
+def _graphs(graph: Graph) -> Iterator[Graph]:
+    """A graph and those of the bodies of its control flow."""
+    yield graph
     for edge in graph.edges:
-        if edge.split is not None:
-            plans, needed = _plan_split(edge.split, policy, regenerable, repeat, path)
-            children[edge.split] = plans
-            exact.update(needed)
-    linear: dict[Value, set[Edge]] = {}
-    carrier: dict[Value, Value] = {}
-    for edge in graph.edges:
-        for residual, is_linear in zip(edge.residuals, edge.linear, strict=True):
-            if is_linear:
-                carrier.setdefault(residual, _carrier(graph, residual))
-                linear.setdefault(carrier[residual], set()).add(edge)
-            else:
-                exact.add(residual)
-    groups = _disjoint_groups(graph, linear)
-    candidates: dict[Value, Encoded] = {}
-    for value, readers in groups.items():
-        codec = policy((*path, value.number), value, repeat)
-        if codec is not None:
-            size = codec.stored_bytes(value.aval.shape, value.aval.dtype)
-            candidates[value] = Encoded(codec, readers, size)
-    kept, encoded_values = _minimum_cut(graph, repeat, free_inputs, exact, set(linear), candidates)
-    encoded = {v: e for v, e in candidates.items() if v in encoded_values}
-    needed = exact | {v for v in linear if v not in encoded}
-    inputs = set(graph.inputs) - kept  # an input of a loop body that was kept there is not read outside as well
-    reads = frozenset(v for v in recompute_leaves(graph, needed, kept) if v in inputs)
-    keeps = {v: keep_codec(v) for v in sorted(kept, key=lambda v: v.number)}
-    return Plan(graph, repeat, path, keeps, encoded, carrier, children, reads)
+        for body in edge.split.bodies if edge.split else ():
+            yield from _graphs(body)
 
 
-def _plan_split(
-    node: Split, policy: Policy, regenerable: set[Value], repeat: int, path: Path
-) -> tuple[tuple[Plan, ...], set[Value]]:
-    """Plans of the bodies of control flow and the outer values that they need on the way back."""
-    skip = 1 if node.kind == "cond" else 0  # the index of a cond is no input of its branches
-    operands = node.operands[skip:]
-    plans = []
-    needed = {a for a in node.operands[:skip] if isinstance(a, Value)}
-    for number, body in enumerate(node.bodies):
-        free = set()
-        for i, (inner, outer) in enumerate(zip(body.inputs, operands, strict=True)):
-            constant = node.kind == "scan" and i < node.params["primal_counts"][0]
-            carried = node.kind == "scan" and not constant and i < sum(node.params["primal_counts"])
-            if constant or (not carried and (not isinstance(outer, Value) or outer in regenerable)):
-                free.add(inner)
-        times = repeat * (node.params["length"] if node.kind == "scan" else 1)
-        plan = make_plan(body, policy, free, times, (*path, node.number, number))
-        plans.append(plan)
-        position = {v: i for i, v in enumerate(body.inputs)}
-        for inner in plan.reads:
-            outer = operands[position[inner]]
-            if isinstance(outer, Value):
-                needed.add(outer)
-    return tuple(plans), needed
-
-
-def _is_made_again(graph: Graph, value: Value, repeat: int) -> bool:
+def _is_made_again(equation: Equation, value: Value, repeat: int) -> bool:
     """Whether the backward sweep may compute ``value`` from the operands of its equation."""
-    equation = graph.producer.get(value)
-    if equation is None or not equation.cheap:
+    if not equation.cheap:
         return False
     size = _jax.aval_bytes(value.aval)
     if not equation.inputs:
@@ -212,14 +183,17 @@ def _is_made_again(graph: Graph, value: Value, repeat: int) -> bool:
     return size > SMALL_BYTES and not (equation.draws_bits and size * repeat <= SMALL_DRAW_BYTES)
 
 
-def _regenerable(graph: Graph, free_inputs: set[Value]) -> set[Value]:
-    """Values that follow cheaply from the free inputs and from small values."""
-    known = set(free_inputs)
-    for equation in graph.equations:
-        if equation.cheap and all(not isinstance(a, Value) or a in known for a in equation.inputs):
-            known.update(equation.outputs)
-        known.update(o for o in equation.outputs if _jax.aval_bytes(o.aval) <= SMALL_BYTES)
-    return known
+def _length(node: Split | None) -> int:
+    """How often a body of control flow runs in one run of it, for all that is known."""
+    return node.params["length"] if node is not None and node.kind == "scan" else 1
+
+
+def _is_carried(node: Split, position: int) -> bool:
+    """Whether this input of a body is the loop's carry."""
+    if node.kind != "scan":
+        return False
+    n_consts, n_carry = node.params["primal_counts"]
+    return n_consts <= position < n_consts + n_carry
 
 
 def _carrier(graph: Graph, residual: Value) -> Value:
@@ -292,80 +266,167 @@ def recompute_leaves(graph: Graph, wanted: Iterable[Value], known: Iterable[Valu
     return leaves
 
 
-def _minimum_cut(
-    graph: Graph,
-    repeat: int,
-    free: set[Value],
-    exact: set[Value],
-    linear: set[Value],
-    candidates: dict[Value, Encoded],
-) -> tuple[set[Value], set[Value]]:
-    """Values to keep and values to encode; see the module's docstring."""
-    nodes: dict[Value, int] = {}
-    arcs: list[tuple[int, int, int]] = []  # (tail, head, bytes); -1 bytes for infinite
-    source, sink, todo = 0, 1, sorted(exact | linear, key=lambda v: v.number)
+# -- the decision problem ----------------------------------------------------------------------------------------------
 
-    def number(value: Value) -> int:
-        """The first of the two nodes of a value; new ones are visited later."""
-        if value not in nodes:
-            nodes[value] = 2 + 2 * len(nodes)
-            todo.append(value)
-        return nodes[value]
-
-    visited = set()
-    while todo:
-        value = todo.pop()
-        if value in visited:
-            continue
-        visited.add(value)
-        entry = number(value)
-        if value in free:
-            continue
-        arcs.append((entry, entry + 1, kept_bytes(value)))
-        if _is_made_again(graph, value, repeat):
-            operands = graph.producer[value].inputs
-            arcs.extend((number(a) + 1, entry, -1) for a in operands if isinstance(a, Value))
-        else:
-            arcs.append((source, entry, -1))
-    for value in exact | linear:
-        size = candidates[value].stored_bytes if value in candidates and value not in exact else -1
-        arcs.append((nodes[value] + 1, sink, size))
-    reached = _source_side(arcs, 2 + 2 * len(nodes), source, sink)
-    kept = {v for v, n in nodes.items() if n in reached and n + 1 not in reached and v not in free}
-    encoded = {v for v in candidates if v not in exact and nodes[v] + 1 in reached and v not in free}
-    return kept, encoded
+KEEP_NANOSECONDS_PER_BYTE = 0.1  # written once, read once
+CODE_NANOSECONDS_PER_ENTRY = 1.0  # encoding and decoding
+# What it takes to start the kernels of each, in every iteration of the loops around it
+KEEP_START, CODE_START, MAKE_START = 500.0, 8000.0, 200.0
 
 
-def _source_side(arcs: list[tuple[int, int, int]], n_nodes: int, source: int, sink: int) -> set[int]:
-    """Nodes on the source's side of a minimum cut."""
-    if not arcs:
-        return {source}
-    total = sum(size for _, _, size in arcs if size > 0) + 1
-    unit = max(1, -(-total // 2**29))  # SciPy's capacities are 32-bit
-    infinite = total // unit + len(arcs) + 1
-    merged: dict[tuple[int, int], int] = {}
-    for tail, head, size in arcs:
-        capacity = infinite if size < 0 else -(-size // unit)
-        merged[tail, head] = min(infinite, merged.get((tail, head), 0) + capacity)
-    tails, heads = np.array(list(merged), dtype=np.int32).T
-    network = csr_array((np.array(list(merged.values()), dtype=np.int32), (tails, heads)), shape=(n_nodes, n_nodes))
-    left = (network - maximum_flow(network, source, sink).flow).tocsr()
-    left.data = np.maximum(left.data, 0)
-    left.eliminate_zeros()
-    reached, todo = {source}, [source]
-    while todo:
-        node = todo.pop()
-        for head in left.indices[left.indptr[node] : left.indptr[node + 1]].tolist():
-            if head not in reached:
-                reached.add(head)
-                todo.append(head)
-    return reached
+class _Decision:
+    """The decision problem of a graph and of all graphs inside it, and the plan that a solution of it stands for."""
+
+    def __init__(self, graph: Graph, codecs: Codecs, variance: VarianceModel) -> None:
+        self.graph, self.codecs, self.variance = graph, codecs, variance
+        self.problem = solver.Problem()
+        self.number: dict[Value, int] = {}
+        self.carrier: dict[Graph, dict[Value, Value]] = {}
+        self.exact: dict[Graph, set[Value]] = {}
+        self.carried: dict[Graph, set[Value]] = {}
+        self.demands: list[tuple[Graph, Value, tuple[Encoded, ...]]] = []
+        self.added: list[tuple[float, ...]] = []  # variance added by each code of each demand
+        self.step = 3 * max(1.0, self._forward_nanoseconds(graph, 1))  # the backward sweep has two products for each
+        for value in graph.inputs:
+            self.number[value] = self.problem.add_value(0, 0.0)
+        self._add(graph, 1, ())
+
+    def _forward_nanoseconds(self, graph: Graph, repeat: int) -> float:
+        own = sum(e.nanoseconds + MAKE_START for e in graph.equations if e.split is None)
+        bodies = [
+            (b, repeat * _length(e.split)) for e in graph.equations if e.split is not None for b in e.split.bodies
+        ]
+        return own * repeat + sum(self._forward_nanoseconds(b, times) for b, times in bodies)
+
+    def _add(self, graph: Graph, repeat: int, path: Path) -> None:
+        problem = self.problem
+        for equation in graph.equations:
+            operands = [self.number[a] for a in equation.inputs if isinstance(a, Value)]
+            for value in equation.outputs:
+                size = kept_bytes(value) * repeat
+                cost = (KEEP_NANOSECONDS_PER_BYTE * size + KEEP_START * repeat) / self.step
+                self.number[value] = problem.add_value(size, cost)
+            made = [v for v in equation.outputs if _is_made_again(equation, v, repeat)]
+            if made:
+                cost = (equation.nanoseconds + MAKE_START) * repeat / self.step
+                problem.add_maker([self.number[v] for v in made], operands, cost)
+        exact, linear, carrier = self._readers(graph)
+        self.exact[graph], self.carrier[graph] = exact, carrier
+        groups = _disjoint_groups(graph, linear)
+        for value in sorted(exact | set(linear), key=lambda v: v.number):
+            choices: tuple[Encoded, ...] = ()
+            if value not in exact:
+                shape, dtype = value.aval.shape, value.aval.dtype
+                choices = tuple(
+                    Encoded(c, groups[value], c.stored_bytes(shape, dtype))
+                    for c in self.codecs((*path, value.number), value, repeat)
+                )
+            self._demand(graph, value, choices, repeat, path)
+        for edge in graph.edges:
+            if edge.split is not None:
+                self._add_bodies(edge.split, repeat, path)
+
+    def _demand(self, graph: Graph, value: Value, choices: tuple[Encoded, ...], repeat: int, path: Path) -> None:
+        codes, added = [], []
+        for entry in choices:
+            draws = len(entry.readers)
+            variance = self.variance((*path, value.number), value, entry.codec, draws)
+            nanoseconds = (CODE_NANOSECONDS_PER_ENTRY * value.aval.size + CODE_START) * repeat * draws
+            added.append(variance)
+            codes.append(solver.Code(entry.stored_bytes * repeat, nanoseconds / self.step + variance))
+        self.demands.append((graph, value, choices))
+        self.added.append(tuple(added))
+        self.problem.demands.append(solver.Demand(self.number[value], tuple(codes)))
+
+    def _readers(self, graph: Graph) -> tuple[set[Value], dict[Value, set[Edge]], dict[Value, Value]]:
+        """What must be exact, who may read an estimate of what, and what stands for it in storage."""
+        exact: set[Value] = set()
+        linear: dict[Value, set[Edge]] = {}
+        carrier: dict[Value, Value] = {}
+        for edge in graph.edges:
+            if edge.split is not None and edge.split.kind == "cond" and isinstance(edge.split.operands[0], Value):
+                exact.add(edge.split.operands[0])  # which branch was taken
+            for residual, is_linear in zip(edge.residuals, edge.linear, strict=True):
+                if is_linear:
+                    carrier.setdefault(residual, _carrier(graph, residual))
+                    linear.setdefault(carrier[residual], set()).add(edge)
+                else:
+                    exact.add(residual)
+        return exact, linear, carrier
+
+    def _add_bodies(self, node: Split, repeat: int, path: Path) -> None:
+        operands = node.operands[1:] if node.kind == "cond" else node.operands
+        for number, body in enumerate(node.bodies):
+            times = repeat * _length(node)
+            for i, (inner, outer) in enumerate(zip(body.inputs, operands, strict=True)):
+                if _is_carried(node, i):  # there in one iteration only
+                    size = kept_bytes(inner) * times
+                    cost = (KEEP_NANOSECONDS_PER_BYTE * size + KEEP_START * times) / self.step
+                    self.number[inner] = self.problem.add_value(size, cost)
+                    self.carried.setdefault(body, set()).add(inner)
+                elif isinstance(outer, Value):
+                    self.number[inner] = self.number[outer]
+                else:
+                    self.number[inner] = self.problem.add_value(0, 0.0)
+            self._add(body, times, (*path, node.number, number))
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of all residuals stored exactly."""
+        return sum(self.problem.keep_bytes[d.value] for d in self.problem.demands)
+
+    # -- from a solution to a plan
+
+    def plan(self, solution: solver.Solution) -> Plan:
+        """The plan that stores what the solution says."""
+        variance = sum(a[c] for a, c in zip(self.added, solution.codes, strict=True) if c is not None)
+        predicted = Prediction(solution.cost - variance, variance, solution.gap)
+        chosen: dict[Graph, dict[Value, Encoded]] = {}
+        for (graph, value, choices), code in zip(self.demands, solution.codes, strict=True):
+            if code is not None:
+                chosen.setdefault(graph, {})[value] = choices[code]
+        plan = self._plan_of(self.graph, 1, (), solution.kept, chosen)
+        return dataclasses.replace(plan, predicted=predicted)
+
+    def _plan_of(
+        self, graph: Graph, repeat: int, path: Path, kept: frozenset[int], chosen: dict[Graph, dict[Value, Encoded]]
+    ) -> Plan:
+        encoded = chosen.get(graph, {})
+        carrier = self.carrier[graph]
+        needed = self.exact[graph] | {v for v in carrier.values() if v not in encoded}
+        children: dict[Split, tuple[Plan, ...]] = {}
+        for edge in graph.edges:
+            if edge.split is None:
+                continue
+            node, times = edge.split, repeat * _length(edge.split)
+            children[node] = tuple(
+                self._plan_of(body, times, (*path, node.number, i), kept, chosen) for i, body in enumerate(node.bodies)
+            )
+            operands = node.operands[1:] if node.kind == "cond" else node.operands
+            for plan in children[node]:
+                outer = dict(zip(plan.graph.inputs, operands, strict=True))
+                needed |= {o for v in plan.reads if isinstance(o := outer[v], Value)}
+        own = {v for e in graph.equations for v in e.outputs} | self.carried.get(graph, set())
+        stored = {v for v in own if self.number[v] in kept}
+        needed |= {r for r, c in carrier.items() if c not in encoded}
+        leaves = recompute_leaves(graph, needed, stored)
+        reads = frozenset(v for v in leaves if v in set(graph.inputs) and v not in stored)
+        keeps = {v: keep_codec(v) for v in sorted(stored & leaves, key=lambda v: v.number)}
+        return Plan(
+            graph,
+            repeat,
+            path,
+            keeps,
+            dict(sorted(encoded.items(), key=lambda p: p[0].number)),
+            carrier,
+            children,
+            reads,
+        )
 
 
-# -- budgets ---------------------------------------------------------------------------------------------------------
+# -- what to ask for -------------------------------------------------------------------------------------------------
 
 LADDER: tuple[Codec, ...] = (
-    Keep(),
     StochasticRound(bits=8),
     StochasticRound(bits=4),
     StochasticRound(bits=2),
@@ -375,27 +436,41 @@ LADDER: tuple[Codec, ...] = (
 """Codecs by falling size: rounding first, sampling only below one bit (it adds far more variance at equal bytes)."""
 
 
-def plan_within(graph: Graph, budget_bytes: int) -> Plan:
-    """A plan that stores at most ``budget_bytes``, bytes spent where the variance falls fastest.
+def make_plan(graph: Graph, codecs: Codecs, variance: VarianceModel | None = None) -> Plan:
+    """The plan that stores the fewest bytes, whatever else it costs.
 
-    The largest rung of ``LADDER`` that fits everywhere is refined residual by residual: each step takes the upgrade
-    with the largest fall of relative variance per byte that still fits.
-
-    :raises BudgetError: if even the smallest rung does not fit.
+    :param graph: a linearized computational graph.
+    :param codecs: what each residual may be coded with.
+    :param variance: prices the codes; :func:`equal_shares` by default.
     """
-    plans: list[tuple[Codec, Plan]] = []
-    for rung in LADDER:
-        plan = make_plan(graph, uniform(rung))
-        if plan.stored_bytes <= budget_bytes:
-            return _spend(graph, plan, rung, budget_bytes)
-        plans.append((rung, plan))
-    smallest = min((plan for _, plan in plans), key=lambda plan: plan.stored_bytes)
-    raise BudgetError(
-        f"memory_budget={budget_bytes} bytes is too small: this program stores at least {smallest.stored_bytes} bytes "
-        f"between its sweeps{_binding(smallest)}. Try memory_budget={smallest.stored_bytes} or more, a smaller "
-        "minibatch or fewer particles.",
-        smallest.stored_bytes,
-    )
+    decision = _Decision(graph, codecs, variance or equal_shares(graph))
+    return decision.plan(solver.smallest(decision.problem))
+
+
+def balanced_plan(graph: Graph, codecs: Codecs, variance: VarianceModel | None = None) -> Plan:
+    """The plan of least cost where a share of the residuals' bytes is worth the same share of the step's time."""
+    decision = _Decision(graph, codecs, variance or equal_shares(graph))
+    return decision.plan(solver.priced(decision.problem, 1 / max(1, decision.residual_bytes)))
+
+
+def plan_within(
+    graph: Graph, budget_bytes: int, codecs: Codecs | None = None, variance: VarianceModel | None = None
+) -> Plan:
+    """The plan of least cost that stores at most ``budget_bytes``.
+
+    :raises BudgetError: if there is none; it names the smallest feasible budget.
+    """
+    decision = _Decision(graph, codecs or _any_of(LADDER), variance or equal_shares(graph))
+    try:
+        return decision.plan(solver.solve(decision.problem, budget_bytes))
+    except solver.Infeasible as error:
+        smallest = decision.plan(error.smallest)
+        raise BudgetError(
+            f"memory_budget={budget_bytes} bytes is too small: this program stores at least {smallest.stored_bytes} "
+            f"bytes between its sweeps{_binding(smallest)}. Try memory_budget={smallest.stored_bytes} or more, a "
+            "smaller minibatch or fewer particles.",
+            smallest.stored_bytes,
+        ) from None
 
 
 def _binding(plan: Plan) -> str:
@@ -411,44 +486,3 @@ def _binding(plan: Plan) -> str:
         where = equation.line if equation is not None and equation.line else "an input"
         named.append(f"{size} for {tuple(value.aval.shape)} {value.aval.dtype} at {where}")
     return f" (the largest: {'; '.join(named)})"
-
-
-def _spend(graph: Graph, plan: Plan, rung: Codec, budget_bytes: int) -> Plan:
-    """Upgrade residuals of ``plan`` one at a time while the budget allows."""
-    level = LADDER.index(rung)
-    if level == 0:
-        return plan
-    entries: dict[Path, tuple[Value, int, Encoded]] = {
-        (*p.path, v.number): (v, p.repeat, e) for p in plan.walk() for v, e in p.encoded.items()
-    }
-    levels: dict[Path, int] = dict.fromkeys(entries, level)
-    left = budget_bytes - plan.stored_bytes
-
-    def upgrade(key: Path) -> tuple[float, Path, int]:
-        """Change of relative variance per byte by the next upgrade of a residual, and its bytes."""
-        value, repeat, entry = entries[key]
-        shape, dtype = value.aval.shape, value.aval.dtype
-        now, better = LADDER[levels[key]], LADDER[levels[key] - 1]
-        extra = (better.stored_bytes(shape, dtype) - now.stored_bytes(shape, dtype)) * repeat * len(entry.readers)
-        return (better.relative_variance(shape) - now.relative_variance(shape)) / max(extra, 1), key, extra
-
-    best_first = [upgrade(key) for key in entries]
-    heapq.heapify(best_first)
-    while best_first:
-        _, key, extra = heapq.heappop(best_first)
-        if extra <= left:
-            left -= extra
-            levels[key] -= 1
-            if levels[key]:
-                heapq.heappush(best_first, upgrade(key))
-    base = uniform(rung)
-
-    def policy(path: Path, value: Value, repeat: int) -> Codec | None:
-        codec = base(path, value, repeat)
-        if codec is None or path not in levels:
-            return codec
-        chosen = LADDER[levels[path]]
-        return None if chosen.exact else chosen
-
-    refined = make_plan(graph, policy)
-    return refined if refined.stored_bytes <= budget_bytes else plan

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_rad import _jax
 
@@ -69,6 +70,44 @@ def draws_bits(equation: _jax.JaxprEquation) -> bool:
     if equation.primitive.name in ("random_bits", "threefry2x32"):
         return True
     return any(draws_bits(e) for j in _jax.inner_jaxprs(equation) for e in j.jaxpr.eqns)
+
+
+# Nanoseconds for each entry (of the larger of operands and results), fused with its neighbours, on two CPU cores. Other
+# machines are faster at all of it; plans depend on the ratios only.
+_NANOSECONDS = {
+    0.05: "add add_any and broadcast_in_dim convert_element_type copy ge gt iota le lt max min mul ne eq neg not or "
+    "reshape select_n squeeze square sub stop_gradient transpose",
+    1.0: "cumsum cumprod cummax cummin cumlogsumexp gather dynamic_slice sin cos",
+    2.0: "pow tan asin acos atan atan2 asinh acosh atanh",
+    5.0: "lgamma digamma scatter scatter-add",
+    8.0: "random_bits threefry2x32 bessel_i0e bessel_i1e",
+    50.0: "sort top_k",
+    200.0: "igamma igammac igamma_grad_a betainc regularized_incomplete_beta polygamma zeta random_gamma",
+}
+_PER_ENTRY = {name: cost for cost, names in _NANOSECONDS.items() for name in names.split()}
+DERIVE_NANOSECONDS = 0.1  # the same for a step of a derivative, a product or a sum
+_PER_OPERATION = 0.02  # nanoseconds of a multiplication and addition in a matrix product
+_CUBIC = frozenset("cholesky triangular_solve lu qr eigh svd geqrf householder_product schur eig".split())
+
+
+def nanoseconds(equation: _jax.JaxprEquation) -> float:
+    """About how long ``equation`` takes, without the cost of starting it."""
+    name = equation.primitive.name
+    inner = [sum(map(nanoseconds, j.jaxpr.eqns)) for j in _jax.inner_jaxprs(equation)]
+    if inner and name not in _PER_ENTRY:
+        return max(inner) if name == "cond" else sum(inner) * equation.params.get("length", 1)
+    sizes = [v.aval.size for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "size")]
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        depth = [equation.invars[0].aval.shape[i] for i in contracted]
+        return equation.outvars[0].aval.size * float(np.prod(depth)) * _PER_OPERATION
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+        return equation.outvars[0].aval.size * kernel.size / max(features, 1) * _PER_OPERATION
+    if name in _CUBIC:
+        return max(v.aval.size * v.aval.shape[-1] for v in equation.outvars if v.aval.shape) * 4 * _PER_OPERATION
+    return max(sizes, default=0) * _PER_ENTRY.get(name, 0.3)
 
 
 def is_real_float(dtype: Any) -> bool:

@@ -12,6 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from numpyro_rad import _jax
 from numpyro_rad.codecs import Codec, StochasticRound
 from numpyro_rad.graph import Graph
 from numpyro_rad.linearize import linearize
-from numpyro_rad.plan import Plan, make_plan, plan_within, uniform
+from numpyro_rad.plan import Plan, balanced_plan, make_plan, plan_within, uniform
 from numpyro_rad.seeds import seed_words
 from numpyro_rad.sweep import backward, forward
 
@@ -73,12 +74,12 @@ def planner(codec: Codec | None = None, memory_budget: int | str | None = None) 
             "RandomProjection(keep=0.1), or Keep() for exact gradients."
         )
     if memory_budget is None:
-        policy = uniform(DEFAULT_CODEC if codec is None else codec)
-        return lambda graph: make_plan(graph, policy)
+        codecs = uniform(DEFAULT_CODEC if codec is None else codec)
+        return partial(balanced_plan if codec is None else make_plan, codecs=codecs)
     if codec is not None:
         raise ValueError("codec= and memory_budget= exclude each other: a budget chooses its codecs. Pass one of them.")
     budget = parse_bytes(memory_budget)
-    return lambda graph: plan_within(graph, budget)
+    return partial(plan_within, budget_bytes=budget)
 
 
 class Program:
@@ -196,7 +197,7 @@ def rad(f: Callable, *, codec: Codec | None = None, memory_budget: int | str | N
     def with_key(key: Any, /, *args: Any, **kwargs: Any) -> Any:
         return randomized(lambda: f(*args, **kwargs), make, path_seed(key))
 
-    with_key.planned = functools.partial(_planned, f, make)  # type: ignore[attr-defined]
+    with_key.planned = partial(_planned, f, make)  # type: ignore[attr-defined]
     return with_key
 
 

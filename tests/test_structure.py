@@ -23,7 +23,7 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
-    ("seeds",),
+    ("seeds", "solver"),
     ("_jax", "codecs"),
     ("rules",),
     ("graph",),

@@ -1,0 +1,341 @@
+"""The decision problem behind a plan: what to store, what to make again, at the least cost within a number of bytes.
+
+There are *values*, each of which may be kept, or made again from its operands by its *maker*; *demands* for values, to
+be met by the value itself or by one of several codes of it; and a price on everything,
+
+    minimize    sum_v keep_cost[v] K[v] + sum_m make_cost[m] M[m] + sum_d sum_c code_cost[d, c] X[d, c]
+    subject to  sum_v keep_bytes[v] K[v] + sum_d sum_c code_bytes[d, c] X[d, c] <= budget,
+                K[v] + M[maker of v] + sum_c X[d, c] >= 1   for each demand d for v,
+                K[v] + M[maker of v] >= M[m]                for each operand v of each maker m,   all in {0, 1}.
+
+Without the budget this is a minimum cut, and so is its Lagrangian relaxation, in which a byte has a price. ``solve``
+looks for the price at which the budget is just met (a few cuts): that gives a bound on what any solution costs, and a
+solution that is optimal for a slightly smaller budget. It spends what is left on upgrades, and hands what gap remains
+to HiGHS as the mixed-integer program above (Fisher 1981 on Lagrangian relaxation; for recomputation alone Jain et al.,
+"Checkmate", MLSys 2020).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """One way to meet a demand without the value: its size and its cost."""
+
+    bytes: int
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """A step that makes values again from others."""
+
+    operands: tuple[int, ...]
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """Somebody needs ``value``; without ``codes`` exactly."""
+
+    value: int
+    codes: tuple[Code, ...] = ()
+
+
+@dataclasses.dataclass
+class Problem:
+    """Values are numbered from 0.
+
+    :ivar keep_bytes: bytes of each value stored exactly; 0 for values that are there anyway.
+    :ivar keep_cost: cost of storing it and reading it back.
+    :ivar maker: for each value the index of its maker, or -1.
+    """
+
+    keep_bytes: list[int] = dataclasses.field(default_factory=list)
+    keep_cost: list[float] = dataclasses.field(default_factory=list)
+    maker: list[int] = dataclasses.field(default_factory=list)
+    makers: list[Maker] = dataclasses.field(default_factory=list)
+    demands: list[Demand] = dataclasses.field(default_factory=list)
+
+    def add_value(self, keep_bytes: int, keep_cost: float) -> int:
+        """A value that nothing makes; its number."""
+        self.keep_bytes.append(keep_bytes)
+        self.keep_cost.append(keep_cost)
+        self.maker.append(-1)
+        return len(self.maker) - 1
+
+    def add_maker(self, values: Sequence[int], operands: Sequence[int], cost: float) -> None:
+        """A step that makes all of ``values`` from ``operands``."""
+        for value in values:
+            self.maker[value] = len(self.makers)
+        self.makers.append(Maker(tuple(dict.fromkeys(operands)), cost))
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """A feasible choice.
+
+    :ivar kept: values stored exactly.
+    :ivar made: makers that run again.
+    :ivar codes: for each demand the index of its code, or None: it reads the value.
+    :ivar bound: no solution within the same bytes costs less than this.
+    """
+
+    kept: frozenset[int]
+    made: frozenset[int]
+    codes: tuple[int | None, ...]
+    bytes: int
+    cost: float
+    bound: float = -np.inf
+
+    @property
+    def gap(self) -> float:
+        """How much dearer than the cheapest this may be, relative to its cost."""
+        return max(0.0, self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
+
+
+class Infeasible(ValueError):
+    """No solution takes as few bytes; ``smallest`` takes the fewest."""
+
+    def __init__(self, smallest: Solution):
+        super().__init__(f"at least {smallest.bytes} bytes are needed")
+        self.smallest = smallest
+
+
+GOOD_GAP = 5e-3
+"""Solutions this close to the bound are not improved further."""
+
+EXACT_LIMIT = 20_000
+"""Problems with more binary unknowns than this are left to the relaxation."""
+
+
+def smallest(problem: Problem) -> Solution:
+    """The solution that takes the fewest bytes (the cheapest of those, to rounding)."""
+    return _cut(problem, 1.0, 1e-7 / max(_total_cost(problem), 1e-300) * max(sum(problem.keep_bytes), 1))
+
+
+def priced(problem: Problem, byte_price: float) -> Solution:
+    """The solution of least ``cost + byte_price * bytes``."""
+    found = _cut(problem, byte_price, 1.0)
+    return dataclasses.replace(found, bound=found.cost)
+
+
+def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> Solution:
+    """The cheapest solution within a budget.
+
+    :param budget_bytes: an int, or infinity.
+    :param time_limit: seconds for the mixed-integer program; the best solution found is returned, with its bound.
+    :raises Infeasible: if there is none.
+    """
+    rich = priced(problem, 0.0)
+    if rich.bytes <= budget_bytes:
+        return rich
+    poor = smallest(problem)
+    if poor.bytes > budget_bytes:
+        raise Infeasible(poor)
+    bound = rich.cost
+    for _ in range(64):
+        # A new cut at the price at which both ends cost the same lies below the line through them, or there is none.
+        price = (poor.cost - rich.cost) / (rich.bytes - poor.bytes)
+        new = priced(problem, price)
+        at_line = poor.cost + price * poor.bytes
+        value = new.cost + price * new.bytes
+        bound = max(bound, min(value, at_line) - price * budget_bytes)
+        if value >= at_line - 1e-9 * abs(at_line) or new.bytes in (poor.bytes, rich.bytes):
+            break
+        if new.bytes <= budget_bytes:
+            poor = new
+        else:
+            rich = new
+    best = dataclasses.replace(_upgraded(problem, poor, budget_bytes), bound=bound)
+    n_unknowns = len(problem.maker) + len(problem.makers) + sum(len(d.codes) for d in problem.demands)
+    if best.gap <= GOOD_GAP or n_unknowns > EXACT_LIMIT:
+        return best
+    return _by_integer_program(problem, budget_bytes, best, time_limit)
+
+
+# -- minimum cut -----------------------------------------------------------------------------------------------------
+
+
+def _total_cost(problem: Problem) -> float:
+    codes = sum(max((c.cost for c in d.codes), default=0.0) for d in problem.demands)
+    return sum(problem.keep_cost) + sum(m.cost for m in problem.makers) + codes
+
+
+def _cut(problem: Problem, byte_price: float, cost_weight: float) -> Solution:
+    """The solution of least ``byte_price * bytes + cost_weight * cost``.
+
+    Each value is a pair of nodes, *made* and *there*, joined by an arc with the price of keeping it. A node on the
+    sink's side is true: an arc from x to y is paid when y is true and x is not.
+    """
+    source, sink, first = 0, 1, 2
+    n_values, n_makers = len(problem.maker), len(problem.makers)
+    there = range(first, first + n_values)
+    made = range(first + n_values, first + n_values + n_makers)
+    arcs: list[tuple[int, int, float]] = []  # (tail, head, price); infinite where it must not happen
+    for v, m in enumerate(problem.maker):
+        keep = byte_price * problem.keep_bytes[v] + cost_weight * problem.keep_cost[v]
+        arcs.append((made[m] if m >= 0 else source, there[v], keep))
+    for m, maker in enumerate(problem.makers):
+        arcs.append((source, made[m], cost_weight * maker.cost))
+        arcs.extend((there[v], made[m], np.inf) for v in maker.operands)
+    cheapest = []
+    for demand in problem.demands:
+        prices = [byte_price * c.bytes + cost_weight * c.cost for c in demand.codes]
+        best = int(np.argmin(prices)) if prices else None
+        cheapest.append(best)
+        arcs.append((there[demand.value], sink, np.inf if best is None else prices[best]))
+    outside = _source_side(arcs, first + n_values + n_makers, source, sink)
+    is_made = [node not in outside for node in made]
+    kept = {v for v, m in enumerate(problem.maker) if there[v] not in outside and not (m >= 0 and is_made[m])}
+    codes = [best if there[d.value] in outside else None for d, best in zip(problem.demands, cheapest, strict=True)]
+    return settled(problem, kept, codes)
+
+
+def _source_side(arcs: list[tuple[int, int, float]], n_nodes: int, source: int, sink: int) -> set[int]:
+    """Nodes on the source's side of a minimum cut (the smallest such set, so that ties are broken alike)."""
+    finite = sum(price for _, _, price in arcs if price < np.inf)
+    scale = 2**29 / finite if finite > 0 else 1.0  # SciPy's capacities are 32-bit integers
+    infinite = 2**29 + len(arcs) + 1
+    merged: dict[tuple[int, int], int] = {}
+    for tail, head, price in arcs:
+        capacity = infinite if price == np.inf else int(np.ceil(price * scale))
+        merged[tail, head] = min(infinite, merged.get((tail, head), 0) + capacity)
+    if not merged:
+        return {source}
+    tails, heads = np.array(list(merged), dtype=np.int32).T
+    network = csr_array((np.array(list(merged.values()), dtype=np.int32), (tails, heads)), shape=(n_nodes, n_nodes))
+    left = (network - maximum_flow(network, source, sink).flow).tocsr()
+    left.data = np.maximum(left.data, 0)
+    left.eliminate_zeros()
+    starts, targets = left.indptr.tolist(), left.indices.tolist()
+    reached, todo = {source}, [source]
+    while todo:
+        node = todo.pop()
+        for head in targets[starts[node] : starts[node + 1]]:
+            if head not in reached:
+                reached.add(head)
+                todo.append(head)
+    return reached
+
+
+def settled(problem: Problem, kept: set[int], codes: Sequence[int | None]) -> Solution:
+    """The solution that keeps ``kept``, runs what then has to run again, and drops what nobody needs."""
+    made: set[int] = set()
+    used: set[int] = set()
+    todo = [d.value for d, code in zip(problem.demands, codes, strict=True) if code is None]
+    while todo:
+        value = todo.pop()
+        if value in used:
+            continue
+        used.add(value)
+        if value in kept:
+            continue
+        maker = problem.maker[value]
+        if maker < 0:
+            raise ValueError(f"value {value} is needed, is not kept, and nothing makes it")
+        if maker not in made:
+            made.add(maker)
+            todo.extend(problem.makers[maker].operands)
+    kept = kept & used
+    chosen = [d.codes[c] for d, c in zip(problem.demands, codes, strict=True) if c is not None]
+    size = sum(problem.keep_bytes[v] for v in kept) + sum(c.bytes for c in chosen)
+    parts = [problem.keep_cost[v] for v in sorted(kept)] + [problem.makers[m].cost for m in sorted(made)]
+    return Solution(frozenset(kept), frozenset(made), tuple(codes), size, sum(parts) + sum(c.cost for c in chosen))
+
+
+# -- repair and exact solution -----------------------------------------------------------------------------------------
+
+
+def _upgraded(problem: Problem, solution: Solution, budget_bytes: float) -> Solution:
+    """Spend what is left on better codes, and on keeping what is coded or made again.
+
+    The order of the steps does not depend on the budget, and the first that does not fit ends them: with a larger
+    budget more of the same sequence is taken, so more memory never costs more.
+    """
+    steps = []  # (cost per byte, bytes, change)
+    for i, (demand, now) in enumerate(zip(problem.demands, solution.codes, strict=True)):
+        if now is None:
+            continue
+        current = demand.codes[now]
+        better = [(c.cost, c.bytes, k) for k, c in enumerate(demand.codes)]
+        better.append((problem.keep_cost[demand.value], problem.keep_bytes[demand.value], -1))
+        for cost, size, k in better:
+            if cost < current.cost and size > current.bytes:
+                rate = (cost - current.cost) / (size - current.bytes)
+                steps.append((rate, size - current.bytes, i, k))
+    steps.sort()
+    codes, kept, left, done = list(solution.codes), set(solution.kept), budget_bytes - solution.bytes, set()
+    for _, size, i, k in steps:
+        if i in done:
+            continue
+        if size > left:
+            break
+        left -= size
+        done.add(i)
+        codes[i] = None if k < 0 else k
+        if k < 0:
+            kept.add(problem.demands[i].value)
+    better = settled(problem, kept, codes)
+    return better if better.cost <= solution.cost and better.bytes <= budget_bytes else solution
+
+
+def _by_integer_program(problem: Problem, budget_bytes: float, best: Solution, time_limit: float) -> Solution:
+    """The mixed-integer program of the module's docstring by HiGHS, if that improves ``best``."""
+    n_values, n_makers = len(problem.maker), len(problem.makers)
+    cost = [*problem.keep_cost, *(m.cost for m in problem.makers)]
+    size = [*problem.keep_bytes, *([0] * n_makers)]
+    rows: list[tuple[list[int], list[int]]] = []  # (unknowns with coefficient 1, with coefficient -1), sum >= bound
+    least: list[float] = []
+
+    def there(value: int) -> list[int]:
+        maker = problem.maker[value]
+        return [value, n_values + maker] if maker >= 0 else [value]
+
+    for m, maker in enumerate(problem.makers):
+        for v in maker.operands:
+            rows.append((there(v), [n_values + m]))
+            least.append(0)
+    for demand in problem.demands:
+        unknowns = list(range(len(cost), len(cost) + len(demand.codes)))
+        cost.extend(c.cost for c in demand.codes)
+        size.extend(c.bytes for c in demand.codes)
+        rows.append((there(demand.value) + unknowns, []))
+        least.append(1)
+    entries = [(i, j, s) for i, (plus, minus) in enumerate(rows) for s, js in ((1, plus), (-1, minus)) for j in js]
+    i, j, s = (np.array(x) for x in zip(*entries, strict=True))
+    cover = csr_array((s, (i, j)), shape=(len(rows), len(cost)))
+    unit, scale = max(cost) or 1.0, max(budget_bytes, 1.0)
+    result = milp(
+        np.array(cost) / unit,
+        integrality=np.ones(len(cost)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(cover, lb=np.array(least, float)),
+            LinearConstraint(np.array(size, float)[None] / scale, ub=budget_bytes / scale),
+        ],
+        options={"time_limit": time_limit, "mip_rel_gap": GOOD_GAP},
+    )
+    bound = best.bound
+    if result.mip_dual_bound is not None and np.isfinite(result.mip_dual_bound):
+        bound = max(bound, result.mip_dual_bound * unit)
+    if result.x is not None:
+        chosen = result.x > 0.5
+        codes: list[int | None] = []
+        at = n_values + n_makers
+        for demand in problem.demands:
+            taken = [k for k in range(len(demand.codes)) if chosen[at + k]]
+            codes.append(min(taken, key=lambda k: demand.codes[k].cost) if taken else None)
+            at += len(demand.codes)
+        found = settled(problem, set(np.flatnonzero(chosen[:n_values]).tolist()), codes)
+        if found.bytes <= budget_bytes and found.cost < best.cost:
+            best = found
+    return dataclasses.replace(best, bound=min(bound, best.cost))
