@@ -2,15 +2,16 @@
 
 One changed word, ``RAD_ELBO`` for ``Trace_ELBO``, makes SVI store a fraction of the residuals of reverse-mode AD.
 
-To read the code start with ``graph`` and ``linearize`` (the linearized computational graph), then ``plan`` (what to
-store), ``sweep`` (the two sweeps), ``transform`` (how they become a JAX transformation) and ``elbo``. ``codecs`` stands
-alone.
+To read the code start with ``graph`` and ``linearize`` (the linearized computational graph), then ``plan`` (what is
+stored) and ``sweep`` (the two sweeps), ``decision`` and ``solver`` (how plans are chosen), ``planner`` (what users ask
+for), ``transform`` (how it becomes a JAX transformation) and ``elbo``. ``codecs`` stands alone.
 """
 
 from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, StochasticRound
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys
 from numpyro_rad.explain import Explanation, explain
-from numpyro_rad.plan import BudgetError
+from numpyro_rad.plan import BudgetError, Plan
+from numpyro_rad.planner import Planner, Residual
 from numpyro_rad.transform import grad, rad, value_and_grad
 
 __version__ = "0.1.0"
@@ -23,7 +24,10 @@ __all__ = [
     "Explanation",
     "Keep",
     "NoiseKeys",
+    "Plan",
+    "Planner",
     "RandomProjection",
+    "Residual",
     "SampleAxis",
     "StochasticRound",
     "explain",

@@ -17,9 +17,9 @@ from numpyro.infer import RenyiELBO, Trace_ELBO
 from numpyro.infer.elbo import ELBO
 
 from numpyro_rad import _jax
-from numpyro_rad.codecs import Codec
 from numpyro_rad.plan import Plan
-from numpyro_rad.transform import path_seed, plan_of, planner, randomized
+from numpyro_rad.planner import Planner
+from numpyro_rad.transform import Closure, path_seed, randomized
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
 
@@ -44,7 +44,7 @@ class RAD_ELBO(Trace_ELBO):
 
     The value is exact. The gradient has the expectation of ``Trace_ELBO``'s (over the path randomness, for any fixed
     noise of guide, model and subsampling) and a variance that is larger by a little; :func:`numpyro_rad.explain` says
-    where and by how much. Without options every residual that may be coded is rounded stochastically to 4 bits.
+    where and by how much.
 
     Any other ELBO of NumPyro, or of yours, is wrapped by ``base=``; its attributes are found here too.
 
@@ -58,14 +58,13 @@ class RAD_ELBO(Trace_ELBO):
     :param base: the ELBO to take the value from instead of ``Trace_ELBO``: an instance of ``TraceMeanField_ELBO``,
         ``RenyiELBO``, ``TraceGraph_ELBO``, ``TraceEnum_ELBO`` or any subclass of ``numpyro.infer.elbo.ELBO``. The four
         arguments above belong to ``Trace_ELBO`` and are then set on the base.
-    :param memory_budget: the most bytes that may be stored between the two sweeps of one gradient, all particles
-        together, an int or a string such as ``"64MiB"``. Codes, scales and kept values count; parameters and data do
-        not.
-    :param codec: one codec wherever a code is unbiased and smaller; ``Keep()`` for exact gradients, by recomputation
-        and fused derivatives alone.
-    :raises TypeError: for a wrong ``base``, ``codec`` or ``memory_budget``.
-    :raises ValueError: for a budget that cannot be read, for ``codec`` and ``memory_budget`` at once, or for a ``base``
-        together with an argument that belongs on it.
+    :param options: how to plan, see :class:`numpyro_rad.Planner`; above all ``memory_budget="256MiB"``, the most bytes
+        that may be held between the two sweeps of one gradient, all particles together (codes, scales and kept values
+        count, parameters and data do not). Without any, residuals are rounded to 4 bits where the bytes saved are worth
+        the time.
+    :raises TypeError: for a wrong ``base`` or option.
+    :raises ValueError: for an option that cannot be read, for two that exclude each other, or for a ``base`` together
+        with an argument that belongs on it.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.
 
     The loss raises ``NotImplementedError`` under forward-mode differentiation. Attributes of the base may be set here.
@@ -86,8 +85,7 @@ class RAD_ELBO(Trace_ELBO):
         sum_sites: bool = True,
         *,
         base: ELBO | None = None,
-        memory_budget: int | str | None = None,
-        codec: Codec | None = None,
+        **options: Any,
     ) -> None:
         own = (num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         if base is None:
@@ -102,11 +100,10 @@ class RAD_ELBO(Trace_ELBO):
                 f"base={base!r} is not an instance of one of NumPyro's ELBOs. Pass one, for example "
                 "base=TraceMeanField_ELBO(), or nothing for Trace_ELBO."
             )
-        planner(codec, memory_budget)  # complain now rather than in the first step
+        planner = Planner(**options)  # complains now rather than in the first step
         self.can_infer_discrete = base.can_infer_discrete  # the class has one of its own
+        self.planner = planner
         self.base = base
-        self.memory_budget = memory_budget
-        self.codec = codec
 
     def __getattr__(self, name: str) -> Any:
         """What ``SVI`` and users ask of an ELBO (``num_particles``, ``max_plate_nesting``, ...) is the base's."""
@@ -115,7 +112,7 @@ class RAD_ELBO(Trace_ELBO):
         return getattr(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name in ("base", "memory_budget", "codec") or "base" not in vars(self)
+        own = name in ("base", "planner") or "base" not in vars(self)
         object.__setattr__(self if own else self.base, name, value)
 
     def loss(self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
@@ -161,9 +158,21 @@ class RAD_ELBO(Trace_ELBO):
                 "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter and "
                 "no gradient has a plan. Use a guide with parameters, for example AutoNormal(model)."
             )
-        return plan_of(
-            lambda params: self.base.loss(rng_key, params, model, guide, *args, **kwargs), param_map, self._planner()
-        )
+        taken = self._closure(rng_key, param_map, model, guide, args, kwargs)
+        return taken.plan, taken.names
+
+    def _closure(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict) -> Closure:
+        """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that."""
+
+        def loss(params: Any, others: Any) -> Any:
+            rng_key, args, kwargs = others
+            return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
+
+        others = (rng_key, args, kwargs)
+        try:
+            return Closure(loss, param_map, self.planner, others)
+        except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
+            return Closure(lambda params: loss(params, others), param_map, self.planner)
 
     def _randomized(
         self,
@@ -188,10 +197,7 @@ class RAD_ELBO(Trace_ELBO):
             value = run()  # outside of any transformation a model may look at its numbers
             if not _jax.is_traced(value):
                 return value
-        return randomized(run, self._planner(), seed)
-
-    def _planner(self) -> Any:
-        return planner(self.codec, self.memory_budget)
+        return randomized(run, self.planner, seed, param_map)
 
 
 class _PlateSeeded:

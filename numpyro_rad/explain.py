@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numpyro_rad import _jax
-from numpyro_rad.graph import Edge, Value
+from numpyro_rad.graph import Edge, Split, Value, sites
 from numpyro_rad.plan import Plan, kept_bytes
 
 
@@ -141,7 +141,7 @@ _SOURCE = "recomputation"
 def _rows(plan: Plan, labels: dict[Value, str]) -> Iterable[Row]:
     """Rows of a plan and of the plans inside it, in the order of the program."""
     graph = plan.graph
-    sites = _sites(plan, labels)
+    found = sites(graph, labels)
     counted: set[Value] = set()
     seen: set[tuple[Value, str]] = set()
     for edge in graph.edges:
@@ -154,15 +154,17 @@ def _rows(plan: Plan, labels: dict[Value, str]) -> Iterable[Row]:
             if storage is not None and storage not in counted:
                 counted.add(storage)
                 stored = plan.encoded[storage].stored_bytes if storage in plan.encoded else kept_bytes(storage)
-            yield _row(plan, residual, sites.get(edge, ""), edge.name, decision, stored, linear)
+            yield _row(plan, residual, found.get(edge, ""), edge.name, decision, stored, linear)
         if edge.split is not None:
             for body, child in zip(edge.split.bodies, plan.children[edge.split], strict=True):
                 inner = {
-                    tangent: sites.get(outer, "")  # type: ignore[arg-type]
+                    tangent: found.get(outer, "")  # type: ignore[arg-type]
                     for tangent, outer in zip(body.tangent_inputs, edge.split.tangents, strict=True)
                     if outer is not None
                 }
                 yield from _rows(child, inner)
+        if edge.split in plan.segments:
+            yield _segments_row(plan, edge.split, found.get(edge, ""), edge.line)
     for value in plan.kept:
         if value not in counted:
             yield _row(plan, value, "", _SOURCE, str(plan.kept[value]), kept_bytes(value), False)
@@ -178,7 +180,14 @@ def _row(plan: Plan, value: Value, site: str, operation: str, decision: str, sto
         variance = plan.encoded[carrier].codec.relative_variance(carrier.aval.shape)
     exact = 0 if decision == "alive" else _jax.aval_bytes(aval) * plan.repeat
     line = equation.line if equation is not None else ""
-    return Row(line, site, operation, shape, str(aval.dtype), decision, exact, stored * plan.repeat, variance)
+    return Row(line, site, operation, shape, str(aval.dtype), decision, exact, stored * plan.held, variance)
+
+
+def _segments_row(plan: Plan, node: Split, site: str, line: str) -> Row:
+    """The carries that a loop stores at the beginnings of its segments."""
+    n_segments, stored = plan.segments[node], plan.boundary_bytes(node) * plan.held
+    decision = f"{n_segments} segments of {node.params['length'] // n_segments}"
+    return Row(line, site, _SOURCE, (n_segments,), "carry", decision, 0, stored, 0.0)
 
 
 def _decision(plan: Plan, residual: Value, linear: bool) -> tuple[str, Value | None]:
@@ -189,21 +198,6 @@ def _decision(plan: Plan, residual: Value, linear: bool) -> tuple[str, Value | N
     if residual in plan.kept:
         return str(plan.kept[residual]), residual
     return ("alive" if residual in plan.reads else "recompute"), None
-
-
-def _sites(plan: Plan, labels: dict[Value, str]) -> dict[Any, str]:
-    """Site of each tangent and of each edge: of those that enter it, the one that enters the program last."""
-    order: dict[str, int] = {}
-    sites: dict[Any, str] = dict(labels)
-    for edge in plan.graph.edges:
-        names = [sites[t] for t in edge.inputs if t in sites]
-        if len(edge.inputs) == 1 or edge.anchor:
-            for name in names:
-                order.setdefault(name, len(order))
-        best = max(names, key=lambda name: order.get(name, -1), default="")
-        sites[edge] = best
-        sites.update(dict.fromkeys(edge.outputs, best))
-    return sites
 
 
 def _defaults(plan: Plan) -> list[str]:

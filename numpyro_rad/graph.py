@@ -13,7 +13,8 @@ of their residuals, ``sweep`` runs them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -121,3 +122,39 @@ class Graph:
         self.edges = kept[::-1]
         self.producer = {o: e for e in self.equations for o in e.outputs}
         return self
+
+    def walk(self) -> Iterator[Graph]:
+        """This graph and those of the bodies of its control flow that are differentiated."""
+        yield self
+        for edge in self.edges:
+            for body in edge.split.bodies if edge.split is not None else ():
+                yield from body.walk()
+
+    def fingerprint(self) -> str:
+        """The same for graphs of the same program at the same shapes, and for no others but by accident."""
+        digest = hashlib.sha256()
+        for graph in self.walk():
+            for equation in graph.equations:
+                operands = [a.number if isinstance(a, Value) else "constant" for a in equation.inputs]
+                digest.update(f"{equation.name} {operands} {equation.outputs}\n".encode())
+            for edge in graph.edges:
+                digest.update(f"{edge.name} {edge.inputs} {edge.residuals} {edge.linear} {edge.outputs}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def sites(graph: Graph, labels: Mapping[Value, str]) -> dict[Any, str]:
+    """Site of each tangent and of each edge: of those that enter it, the one that enters the program last.
+
+    :param labels: for tangent inputs of the graph the sites (or arguments) that they belong to.
+    """
+    order: dict[str, int] = {}
+    found: dict[Any, str] = dict(labels)
+    for edge in graph.edges:
+        names = [found[t] for t in edge.inputs if t in found]
+        if len(edge.inputs) == 1 or edge.anchor:
+            for name in names:
+                order.setdefault(name, len(order))
+        best = max(names, key=lambda name: order.get(name, -1), default="")
+        found[edge] = best
+        found.update(dict.fromkeys(edge.outputs, best))
+    return found

@@ -28,9 +28,9 @@ from scipy.sparse.csgraph import maximum_flow
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """One way to meet a demand without the value: its size and its cost."""
+    """One way to meet a demand without the value: its size (or whatever else the budget counts) and its cost."""
 
-    bytes: int
+    bytes: float
     cost: float
 
 
@@ -59,13 +59,13 @@ class Problem:
     :ivar maker: for each value the index of its maker, or -1.
     """
 
-    keep_bytes: list[int] = dataclasses.field(default_factory=list)
+    keep_bytes: list[float] = dataclasses.field(default_factory=list)
     keep_cost: list[float] = dataclasses.field(default_factory=list)
     maker: list[int] = dataclasses.field(default_factory=list)
     makers: list[Maker] = dataclasses.field(default_factory=list)
     demands: list[Demand] = dataclasses.field(default_factory=list)
 
-    def add_value(self, keep_bytes: int, keep_cost: float) -> int:
+    def add_value(self, keep_bytes: float, keep_cost: float) -> int:
         """A value that nothing makes; its number."""
         self.keep_bytes.append(keep_bytes)
         self.keep_cost.append(keep_cost)
@@ -92,7 +92,7 @@ class Solution:
     kept: frozenset[int]
     made: frozenset[int]
     codes: tuple[int | None, ...]
-    bytes: int
+    bytes: float
     cost: float
     bound: float = -np.inf
 
@@ -319,7 +319,7 @@ def _by_integer_program(problem: Problem, budget_bytes: float, best: Solution, t
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
         constraints=[
-            LinearConstraint(cover, lb=np.array(least, float)),
+            LinearConstraint(cover, lb=np.array(least, float)),  # pyright: ignore[reportArgumentType]
             LinearConstraint(np.array(size, float)[None] / scale, ub=budget_bytes / scale),
         ],
         options={"time_limit": time_limit, "mip_rel_gap": GOOD_GAP},

@@ -22,7 +22,7 @@ from jax import lax
 from numpyro_rad import _jax
 from numpyro_rad.codecs import Codec
 from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
-from numpyro_rad.plan import Plan
+from numpyro_rad.plan import Plan, read_by_segments
 from numpyro_rad.seeds import fold
 
 
@@ -351,6 +351,8 @@ def split_reads(plan: Plan, node: Split) -> list[Value]:
     """Outer values that the bodies of ``node`` read on the way back."""
     skip = 1 if node.kind == "cond" else 0
     found = {a: None for a in node.operands[:skip] if isinstance(a, Value)}
+    if node in plan.segments:
+        found.update(dict.fromkeys(read_by_segments(node)))
     for body, child in zip(node.bodies, plan.children[node], strict=True):
         for inner, outer in zip(body.inputs, node.operands[skip:], strict=True):
             if inner in child.reads and isinstance(outer, Value):
@@ -365,35 +367,54 @@ def _forward_split(plan: Plan, node: Split, seed: Any, args: list[Any]) -> tuple
     if node.kind == "cond":
         outs, tapes = _forward_cond(plans, seed, args)
     else:
-        outs, tapes = _forward_scan(plans[0], node, seed, args)
+        outs, tapes = _forward_scan(plans[0], node, plan.segments.get(node, 1), seed, args)
     return outs, tapes if children else None
 
 
 def _nothing_stored(graph: Graph) -> Plan:
     inner = {e.split: tuple(_nothing_stored(b) for b in e.split.bodies) for e in graph.equations if e.split is not None}
-    return Plan(graph, 1, (), {}, {}, {}, inner, frozenset())
+    return Plan(graph, 1, 1, (), {}, {}, {}, inner, {}, frozenset())
 
 
-def _forward_scan(child: Plan, node: Split, seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
+def _forward_scan(child: Plan, node: Split, n_segments: int, seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
     n_consts, n_carry = node.params["primal_counts"]
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
+    steps = (jnp.arange(node.params["length"], dtype=jnp.uint32), xs)
+    if n_segments == 1:
+        carry, ys, tape = _iterate(child, node, seed, consts, carry, steps)
+        return [*carry, *ys], (tape,)
+    bare = _nothing_stored(child.graph)
 
-    def body(carry: list[Any], slices: tuple[Any, list[Any]]) -> tuple[list[Any], tuple[list[Any], Tape]]:
-        index, xs = slices
+    def segment(carry: list[Any], steps: Any) -> tuple[list[Any], Any]:
+        begin = [_jax.to_raw(c) for c in carry]
+        carry, ys, _ = _iterate(bare, node, seed, consts, carry, steps)
+        return carry, (ys, begin)
+
+    carry, (ys, begins) = lax.scan(segment, carry, _cut(steps, n_segments), reverse=node.params["reverse"])
+    return [*carry, *_joined(ys)], (begins,)
+
+
+def _iterate(
+    child: Plan, node: Split, seed: Any, consts: list[Any], carry: list[Any], steps: tuple[Any, list[Any]]
+) -> tuple[list[Any], list[Any], Tape]:
+    """Iterations of a loop: the carry after them, their outputs, and their tapes."""
+
+    def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], tuple[list[Any], Tape]]:
+        index, xs = step
         outs, tape = forward(child, fold(seed, index), [*consts, *carry, *xs])
-        return outs[:n_carry], (outs[n_carry:], tape)
+        return outs[: len(carry)], (outs[len(carry) :], tape)
 
-    carry, (ys, tape) = _scan(body, carry, xs, node)
-    return [*carry, *ys], (tape,)
+    carry, (ys, tape) = lax.scan(body, carry, steps, reverse=node.params["reverse"], unroll=node.params["unroll"])
+    return carry, ys, tape
 
 
-def _scan(body: Any, carry: Any, xs: Any, node: Split, backward: bool = False) -> tuple[Any, Any]:
-    """``lax.scan`` that also hands the iteration's number to the body."""
-    index = jnp.arange(node.params["length"], dtype=jnp.uint32)
-    reverse = node.params["reverse"] != backward
-    return lax.scan(
-        body, carry, (index, xs), length=node.params["length"], reverse=reverse, unroll=node.params["unroll"]
-    )
+def _cut(arrays: Any, n_segments: int) -> Any:
+    """Stacked arrays with their leading axis cut in two: segments and what is in each."""
+    return jax.tree.map(lambda a: a.reshape(n_segments, -1, *a.shape[1:]), arrays)
+
+
+def _joined(arrays: Any) -> Any:
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), arrays)
 
 
 def _forward_cond(plans: Sequence[Plan], seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
@@ -417,7 +438,7 @@ def _pull_split(plan: Plan, edge: Edge, values: _StageValues, outs: list[Any | N
     assert node is not None
     cotangents = [_filled(o, v.aval) for o, v in zip(outs, edge.outputs, strict=True)]
     pull = _pull_cond if node.kind == "cond" else _pull_scan
-    pulled = pull(plan.children[node], node, values, cotangents, seed)
+    pulled = pull(plan, node, values, cotangents, seed)
     sums: dict[Value, Any] = {}
     for tangent, cotangent in zip(node.tangents, pulled, strict=True):
         if tangent is not None and cotangent is not None:
@@ -425,33 +446,56 @@ def _pull_split(plan: Plan, edge: Edge, values: _StageValues, outs: list[Any | N
     return [sums.get(t) for t in edge.inputs]
 
 
-def _pull_scan(plans: Sequence[Plan], node: Split, values: _StageValues, cotangents: list[Any], seed: Any) -> list[Any]:
-    (child,) = plans
-    body = child.graph
-    (tape,) = values.tapes[node]
+def _pull_scan(plan: Plan, node: Split, values: _StageValues, cotangents: list[Any], seed: Any) -> list[Any]:
+    (child,) = plan.children[node]
+    n_segments = plan.segments.get(node, 1)
+    (stored,) = values.tapes[node]
     n_consts, n_carry = node.params["tangent_counts"]
-    outer = dict(zip(body.inputs, node.operands, strict=True))
-    sliced = set(body.inputs[sum(node.params["primal_counts"]) :])
-    reads = {v: _read(values.env, outer[v]) for v in body.inputs if v in child.reads}
-    whole = {v: a for v, a in reads.items() if v not in sliced}
-    slices = {v: a for v, a in reads.items() if v in sliced}
-    order = list(slices)
+    first, n_primal_carry = node.params["primal_counts"]
+    known = {
+        v: _read(values.env, outer)
+        for i, (v, outer) in enumerate(zip(child.graph.inputs, node.operands, strict=True))
+        if v in child.reads or (n_segments > 1 and not first <= i < first + n_primal_carry)
+    }
+    carries, sliced = child.graph.inputs[first : first + n_primal_carry], child.graph.inputs[first + n_primal_carry :]
+    whole = {v: a for v, a in known.items() if v not in set(sliced)}
+    slices = [known.get(v) for v in sliced]  # None where nothing reads it
 
-    def step(carry: tuple[list, list], x: tuple[Any, tuple]) -> tuple[tuple[list, list], list]:
-        (carried, consts), (index, (tape, ys, arrays)) = carry, x
-        known = {**whole, **dict(zip(order, arrays, strict=True))}
-        pulled = backward(child, fold(seed, index), tape, known, [*carried, *ys])
-        pulled = [_filled(p, t.aval) for p, t in zip(pulled, body.tangent_inputs, strict=True)]
-        consts = [a + b for a, b in zip(consts, pulled[:n_consts], strict=True)]
-        return (pulled[n_consts : n_consts + n_carry], consts), pulled[n_consts + n_carry :]
+    def pull(carry: tuple[list, list], tape: Tape, steps: tuple[Any, list], ys: list) -> tuple[tuple[list, list], list]:
+        """Iterations in reverse: cotangents of the carry and sums of those of constants; then those of the slices."""
 
-    zeros = [jnp.zeros(t.aval.shape, t.aval.dtype) for t in body.tangent_inputs[:n_consts]]
-    carried, ys = cotangents[:n_carry], cotangents[n_carry:]
-    (carried, consts), xs = _scan(step, (carried, zeros), (tape, ys, list(slices.values())), node, backward=True)
+        def step(carry: tuple[list, list], x: tuple) -> tuple[tuple[list, list], list]:
+            (carried, consts), (tape, (index, xs), ys) = carry, x
+            reads = {**whole, **{v: x for v, x in zip(sliced, xs, strict=True) if x is not None}}
+            pulled = backward(child, fold(seed, index), tape, reads, [*carried, *ys])
+            pulled = [_filled(p, t.aval) for p, t in zip(pulled, child.graph.tangent_inputs, strict=True)]
+            consts = [a + b for a, b in zip(consts, pulled[:n_consts], strict=True)]
+            return (pulled[n_consts : n_consts + n_carry], consts), pulled[n_consts + n_carry :]
+
+        order = {"reverse": not node.params["reverse"], "unroll": node.params["unroll"]}
+        return lax.scan(step, carry, (tape, steps, ys), **order)
+
+    def pull_segment(carry: tuple[list, list], x: tuple) -> tuple[tuple[list, list], list]:
+        begin, steps, ys = x
+        begin = [_jax.from_raw(b, v.aval) for b, v in zip(begin, carries, strict=True)]
+        consts = [whole[v] for v in child.graph.inputs[:first]]
+        _, _, tape = _iterate(child, node, seed, consts, begin, steps)
+        return pull(carry, tape, steps, ys)
+
+    zeros = [jnp.zeros(t.aval.shape, t.aval.dtype) for t in child.graph.tangent_inputs[:n_consts]]
+    begin = (cotangents[:n_carry], zeros)
+    steps, ys = (jnp.arange(node.params["length"], dtype=jnp.uint32), slices), cotangents[n_carry:]
+    if n_segments == 1:
+        (carried, consts), xs = pull(begin, stored, steps, ys)
+    else:
+        segments = (stored, *_cut((steps, ys), n_segments))
+        (carried, consts), xs = lax.scan(pull_segment, begin, segments, reverse=not node.params["reverse"])
+        xs = _joined(xs)
     return [*consts, *carried, *xs]
 
 
-def _pull_cond(plans: Sequence[Plan], node: Split, values: _StageValues, cotangents: list[Any], seed: Any) -> list[Any]:
+def _pull_cond(plan: Plan, node: Split, values: _StageValues, cotangents: list[Any], seed: Any) -> list[Any]:
+    plans = plan.children[node]
     operands = node.operands[1:]
     tapes = values.tapes[node]
 

@@ -9,9 +9,7 @@ is lifted to an argument of that ``custom_vjp``, so the result composes with ``j
 from __future__ import annotations
 
 import functools
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,66 +18,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad import _jax
-from numpyro_rad.codecs import Codec, StochasticRound
-from numpyro_rad.graph import Graph
 from numpyro_rad.linearize import linearize
-from numpyro_rad.plan import Plan, balanced_plan, make_plan, plan_within, uniform
+from numpyro_rad.plan import Plan
+from numpyro_rad.planner import Planner
 from numpyro_rad.seeds import seed_words
 from numpyro_rad.sweep import backward, forward
-
-DEFAULT_CODEC = StochasticRound(bits=4)
-"""Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""
-
-_UNITS = {"": 1, "B": 1} | {f"{p}{u}": b**e for u, b in (("B", 1000), ("iB", 1024)) for e, p in enumerate("kMGT", 1)}
-_UNITS |= {"KB": 1000, "KiB": 1024}
-
-
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes from an int or a string such as ``"64MiB"`` or ``"1.5 GB"``.
-
-    :raises TypeError: if ``size`` is neither.
-    :raises ValueError: if it is negative or cannot be read.
-    """
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise TypeError(
-            f"memory_budget={size!r}: a number of bytes is expected. Pass an int, or a string such as '256MiB'."
-        )
-    if isinstance(size, int):
-        number, unit = float(size), ""
-    else:
-        match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", size)
-        if match is None or match[2] not in _UNITS or math.isinf(float(match[1])):
-            raise ValueError(
-                f"memory_budget={size!r} cannot be read as a number of bytes. Write a number and one of the units "
-                "B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), for example '256MiB'."
-            )
-        number, unit = float(match[1]), match[2]
-    if number < 0:
-        raise ValueError(f"memory_budget={size!r} is negative: no plan stores less than nothing. Try '64MiB'.")
-    return int(number * _UNITS[unit])
-
-
-Planner = Callable[[Graph], Plan]
-
-
-def planner(codec: Codec | None = None, memory_budget: int | str | None = None) -> Planner:
-    """The function from graph to plan that the two options ask for.
-
-    :raises TypeError: if ``codec`` is no codec or the budget is neither int nor string.
-    :raises ValueError: if both are given, or the budget cannot be read.
-    """
-    if codec is not None and not isinstance(codec, Codec):
-        raise TypeError(
-            f"codec={codec!r} is not a codec. Pass an instance such as StochasticRound(bits=4), SampleAxis(keep=0.1), "
-            "RandomProjection(keep=0.1), or Keep() for exact gradients."
-        )
-    if memory_budget is None:
-        codecs = uniform(DEFAULT_CODEC if codec is None else codec)
-        return partial(balanced_plan if codec is None else make_plan, codecs=codecs)
-    if codec is not None:
-        raise ValueError("codec= and memory_budget= exclude each other: a budget chooses its codecs. Pass one of them.")
-    budget = parse_bytes(memory_budget)
-    return partial(plan_within, budget_bytes=budget)
 
 
 class Program:
@@ -87,28 +30,33 @@ class Program:
 
     The operands of the program are what the function closes over, tracers of outer transformations included, followed
     by its arguments. They are passed in and never kept: what ``custom_vjp`` remembers of a program holds no array.
-
     """
 
     @classmethod
-    def trace(cls, f: Callable, args: Sequence[Any], make_plan: Planner) -> tuple[Program, list[Any]]:
+    def trace(
+        cls, f: Callable, args: Sequence[Any], planner: Planner, names: Mapping[int, str] | None = None
+    ) -> tuple[Program, list[Any]]:
         """The program of ``f``, and what ``f`` closes over.
 
         :param f: a function of arrays; whatever else it needs it closes over.
         :param args: its arguments, of which only shapes and dtypes matter.
-        :param make_plan: from graph to plan.
+        :param planner: from graph to plan.
+        :param names: what to call an operand, by its ``id``.
         """
         jaxpr, closed_over, shapes = _jax.trace(f, *args)
-        return cls(jaxpr, jax.tree.structure(shapes), make_plan), closed_over
+        called = [(names or {}).get(id(operand), "") for operand in (*closed_over, *args)]
+        return cls(jaxpr, jax.tree.structure(shapes), planner, called), closed_over
 
-    def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, make_plan: Planner) -> None:
-        self._jaxpr, self._out_tree, self._make_plan = jaxpr, out_tree, make_plan
+    def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, planner: Planner, names: Sequence[str]) -> None:
+        self._jaxpr, self._out_tree, self._planner, self._names = jaxpr, out_tree, planner, names
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The plan for the differentiated ones among the operands."""
         if active not in self._plans:
-            self._plans[active] = self._make_plan(linearize(self._jaxpr, active))
+            graph = linearize(self._jaxpr, active)
+            names = (name for name, on in zip(self._names, active, strict=True) if on)
+            self._plans[active] = self._planner(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
         return self._plans[active]
 
     def __call__(self, seed: Any, *operands: Any) -> Any:
@@ -142,10 +90,19 @@ class Program:
         return jax.tree.unflatten(self._out_tree, run(seed, *operands))
 
 
-def randomized(f: Callable, make: Planner, seed: Any) -> Any:
-    """The value of ``f()``, with a derivative in all that it closes over whose randomness comes from ``seed``."""
-    program, operands = Program.trace(f, (), make)
+def randomized(f: Callable, planner: Planner, seed: Any, named: Any = None) -> Any:
+    """The value of ``f()``, with a derivative in all that it closes over whose randomness comes from ``seed``.
+
+    :param named: a pytree of some of what ``f`` closes over, by whose paths it is called.
+    """
+    program, operands = Program.trace(f, (), planner, {id(leaf): name for name, leaf in named_leaves(named)})
     return program(seed, *operands)
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a pytree with their paths in words."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]
 
 
 def _as_arrays(results: Sequence[Any]) -> list[Any]:
@@ -168,7 +125,7 @@ class _Stored:
         return cls(children[0], active)
 
 
-def rad(f: Callable, *, codec: Codec | None = None, memory_budget: int | str | None = None) -> Callable:
+def rad(f: Callable, **options: Any) -> Callable:
     """``f`` with a randomized reverse-mode derivative that stores less (Oktay et al., ICLR 2021).
 
     The value is that of ``f``. Under ``jax.grad`` and its kin the residuals are recomputed where that is cheap and
@@ -176,50 +133,90 @@ def rad(f: Callable, *, codec: Codec | None = None, memory_budget: int | str | N
     gradient.
 
     :param f: a function of arrays (any pytree) that JAX can differentiate in reverse mode.
-    :param codec: one codec wherever a code is unbiased and smaller; ``Keep()`` for exact gradients by recomputation and
-        fused derivatives alone. Default: ``StochasticRound(bits=4)``.
-    :param memory_budget: instead of ``codec``, the most bytes that may be stored between the sweeps, an int or a string
-        such as ``"64MiB"``; codes, scales and kept values count, the arguments of ``f`` do not.
+    :param options: those of :class:`numpyro_rad.Planner`, above all ``memory_budget="64MiB"``, the most bytes that may
+        be held between the sweeps (the arguments of ``f`` do not count), or ``codec=``. Without any, residuals are
+        rounded to 4 bits where the bytes saved are worth the time.
     :return: a function ``g(key, *args, **kwargs)``. ``key`` is one JAX PRNG key, typed or raw, from which only the
         derivative draws: use a fresh one for every call.
-    :raises TypeError: for a wrong ``codec``, ``memory_budget`` or key.
-    :raises ValueError: for a budget that cannot be read, or both options at once.
+    :raises TypeError: for a wrong option or key.
+    :raises ValueError: for an option that cannot be read, or for two that exclude each other.
     :raises BudgetError: on differentiation, if no plan meets the budget.
 
     Example::
 
-        g = rad(loss, codec=StochasticRound(bits=2))
+        g = rad(loss, memory_budget="64MiB")
         value, gradient = jax.value_and_grad(g, argnums=1)(key, params, batch)
     """
-    make = planner(codec, memory_budget)
+    planner = Planner(**options)
 
     @functools.wraps(f)
     def with_key(key: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return randomized(lambda: f(*args, **kwargs), make, path_seed(key))
+        named = (dict(enumerate(args)), kwargs)
+        leaves = [pair for part in named for pair in named_leaves(part)]
+        return randomized(lambda: f(*args, **kwargs), planner, path_seed(key), dict(leaves))
 
-    with_key.planned = partial(_planned, f, make)  # type: ignore[attr-defined]
+    with_key.planned = partial(_planned, f, planner)  # type: ignore[attr-defined]
     return with_key
 
 
-def _planned(f: Callable, make: Planner, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int]) -> tuple:
+def _planned(
+    f: Callable, planner: Planner, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int]
+) -> tuple[Plan, list[str]]:
     """Plan of ``f`` for differentiation with respect to ``argnums``, and the names of the differentiated arrays."""
     positions = [range(len(args))[i] for i in ((argnums,) if isinstance(argnums, int) else argnums)]
 
     def of_chosen(chosen: dict[int, Any]) -> Any:
         return f(*(chosen.get(i, a) for i, a in enumerate(args)), **kwargs)
 
-    return plan_of(of_chosen, {i: args[i] for i in positions}, make)
+    taken = Closure(of_chosen, {i: args[i] for i in positions}, planner)
+    return taken.plan, taken.names
 
 
-def plan_of(f: Callable, tree: Any, make: Planner) -> tuple[Plan, list[str]]:
-    """The plan of ``f`` for differentiation with respect to the floating-point arrays of ``tree``, and their names."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [leaf for _, leaf in paths]
-    program, closed_over = Program.trace(lambda *leaves: f(jax.tree.unflatten(treedef, leaves)), leaves, make)
-    moving = [bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact)) for x in leaves]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    plan = program.plan((*[False] * len(closed_over), *moving))
-    return plan, [name for name, on in zip(names, moving, strict=True) if on]
+class Closure:
+    """The program that :func:`randomized` makes of ``f(tree)`` when ``tree`` is differentiated, outside of that.
+
+    :ivar program: the program.
+    :ivar operands: its operands, as they are.
+    :ivar active: which of them are differentiated.
+    :ivar plan: its plan.
+    :ivar names: the names of the differentiated arrays, in the order of the operands.
+    """
+
+    def __init__(self, f: Callable, tree: Any, planner: Planner, others: Any = ()) -> None:
+        """Trace ``f(tree)``, or ``f(tree, others)`` if there are others.
+
+        :param others: what ``f`` gets besides; its arrays are traced too, and the rest is handed over as it is.
+        """
+        named, (rest, treedef) = named_leaves(tree), jax.tree.flatten(others)
+        leaves = [leaf for _, leaf in named]
+        is_array = [hasattr(x, "dtype") for x in rest]
+        values = [*leaves, *(x for x, on in zip(rest, is_array, strict=True) if on)]
+        programs: list[Program] = []
+        origins: list[tuple[int | None, Any]] = []
+
+        def body(*arrays: Any) -> None:
+            moving, fixed = arrays[: len(leaves)], iter(arrays[len(leaves) :])
+            inner = jax.tree.unflatten(
+                treedef, [next(fixed) if on else x for x, on in zip(rest, is_array, strict=True)]
+            )
+            trees = (jax.tree.unflatten(jax.tree.structure(tree), moving), *((inner,) if treedef.num_nodes > 1 else ()))
+            called = {id(x): name for x, (name, _) in zip(moving, named, strict=True)}
+            program, closed_over = Program.trace(lambda: f(*trees), (), planner, called)
+            position = {id(x): i for i, x in enumerate(arrays)}
+            programs.append(program)
+            origins.extend((position.get(id(c)), c) for c in closed_over)
+
+        jax.eval_shape(body, *values)
+        (self.program,) = programs
+        self.operands = [value if at is None else values[at] for at, value in origins]
+        moves = [at is not None and at < len(leaves) and _floats(values[at]) for at, _ in origins]
+        self.active = tuple(moves)
+        self.names = [named[at][0] for (at, _), on in zip(origins, moves, strict=True) if on and at is not None]
+        self.plan = self.program.plan(self.active)
+
+
+def _floats(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
 def path_seed(key: Any) -> Any:
@@ -240,16 +237,13 @@ def value_and_grad(
     f: Callable,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    *,
-    codec: Codec | None = None,
-    memory_budget: int | str | None = None,
+    **options: Any,
 ) -> Callable:
     """Value and randomized gradient: ``jax.value_and_grad`` of :func:`rad`, key first.
 
     :param f: a scalar function; with ``has_aux`` it returns ``(scalar, anything)``.
     :param argnums: the arguments of ``f`` to differentiate, counted without the key.
-    :param codec: see :func:`rad`.
-    :param memory_budget: see :func:`rad`.
+    :param options: see :func:`rad`.
     :return: a function ``(key, *args, **kwargs) -> (value, gradient)``; the value is exact, the gradient unbiased.
     :raises TypeError: if ``f`` does not return a real scalar.
 
@@ -257,7 +251,7 @@ def value_and_grad(
 
         value, gradient = value_and_grad(loss)(jax.random.key(0), params, batch)
     """
-    with_key = rad(f, codec=codec, memory_budget=memory_budget)
+    with_key = rad(f, **options)
 
     @functools.wraps(f)
     def checked(key: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -281,9 +275,7 @@ def grad(
     f: Callable,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    *,
-    codec: Codec | None = None,
-    memory_budget: int | str | None = None,
+    **options: Any,
 ) -> Callable:
     """Randomized gradient: ``jax.grad`` of :func:`rad`, key first. Parameters as in :func:`value_and_grad`.
 
@@ -293,7 +285,7 @@ def grad(
 
         gradient = grad(loss, memory_budget="64MiB")(jax.random.key(0), params, batch)
     """
-    both = value_and_grad(f, argnums, has_aux, codec=codec, memory_budget=memory_budget)
+    both = value_and_grad(f, argnums, has_aux, **options)
 
     @functools.wraps(f)
     def gradient(key: Any, /, *args: Any, **kwargs: Any) -> Any:

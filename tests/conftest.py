@@ -37,4 +37,4 @@ def double():
 @pytest.fixture
 def encode_all(monkeypatch):
     """Residuals of small models are encoded as well."""
-    monkeypatch.setattr(numpyro_rad.plan, "LEAST_ENCODED_BYTES", 0)
+    monkeypatch.setattr(numpyro_rad.decision, "LEAST_ENCODED_BYTES", 0)

@@ -383,7 +383,7 @@ def test_pickle_and_deepcopy(encode_all):
     for elbo in (RAD_ELBO(), RAD_ELBO(2, False, memory_budget="20kB"), RAD_ELBO(codec=StochasticRound(bits=2))):
         for other in (pickle.loads(pickle.dumps(elbo)), copy.deepcopy(elbo)):
             assert type(other) is RAD_ELBO and type(other.base) is type(elbo.base)
-            assert (other.memory_budget, other.codec) == (elbo.memory_budget, elbo.codec)
+            assert other.planner == elbo.planner
             assert vars(other.base) == vars(elbo.base)
     problem = small_network()
     assert_equal_trees(problem.value_and_grad(other), problem.value_and_grad(elbo))
@@ -558,10 +558,10 @@ def test_budget_is_met(encode_all, particles, loop):
         problem.explain(RAD_ELBO(particles, loop, memory_budget=0))
     least = caught.value.smallest_bytes
     assert 0 < least < most / 4
-    for budget in (least, (least + most) // 3, most):
+    for budget in (least, (least + most) // 3, most, 10 * most):
         elbo = RAD_ELBO(particles, loop, memory_budget=budget)
         assert problem.explain(elbo).stored_bytes <= budget
-    assert problem.explain(elbo).stored_bytes == most and not is_random(problem.explain(elbo))
+    assert not is_random(problem.explain(elbo))
     assert np.isfinite(flat(problem.value_and_grad(RAD_ELBO(particles, loop, memory_budget=f"{least} B"))[1])).all()
 
 

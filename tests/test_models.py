@@ -21,7 +21,7 @@ LAST = 100  # steps over which the final loss is averaged: its noise from guide 
 @pytest.fixture(autouse=True)
 def encode_small_residuals(monkeypatch):
     """These models stand for larger ones, so their residuals are treated as if they were large."""
-    monkeypatch.setattr(numpyro_rad.plan, "LEAST_ENCODED_BYTES", 512)
+    monkeypatch.setattr(numpyro_rad.decision, "LEAST_ENCODED_BYTES", 512)
 
 
 def losses(name, elbo):

@@ -19,26 +19,27 @@ from numpyro_rad import (
     SampleAxis,
     StochasticRound,
     _jax,
+    decision,
     explain,
     plan,
     rad,
     rules,
     solver,
 )
+from numpyro_rad.decision import Wanted, make_plan, uniform
 from numpyro_rad.linearize import linearize
-from numpyro_rad.plan import make_plan, uniform
 from numpyro_rad.sweep import forward
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((32, 32)).astype(np.float32) * 0.3
 WIDE = np.random.default_rng(2).standard_normal((32, 64)).astype(np.float32) * 0.3  # too large for a draw to be kept
-LEAST_ENCODED_BYTES = plan.LEAST_ENCODED_BYTES
+LEAST_ENCODED_BYTES = decision.LEAST_ENCODED_BYTES
 
 
 @pytest.fixture(autouse=True)
 def no_residual_is_too_small(monkeypatch):
-    monkeypatch.setattr(plan, "LEAST_ENCODED_BYTES", 0)
+    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
 
 
 def planned(f, *args, codec=None, argnums=None, **options):
@@ -209,7 +210,7 @@ def cheapest(p, codec):
             else:
                 exact.add(residual)
     policy = uniform(codec)
-    groups = plan._disjoint_groups(graph, linear)
+    groups = decision._disjoint_groups(graph, linear)
     sizes = {}
     for value, readers in groups.items():
         for chosen in policy((value.number,), value, 1) if value not in exact else ():
@@ -217,7 +218,7 @@ def cheapest(p, codec):
 
     def makers(value):
         equation = graph.producer.get(value)
-        if equation is None or not plan._is_made_again(equation, value, 1):
+        if equation is None or not decision._is_made_again(equation, value, 1):
             return None
         return [a for a in equation.inputs if hasattr(a, "aval")]
 
@@ -280,7 +281,7 @@ def test_relu_masks_take_a_bit_each_when_all_else_is_exact():
 
 
 def is_small(value):
-    return plan.kept_bytes(value) <= plan.SMALL_BYTES
+    return plan.kept_bytes(value) <= decision.SMALL_BYTES
 
 
 def test_sampled_weights_are_made_again_and_their_keys_are_stored():
@@ -336,7 +337,7 @@ def test_readers_off_each_others_path_share_one_copy():
 
 
 def test_small_residuals_stay_exact(monkeypatch):
-    monkeypatch.setattr(plan, "LEAST_ENCODED_BYTES", LEAST_ENCODED_BYTES)
+    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", LEAST_ENCODED_BYTES)
     p = planned(lambda x, w: jnp.tanh(x[:2] @ w).sum(), X, W, codec=StochasticRound(2))
     assert not p.encoded and p.kept
 
@@ -575,5 +576,5 @@ def test_lists_of_primitives_do_not_overlap():
 
 def test_dead_edges_and_unused_inputs_need_nothing():
     jaxpr, _, _ = _jax.trace(lambda x, w: (x @ w).sum() + 0 * jnp.tanh(x @ w @ w).sum(), X, W)
-    p = make_plan(linearize(jaxpr, [False, False]), uniform(Keep()))
+    p = make_plan(linearize(jaxpr, [False, False]), Wanted(uniform(Keep())))
     assert p.stored_bytes == 0 and not p.graph.edges

@@ -32,7 +32,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from zscores import assert_unbiased
 
-from numpyro_rad import RAD_ELBO, Keep, StochasticRound, elementwise, explain, plan, rad, rules
+from numpyro_rad import RAD_ELBO, Keep, StochasticRound, decision, elementwise, explain, rad, rules
 
 KEY = jax.random.key(7)  # the path key
 CODEC = StochasticRound(2)
@@ -48,7 +48,7 @@ def double_precision():
 
 @pytest.fixture
 def no_residual_is_too_small(monkeypatch):
-    monkeypatch.setattr(plan, "LEAST_ENCODED_BYTES", 0)
+    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
 
 
 # Cases: label -> (function, inputs). A label is the primitive's name, then perhaps a colon and what is special.

@@ -19,7 +19,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from zscores import bound, z_scores
 
-from numpyro_rad import Keep, RandomProjection, SampleAxis, StochasticRound, plan, rad
+from numpyro_rad import Keep, RandomProjection, SampleAxis, StochasticRound, decision, rad
 from numpyro_rad.sweep import forward
 
 pytestmark = pytest.mark.usefixtures("double", "encode_all")
@@ -347,7 +347,7 @@ def test_one_draw_for_two_readers_on_a_path_is_caught(seed, monkeypatch):
     """Of the first 72 seeds these are the two whose programs show it: its size is that of one more draw's variance."""
     assert worst_z(loss(seeded(seed)), [StochasticRound(1)])[0] < 1
     one_group = lambda graph, linear: {value: (frozenset(edges),) for value, edges in linear.items()}  # noqa: E731
-    monkeypatch.setattr(plan, "_disjoint_groups", one_group)
+    monkeypatch.setattr(decision, "_disjoint_groups", one_group)
     with pytest.raises(AssertionError, match="biased"):
         check_unbiased(loss(seeded(seed)))
 

@@ -33,7 +33,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_rad import RAD_ELBO, Keep, RandomProjection, SampleAxis, StochasticRound, explain
 import numpyro_rad.plan
 
-numpyro_rad.plan.LEAST_ENCODED_BYTES = 1024  # vectors over the batch are encoded too
+numpyro_rad.decision.LEAST_ENCODED_BYTES = 1024  # vectors over the batch are encoded too
 
 def model(x, y):
     width = x.shape[1]

@@ -28,8 +28,8 @@ LAYERS = (
     ("rules",),
     ("graph",),
     ("elementwise", "plan"),
-    ("linearize",),
-    ("sweep",),
+    ("linearize", "sweep", "decision"),
+    ("planner",),
     ("transform",),
     ("explain",),
     ("elbo",),
@@ -179,7 +179,7 @@ def plant(folder: Path, **files: str) -> Path:
         ({"plan": "from .graph import Graph"}, "plan, line 1: the relative import .graph.Graph"),
         ({"plan": "from . import graph"}, "plan, line 1: the relative import .graph"),
         ({"elementwise__in__rules": "from small.graph import Graph"}, "rules, line 1: imports graph"),
-        ({"planner": ""}, "planner has no place"),
+        ({"planers": ""}, "planers has no place"),
     ],
 )
 def test_upward_import_is_found(tmp_path: Path, files: dict[str, str], complaint: str) -> None:

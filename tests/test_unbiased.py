@@ -16,7 +16,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
-from numpyro_rad import Codec, Keep, RandomProjection, SampleAxis, StochasticRound, explain, plan, rad, rules, sweep
+from numpyro_rad import Codec, Keep, RandomProjection, SampleAxis, StochasticRound, decision, explain, rad, rules, sweep
 from numpyro_rad.seeds import fold
 
 DRAWS = 4096
@@ -28,7 +28,7 @@ CODECS = [*ROUNDING, *SAMPLING]
 @pytest.fixture(autouse=True)
 def no_residual_is_too_small(monkeypatch):
     """Small programs are compared quickly, so that even their residuals have to be encoded."""
-    monkeypatch.setattr(plan, "LEAST_ENCODED_BYTES", 0)
+    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -238,7 +238,7 @@ def one_group_for_all_readers(graph, linear):
 @pytest.mark.parametrize("name", ["two_readers_on_one_path", "stacked_contractions"])
 def test_one_draw_for_two_readers_on_a_path_is_caught(name, monkeypatch):
     assert worst_z(name, StochasticRound(1)) < 1
-    monkeypatch.setattr(plan, "_disjoint_groups", one_group_for_all_readers)
+    monkeypatch.setattr(decision, "_disjoint_groups", one_group_for_all_readers)
     assert worst_z(name, StochasticRound(1)) > 1
 
 

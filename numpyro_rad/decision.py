@@ -1,0 +1,537 @@
+"""Decide for each residual whether it is alive anyway, recomputed, kept exactly, or encoded, and with which codec.
+
+All values of a program, those of the bodies of its loops included, form one decision problem (``solver``): a cheap
+equation makes its results again from its operands, inputs of the program are alive in both sweeps and cost nothing,
+anything else has to be kept to be had. A residual whose pullback is linear in it may be replaced by a code.
+
+Bytes are what the budget counts. The cost of a choice is what it adds to the exact step, in two parts that are
+comparable because the work that a gradient takes is its time times its variance:
+
+    cost = seconds added / seconds of the exact step + variance added / variance of the exact gradient.
+
+Both are predictions: seconds from ``rules.nanoseconds``, variance from a ``VarianceModel``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from numpyro_rad import _jax, rules, solver
+from numpyro_rad.codecs import Codec, RandomProjection, SampleAxis, StochasticRound
+from numpyro_rad.graph import Edge, Equation, Graph, Split, Value
+from numpyro_rad.plan import (
+    BudgetError,
+    Encoded,
+    Path,
+    Plan,
+    Prediction,
+    carry_bytes,
+    keep_codec,
+    kept_bytes,
+    read_by_segments,
+    recompute_leaves,
+)
+
+SMALL_BYTES = 64
+"""Values of up to this size (PRNG keys, scalars) are kept rather than made again: chains of key splits stay short."""
+
+SMALL_DRAW_BYTES = 4096
+"""Random numbers of up to this size (over all iterations) are kept too: drawing them again takes long to compile."""
+
+LEAST_ENCODED_BYTES = 8192
+"""Residuals below this size (over all iterations of the loops around them) are not worth their added variance."""
+
+Codecs = Callable[[Path, Value, int], tuple[Codec, ...]]
+"""From a residual's path (loop numbers, then its own) and its number of repetitions to the codecs that it may have
+besides being exact."""
+
+VarianceModel = Callable[[Path, Value, Codec, int], float]
+"""From a residual's path, the residual, its codec and the number of independent draws to the variance that they add to
+the gradient, relative to the variance of the exact gradient."""
+
+_OBJECTIVES = {"balanced": (1.0, 1.0), "time": (1.0, 1e-3), "variance": (1e-3, 1.0)}  # weights of time and variance
+OBJECTIVES = tuple(_OBJECTIVES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What plans are chosen from, and by what.
+
+    :ivar codecs: what each residual may be coded with.
+    :ivar variance: prices the codes; None for :func:`equal_shares`.
+    :ivar objective: ``"balanced"`` for the sum of added time and added variance; ``"time"`` or ``"variance"`` for that
+        one, the other deciding between equals.
+    """
+
+    codecs: Codecs
+    variance: VarianceModel | None = None
+    objective: str = "balanced"
+
+
+def uniform(codec: Codec) -> Codecs:
+    """One codec wherever it may be used and saves something; everything else exact."""
+    return any_of((codec,))
+
+
+def any_of(codecs: tuple[Codec, ...]) -> Codecs:
+    """All codecs wherever they may be used and save something."""
+
+    def choices(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
+        shape, dtype, exact_bytes = value.aval.shape, value.aval.dtype, _jax.aval_bytes(value.aval)
+        if exact_bytes * repeat < LEAST_ENCODED_BYTES:
+            return ()
+        fit = (c for c in codecs if not c.exact and c.supports(shape, dtype))
+        return tuple(c for c in fit if c.stored_bytes(shape, dtype) < exact_bytes)
+
+    return choices
+
+
+def equal_shares(graph: Graph) -> VarianceModel:
+    """The variance model without data: every code has an equal share in the gradient.
+
+    If all residuals were coded with relative variance v each, the gradient would get v times its squared norm, which
+    is also taken for the variance of the exact gradient (on image classification at usual batch sizes it is).
+    """
+    n_residuals = max(1, len({r for g in graph.walk() for e in g.edges for r in e.residuals}))
+
+    def variance(path: Path, value: Value, codec: Codec, n_draws: int) -> float:
+        return codec.relative_variance(value.aval.shape) / n_residuals
+
+    return variance
+
+
+def forced(codec: Codec, value: Value) -> tuple[Codec, ...]:
+    """The choice that a user's rule leaves: this codec, or nothing where it is exact or cannot code the value."""
+    shape, dtype = value.aval.shape, value.aval.dtype
+    fits = not codec.exact and codec.supports(shape, dtype)
+    return (codec,) if fits and codec.stored_bytes(shape, dtype) < _jax.aval_bytes(value.aval) else ()
+
+
+def _is_made_again(equation: Equation, value: Value, repeat: int) -> bool:
+    """Whether the backward sweep may compute ``value`` from the operands of its equation."""
+    if not equation.cheap:
+        return False
+    size = _jax.aval_bytes(value.aval)
+    if not equation.inputs:
+        return True
+    return size > SMALL_BYTES and not (equation.draws_bits and size * repeat <= SMALL_DRAW_BYTES)
+
+
+def _length(node: Split | None) -> int:
+    """How often a body of control flow runs in one run of it, for all that is known."""
+    return node.params["length"] if node is not None and node.kind == "scan" else 1
+
+
+def _is_carried(node: Split, position: int) -> bool:
+    """Whether this input of a body is the loop's carry."""
+    if node.kind != "scan":
+        return False
+    n_consts, n_carry = node.params["primal_counts"]
+    return n_consts <= position < n_consts + n_carry
+
+
+def carrier_of(graph: Graph, residual: Value) -> Value:
+    """The smallest value of which ``residual`` is a linear rearrangement (the earliest among equals)."""
+    best = value = residual
+    while True:
+        equation = graph.producer.get(value)
+        if equation is None or equation.name not in rules.PASSES_ESTIMATE:
+            return best
+        operands = [a for a in equation.inputs if isinstance(a, Value)]
+        if len(operands) != 1 or len(equation.inputs) != 1 or not rules.is_real_float(operands[0].aval.dtype):
+            return best
+        if jnp.promote_types(operands[0].aval.dtype, value.aval.dtype) != value.aval.dtype:
+            return best  # rounding an estimate to a narrower dtype would bias it
+        (value,) = operands
+        if value.aval.dtype.itemsize >= best.aval.dtype.itemsize and value.aval.size <= best.aval.size:
+            best = value
+
+
+def _disjoint_groups(graph: Graph, linear: dict[Value, set[Edge]]) -> dict[Value, tuple[frozenset[Edge], ...]]:
+    """For each stored value, its readers in groups such that no path of the graph runs through two of one group."""
+    shared = [edges for edges in linear.values() if len(edges) > 1]
+    reach = _reachable(graph) if shared else {}
+    number = {e: i for i, e in enumerate(graph.edges)}
+    result = {}
+    for value, edges in linear.items():
+        groups: list[list[Edge]] = []
+        for edge in sorted(edges, key=number.__getitem__):
+            for group in groups:
+                if not any(reach[e] >> number[edge] & 1 for e in group):
+                    group.append(edge)
+                    break
+            else:
+                groups.append([edge])
+        result[value] = tuple(frozenset(g) for g in groups)
+    return result
+
+
+def _reachable(graph: Graph) -> dict[Edge, int]:
+    """For each edge, the set of edges on paths that leave it, as the bits of an integer."""
+    consumers: dict[Value, list[Edge]] = {}
+    for edge in graph.edges:
+        for tangent in edge.inputs:
+            consumers.setdefault(tangent, []).append(edge)
+    number = {e: i for i, e in enumerate(graph.edges)}
+    reach: dict[Edge, int] = {}
+    for edge in reversed(graph.edges):
+        bits = 0
+        for out in edge.outputs:
+            for consumer in consumers.get(out, ()):
+                bits |= reach[consumer] | 1 << number[consumer]
+        reach[edge] = bits
+    return reach
+
+
+# -- the decision problem ----------------------------------------------------------------------------------------------
+
+KEEP_NANOSECONDS_PER_BYTE = 0.1  # written once, read once
+CODE_NANOSECONDS_PER_ENTRY = 1.0  # encoding and decoding
+# What it takes to start the kernels of each, in every iteration of the loops around it
+KEEP_START, CODE_START, MAKE_START = 500.0, 8000.0, 200.0
+
+
+class _Decision:
+    """The decision problem of a graph and of all graphs inside it, and the plan that a solution of it stands for."""
+
+    def __init__(self, graph: Graph, wanted: Wanted, segments: dict[Split, int] | None = None) -> None:
+        self.graph, self.codecs, self.segments = graph, wanted.codecs, segments or {}
+        self.variance = wanted.variance or equal_shares(graph)
+        self.time_weight, self.variance_weight = _OBJECTIVES[wanted.objective]
+        self.problem = solver.Problem()
+        self.number: dict[Value, int] = {}
+        self.carrier: dict[Graph, dict[Value, Value]] = {}
+        self.exact: dict[Graph, set[Value]] = {}
+        self.carried: dict[Graph, set[Value]] = {}
+        self.boundaries: set[int] = set()
+        self.demands: list[tuple[Graph, Value | None, tuple[Encoded, ...]]] = []
+        self.added: list[tuple[float, ...]] = []  # variance added by each code of each demand
+        self.step = 3 * max(1.0, self._forward_nanoseconds(graph, 1))  # the backward sweep has two products for each
+        for value in graph.inputs:
+            self.number[value] = self.problem.add_value(0, 0.0)
+        self._add(graph, 1, 1, ())
+
+    def _forward_nanoseconds(self, graph: Graph, repeat: int) -> float:
+        own = sum(e.nanoseconds + MAKE_START for e in graph.equations if e.split is None)
+        bodies = [
+            (b, repeat * _length(e.split)) for e in graph.equations if e.split is not None for b in e.split.bodies
+        ]
+        return own * repeat + sum(self._forward_nanoseconds(b, times) for b, times in bodies)
+
+    def _price(self, nanoseconds: float) -> float:
+        return self.time_weight * nanoseconds / self.step
+
+    def _keep(self, size: int, repeat: int, held: int) -> int:
+        """A new value, stored in each of ``repeat`` runs, in ``held`` of them at once; its number."""
+        cost = self._price((KEEP_NANOSECONDS_PER_BYTE * size + KEEP_START) * repeat)
+        return self.problem.add_value(size * held, cost)
+
+    def _add(self, graph: Graph, repeat: int, held: int, path: Path) -> None:
+        problem = self.problem
+        for equation in graph.equations:
+            operands = [self.number[a] for a in equation.inputs if isinstance(a, Value)]
+            for value in equation.outputs:
+                self.number[value] = self._keep(kept_bytes(value), repeat, held)
+            made = [v for v in equation.outputs if _is_made_again(equation, v, repeat)]
+            if made:
+                cost = self._price((equation.nanoseconds + MAKE_START) * repeat)
+                problem.add_maker([self.number[v] for v in made], operands, cost)
+        exact, linear, carrier = self._readers(graph)
+        self.exact[graph], self.carrier[graph] = exact, carrier
+        groups = _disjoint_groups(graph, linear)
+        for value in sorted(exact | set(linear), key=lambda v: v.number):
+            choices: tuple[Encoded, ...] = ()
+            if value not in exact:
+                shape, dtype = value.aval.shape, value.aval.dtype
+                choices = tuple(
+                    Encoded(c, groups[value], c.stored_bytes(shape, dtype))
+                    for c in self.codecs((*path, value.number), value, repeat)
+                )
+            self._demand(graph, value, choices, repeat, held, path)
+        for edge in graph.edges:
+            if edge.split is not None:
+                self._add_bodies(graph, edge.split, repeat, held, path)
+
+    def _demand(
+        self, graph: Graph, value: Value, choices: tuple[Encoded, ...], repeat: int, held: int, path: Path
+    ) -> None:
+        codes, added = [], []
+        for entry in choices:
+            draws = len(entry.readers)
+            variance = self.variance((*path, value.number), value, entry.codec, draws)
+            nanoseconds = (CODE_NANOSECONDS_PER_ENTRY * value.aval.size + CODE_START) * repeat * draws
+            added.append(variance)
+            cost = self._price(nanoseconds) + self.variance_weight * variance
+            codes.append(solver.Code(entry.stored_bytes * held, cost))
+        self._ask(graph, value, choices, self.number[value], codes, added)
+
+    def _ask(
+        self,
+        graph: Graph,
+        value: Value | None,
+        choices: tuple[Encoded, ...],
+        number: int,
+        codes: Sequence[solver.Code] = (),
+        added: Sequence[float] = (),
+    ) -> None:
+        self.demands.append((graph, value, choices))
+        self.added.append(tuple(added))
+        self.problem.demands.append(solver.Demand(number, tuple(codes)))
+
+    def _readers(self, graph: Graph) -> tuple[set[Value], dict[Value, set[Edge]], dict[Value, Value]]:
+        """What must be exact, who may read an estimate of what, and what stands for it in storage."""
+        exact: set[Value] = set()
+        linear: dict[Value, set[Edge]] = {}
+        carrier: dict[Value, Value] = {}
+        for edge in graph.edges:
+            if edge.split is not None and edge.split.kind == "cond" and isinstance(edge.split.operands[0], Value):
+                exact.add(edge.split.operands[0])  # which branch was taken
+            for residual, is_linear in zip(edge.residuals, edge.linear, strict=True):
+                if is_linear:
+                    carrier.setdefault(residual, carrier_of(graph, residual))
+                    linear.setdefault(carrier[residual], set()).add(edge)
+                else:
+                    exact.add(residual)
+        return exact, linear, carrier
+
+    def _add_bodies(self, graph: Graph, node: Split, repeat: int, held: int, path: Path) -> None:
+        operands = node.operands[1:] if node.kind == "cond" else node.operands
+        times, n_segments = repeat * _length(node), self.segments.get(node)
+        inside = held * _length(node) // (n_segments or 1)
+        if n_segments:
+            for value in read_by_segments(node):
+                self._ask(graph, None, (), self.number[value])
+            again = self._price(self._forward_nanoseconds(node.bodies[0], times))
+            boundary = self.problem.add_value(n_segments * carry_bytes(node) * held, again)
+            self.boundaries.add(boundary)
+            self._ask(graph, None, (), boundary)
+        for number, body in enumerate(node.bodies):
+            for i, (inner, outer) in enumerate(zip(body.inputs, operands, strict=True)):
+                if _is_carried(node, i):  # there in one iteration only
+                    self.number[inner] = self._keep(kept_bytes(inner), times, inside)
+                    self.carried.setdefault(body, set()).add(inner)
+                elif isinstance(outer, Value):
+                    self.number[inner] = self.number[outer]
+                else:
+                    self.number[inner] = self.problem.add_value(0, 0.0)
+            self._add(body, times, inside, (*path, node.number, number))
+
+    @property
+    def residual_bytes(self) -> float:
+        """Bytes of all residuals stored exactly."""
+        return sum(self.problem.keep_bytes[d.value] for d in self.problem.demands)
+
+    def loops_again(self) -> float:
+        """The least that it costs to run any one of the loops of the program twice."""
+        loops = [e.split for e in self.graph.edges if e.split is not None and e.split.kind == "scan"]
+        times = [self._forward_nanoseconds(node.bodies[0], _length(node)) for node in loops]
+        return self._price(min(times, default=math.inf))
+
+    def segmentations(self) -> list[dict[Split, int]]:
+        """Ways to cut the loops of the program into segments, such that all boundaries together take about as much as
+        the tape of one segment (Griewank and Walther 2008, ch. 12, with two levels).
+        """
+        found: list[dict[Split, int]] = []
+        for solution in (solver.smallest(self.problem), solver.priced(self.problem, 0.0)):
+            plan = self.plan(solution)
+            cut = {}
+            for node, (child, *_) in plan.children.items():
+                if node.kind != "scan" or not carry_bytes(node):
+                    continue
+                tape, carry, length = child.stored_bytes, carry_bytes(node), node.params["length"]
+                divisors = [k for k in range(2, length) if length % k == 0]
+                k = min(divisors, key=lambda k: k * carry + tape / k, default=1)
+                if k * carry + tape / k < tape / 2:
+                    cut[node] = k
+            found += [{node: k} for node, k in cut.items()] if len(cut) > 1 else []
+            found.append(cut)
+        return [cut for i, cut in enumerate(found) if cut and cut not in found[:i]]
+
+    def least_bytes_at(self, added_variance: float) -> solver.Solution:
+        """The solution of fewest bytes (and least time) for a budget of variance: both change places in the problem."""
+        unit = 1 / max(1, self.residual_bytes)
+        old = self.problem
+        costs = [c + unit * b for c, b in zip(old.keep_cost, old.keep_bytes, strict=True)]
+        demands = []
+        for demand, added in zip(old.demands, self.added, strict=True):
+            codes = zip(demand.codes, added, strict=True)
+            swapped = tuple(solver.Code(a, c.cost - self.variance_weight * a + unit * c.bytes) for c, a in codes)
+            demands.append(solver.Demand(demand.value, swapped))
+        problem = solver.Problem([0] * len(costs), costs, old.maker, old.makers, demands)
+        found = solver.solve(problem, added_variance)
+        return dataclasses.replace(solver.settled(old, set(found.kept), found.codes), bound=found.bound)
+
+    def coded(self) -> list[int | None]:
+        """The choice that codes all that may be coded, with the first of its codecs."""
+        return [0 if d.codes else None for d in self.problem.demands]
+
+    # -- from a solution to a plan
+
+    def plan(self, solution: solver.Solution) -> Plan:
+        """The plan that stores what the solution says."""
+        variance = sum(a[c] for a, c in zip(self.added, solution.codes, strict=True) if c is not None)
+        seconds = max(0.0, solution.cost - self.variance_weight * variance) / self.time_weight
+        predicted = Prediction(seconds, variance, solution.gap)
+        chosen: dict[Graph, dict[Value, Encoded]] = {}
+        for (graph, value, choices), code in zip(self.demands, solution.codes, strict=True):
+            if code is not None and value is not None:
+                chosen.setdefault(graph, {})[value] = choices[code]
+        plan = self._plan_of(self.graph, 1, 1, (), solution.kept, chosen)
+        return dataclasses.replace(plan, predicted=predicted)
+
+    def _plan_of(
+        self,
+        graph: Graph,
+        repeat: int,
+        held: int,
+        path: Path,
+        kept: frozenset[int],
+        chosen: dict[Graph, dict[Value, Encoded]],
+    ) -> Plan:
+        encoded = dict(sorted(chosen.get(graph, {}).items(), key=lambda item: item[0].number))
+        carrier = self.carrier[graph]
+        needed = self.exact[graph] | {v for pair in carrier.items() if pair[1] not in encoded for v in pair}
+        children: dict[Split, tuple[Plan, ...]] = {}
+        for node in (e.split for e in graph.edges if e.split is not None):
+            inside = held * _length(node) // self.segments.get(node, 1)
+            children[node] = tuple(
+                self._plan_of(body, repeat * _length(node), inside, (*path, node.number, i), kept, chosen)
+                for i, body in enumerate(node.bodies)
+            )
+            operands = node.operands[1:] if node.kind == "cond" else node.operands
+            for plan in children[node]:
+                outer = dict(zip(plan.graph.inputs, operands, strict=True))
+                needed |= {o for v in plan.reads if isinstance(o := outer[v], Value)}
+            if node in self.segments:
+                needed.update(read_by_segments(node))
+        own = {v for e in graph.equations for v in e.outputs} | self.carried.get(graph, set())
+        stored = {v for v in own if self.number[v] in kept}
+        leaves = recompute_leaves(graph, needed, stored)
+        reads = frozenset(v for v in leaves - stored if v in set(graph.inputs))
+        keeps = {v: keep_codec(v) for v in sorted(stored & leaves, key=lambda v: v.number)}
+        segments = {node: k for node, k in self.segments.items() if node in children}
+        return Plan(graph, repeat, held, path, keeps, encoded, carrier, children, segments, reads)
+
+
+# -- what to ask for -------------------------------------------------------------------------------------------------
+
+LADDER: tuple[Codec, ...] = (
+    StochasticRound(bits=8),
+    StochasticRound(bits=4),
+    StochasticRound(bits=2),
+    StochasticRound(bits=1),
+    SampleAxis(keep=1 / 64),
+)
+"""Codecs by falling size: rounding first, sampling only below one bit (it adds far more variance at equal bytes)."""
+
+
+def make_plan(graph: Graph, wanted: Wanted) -> Plan:
+    """The plan that stores the fewest bytes in one pass over the program, whatever else it costs."""
+    decision = _Decision(graph, wanted)
+    return decision.plan(solver.smallest(decision.problem))
+
+
+def balanced_plan(graph: Graph, wanted: Wanted) -> Plan:
+    """The plan of least cost where a share of the residuals' bytes is worth the same share of the step's time."""
+    decision = _Decision(graph, wanted)
+    return decision.plan(solver.priced(decision.problem, 1 / max(1, decision.residual_bytes)))
+
+
+def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
+    """The plan of least cost that holds at most ``budget_bytes``.
+
+    Where one pass over a loop would cost more than to run it twice, or would not fit, cutting the loop into segments is
+    tried as well.
+
+    :raises BudgetError: if there is none; it names the smallest feasible budget.
+    """
+    best: tuple[_Decision, solver.Solution] | None = None
+    too_large: list[Plan] = []
+    decisions = [_Decision(graph, wanted)]
+    for decision in decisions:  # grows while it is read
+        try:
+            solution = solver.solve(decision.problem, budget_bytes)
+        except solver.Infeasible as error:
+            solution = None
+            too_large.append(decision.plan(error.smallest))
+        if solution is not None and (best is None or solution.cost < best[1].cost):
+            best = decision, solution
+        if len(decisions) == 1 and (solution is None or solution.cost > decision.loops_again()):
+            decisions += [_Decision(graph, wanted, cut) for cut in decision.segmentations()]
+    if best is not None:
+        return best[0].plan(best[1])
+    smallest = min(too_large, key=lambda plan: plan.stored_bytes)
+    raise BudgetError(
+        f"memory_budget={budget_bytes} bytes is too small: this program stores at least {smallest.stored_bytes} "
+        f"bytes between its sweeps{_binding(smallest)}. Try memory_budget={smallest.stored_bytes} or more, a "
+        "smaller minibatch or fewer particles.",
+        smallest.stored_bytes,
+    )
+
+
+def plan_for_variance(graph: Graph, added_variance: float, wanted: Wanted) -> Plan:
+    """The plan of fewest bytes (a share of them being worth the same share of the step's time) that adds at most so
+    much variance, relative to that of the exact gradient.
+    """
+    decision = _Decision(graph, dataclasses.replace(wanted, objective="time"))
+    return decision.plan(decision.least_bytes_at(added_variance))
+
+
+def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
+    """The plan that was saved by :meth:`Plan.to_dict`.
+
+    :raises ValueError: if it was made for another program, or is no saved plan.
+    """
+    try:
+        program, kept, segments = saved["program"], saved["kept"], saved["segments"]
+        coded = {tuple(e["path"]): _codec_from(dict(e["codec"])) for e in saved["encoded"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"plan: this is not what Plan.to_dict() returned: {error!r} is missing or wrong.") from None
+    if program != graph.fingerprint():
+        raise ValueError(
+            f"plan: it was made for another program (fingerprint {program}, here {graph.fingerprint()}). The model, "
+            "the guide, the shapes of the data, the versions of JAX and NumPyro and the ELBO have to be the same; "
+            "plan again with memory_budget= instead."
+        )
+    count = {tuple(e["path"]): e["segments"] for e in segments}
+    nodes = {(*path, e.split.number): e.split for path, g in _with_paths(graph) for e in g.edges if e.split is not None}
+    wanted = Wanted(lambda path, value, repeat: (coded[path],) if path in coded else ())
+    decision = _Decision(graph, wanted, {nodes[path]: k for path, k in count.items()})
+    values = {(*path, v.number): v for path, g in _with_paths(graph) for e in g.equations for v in e.outputs}
+    values |= {(*path, v.number): v for path, g in _with_paths(graph) for v in g.inputs}
+    numbers = {decision.number[values[tuple(path)]] for path in kept}
+    return decision.plan(solver.settled(decision.problem, numbers | decision.boundaries, decision.coded()))
+
+
+def _with_paths(graph: Graph, path: Path = ()) -> list[tuple[Path, Graph]]:
+    """A graph and those inside it, each with the numbers of the control flow around it."""
+    found = [(path, graph)]
+    for node in (e.split for e in graph.edges if e.split is not None):
+        for number, body in enumerate(node.bodies):
+            found += _with_paths(body, (*path, node.number, number))
+    return found
+
+
+def _codec_from(fields: dict[str, Any]) -> Codec:
+    kinds = {kind.__name__: kind for kind in (StochasticRound, SampleAxis, RandomProjection)}
+    return kinds[fields.pop("name")](**fields)
+
+
+def _binding(plan: Plan) -> str:
+    """The largest residuals of a plan, for an error message."""
+    sizes = [(kept_bytes(v) * p.repeat, v, p) for p in plan.walk() for v in p.kept]
+    sizes += [(e.stored_bytes * p.repeat, v, p) for p in plan.walk() for v, e in p.encoded.items()]
+    largest = sorted(sizes, key=lambda s: -s[0])[:3]
+    if not largest:
+        return ""
+    named = []
+    for size, value, owner in largest:
+        equation = owner.graph.producer.get(value)
+        where = equation.line if equation is not None and equation.line else "an input"
+        named.append(f"{size} for {tuple(value.aval.shape)} {value.aval.dtype} at {where}")
+    return f" (the largest: {'; '.join(named)})"

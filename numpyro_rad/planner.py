@@ -1,0 +1,220 @@
+"""``Planner``: from what a user asks for to a plan.
+
+The options of ``RAD_ELBO`` and ``rad`` are those of ``Planner``. It finds out what each residual may become
+(``Override`` rules, by site, line or predicate), how codes are priced (a calibration, or the model without data), and
+asks ``decision`` for the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from numpyro_rad import decision
+from numpyro_rad.codecs import Codec, StochasticRound
+from numpyro_rad.decision import Wanted
+from numpyro_rad.graph import Graph, Value, sites
+from numpyro_rad.plan import Path, Plan
+
+DEFAULT_CODEC = StochasticRound(bits=4)
+"""Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""
+
+_UNITS = {"": 1, "B": 1} | {f"{p}{u}": b**e for u, b in (("B", 1000), ("iB", 1024)) for e, p in enumerate("kMGT", 1)}
+_UNITS |= {"KB": 1000, "KiB": 1024}
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes from an int or a string such as ``"64MiB"`` or ``"1.5 GB"``.
+
+    :raises TypeError: if ``size`` is neither.
+    :raises ValueError: if it is negative or cannot be read.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(
+            f"memory_budget={size!r}: a number of bytes is expected. Pass an int, or a string such as '256MiB'."
+        )
+    if isinstance(size, int):
+        number, unit = float(size), ""
+    else:
+        match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", size)
+        if match is None or match[2] not in _UNITS or math.isinf(float(match[1])):
+            raise ValueError(
+                f"memory_budget={size!r} cannot be read as a number of bytes. Write a number and one of the units "
+                "B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), for example '256MiB'."
+            )
+        number, unit = float(match[1]), match[2]
+    if number < 0:
+        raise ValueError(f"memory_budget={size!r} is negative: no plan stores less than nothing. Try '64MiB'.")
+    return int(number * _UNITS[unit])
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """What a rule may look at to recognize a residual.
+
+    :ivar site: the site (or differentiated argument) whose parameter enters last on the way to it.
+    :ivar line: the user's file and line, as in ``"model.py:12"``; empty if unknown.
+    :ivar operation: the linear operation that reads it.
+    :ivar shape: its shape, loops around it not counted.
+    :ivar dtype: its dtype.
+    """
+
+    site: str
+    line: str
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Rule = str | Callable[[Residual], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """How to choose a plan; at most one of the first four.
+
+    :param codec: one codec wherever a code is unbiased and smaller, at the fewest bytes; ``Keep()`` for exact gradients
+        by recomputation and fused derivatives alone.
+    :param memory_budget: the most bytes that may be held between the two sweeps of one gradient, an int or a string
+        such as ``"64MiB"``. Of the plans that fit, the one of least added time and variance.
+    :param added_variance: the most variance that may be added, as a share of the exact gradient's own. Of these plans
+        the one of fewest bytes.
+    :param plan: a saved plan (the dictionary of :meth:`Plan.to_dict`), for the program that it was made for.
+    :param exact: no codes: recompute and keep only. Gradients are then exact.
+    :param objective: with a budget, ``"balanced"`` for the least sum of added time and variance, ``"time"`` or
+        ``"variance"`` for the least of one.
+    :param overrides: what to do with some residuals: from a site's name or a glob of it (``"layer*"``), a file and line
+        (``"model.py:12"``), or a predicate of a :class:`Residual`, to a codec; ``Keep()`` for exact. The first that
+        fits holds. A rule that fits nothing warns.
+    :param calibration: measured prices of codes, from :meth:`RAD_ELBO.calibrate`.
+    :raises TypeError: if an option is not what it should be.
+    :raises ValueError: if it cannot be read, or if options exclude one another.
+    """
+
+    codec: Codec | None = None
+    memory_budget: int | str | None = None
+    added_variance: float | None = None
+    plan: Mapping[str, Any] | None = None
+    exact: bool = False
+    objective: str = "balanced"
+    overrides: Mapping[Rule, Codec] = dataclasses.field(default_factory=dict)
+    calibration: Any = None
+
+    def __post_init__(self) -> None:
+        if self.codec is not None and not isinstance(self.codec, Codec):
+            raise TypeError(
+                f"codec={self.codec!r} is not a codec. Pass an instance such as StochasticRound(bits=4), "
+                "SampleAxis(keep=0.1), RandomProjection(keep=0.1), or Keep() for exact gradients."
+            )
+        asked = [
+            name for name in ("codec", "memory_budget", "added_variance", "plan") if getattr(self, name) is not None
+        ]
+        if len(asked) > 1:
+            raise ValueError(
+                f"{'= and '.join(asked)}= exclude each other: each of them alone chooses the plan. Pass one of them."
+            )
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+        if self.added_variance is not None:
+            share = self.added_variance
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise TypeError(f"added_variance={share!r}: a number is expected, such as 0.05 for 5 %.")
+            if not 0 <= share < math.inf:
+                raise ValueError(
+                    f"added_variance={share!r}: it is a share of the variance of the exact gradient. Try 0.05."
+                )
+        if self.objective not in decision.OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is none of {', '.join(decision.OBJECTIVES)}.")
+        if self.exact and (self.codec is not None or self.added_variance is not None or self.plan is not None):
+            raise ValueError("exact=True goes with memory_budget= alone: exact gradients add no variance.")
+        for rule, codec in self.overrides.items():
+            if not (isinstance(rule, str) or callable(rule)):
+                raise TypeError(f"overrides: {rule!r} is neither a name, a glob, a line nor a predicate.")
+            if not isinstance(codec, Codec):
+                raise TypeError(f"overrides[{rule!r}]={codec!r} is not a codec. Pass one, or Keep() for exact.")
+
+    def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
+        """The plan for a program.
+
+        :param graph: a linearized computational graph.
+        :param names: for each tangent input the site or argument that it belongs to.
+        :raises BudgetError: if no plan meets the budget.
+        """
+        if self.plan is not None:
+            return decision.restored(graph, self.plan)
+        variance = self.calibration.variance_model(graph) if self.calibration is not None else None
+        wanted = Wanted(self._codecs(graph, names or {}), variance, self.objective)
+        if self.added_variance is not None:
+            return decision.plan_for_variance(graph, self.added_variance, wanted)
+        if self.memory_budget is not None:
+            return decision.plan_within(graph, parse_bytes(self.memory_budget), wanted)
+        if self.exact or self.codec is not None:
+            return decision.make_plan(graph, wanted)
+        return decision.balanced_plan(graph, wanted)
+
+    def _codecs(self, graph: Graph, names: Mapping[Value, str]) -> decision.Codecs:
+        """What each residual may be coded with, the overrides applied."""
+        if self.exact:
+            general = decision.any_of(())
+        elif self.memory_budget is not None or self.added_variance is not None:
+            general = decision.any_of(decision.LADDER)
+        else:
+            general = decision.uniform(DEFAULT_CODEC if self.codec is None else self.codec)
+        if not self.overrides:
+            return general
+        residuals = dict(_residuals(graph, names, ()))
+        special: dict[Path, Codec] = {}
+        for path, seen in residuals.items():
+            for rule, codec in self.overrides.items():
+                if any(_fits(rule, residual) for residual in seen):
+                    special[path] = codec
+                    break
+        for rule in self.overrides:
+            if not any(_fits(rule, residual) for seen in residuals.values() for residual in seen):
+                known = sorted({r.site for seen in residuals.values() for r in seen if r.site})
+                warnings.warn(
+                    f"overrides: {rule!r} matches no residual of this program. Its sites are {', '.join(known)}; "
+                    "explain(...) prints all residuals with their lines.",
+                    stacklevel=2,
+                )
+
+        def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
+            codec = special.get(path)
+            return general(path, value, repeat) if codec is None else decision.forced(codec, value)
+
+        return codecs
+
+
+def _fits(rule: Rule, residual: Residual) -> bool:
+    if callable(rule):
+        return bool(rule(residual))
+    return fnmatch.fnmatchcase(residual.site, rule) or rule == residual.line
+
+
+def _residuals(graph: Graph, names: Mapping[Value, str], path: Path) -> list[tuple[Path, list[Residual]]]:
+    """Every stored value that may be estimated, by its path, as each of its readers sees it."""
+    found: dict[Path, list[Residual]] = {}
+    labels = sites(graph, names)
+    for edge in graph.edges:
+        for residual, linear in zip(edge.residuals, edge.linear, strict=True):
+            if linear:
+                carrier = decision.carrier_of(graph, residual)
+                producer = graph.producer.get(residual)
+                line = producer.line if producer is not None and producer.line else edge.line
+                seen = Residual(labels.get(edge, ""), line, edge.name, residual.aval.shape, str(residual.aval.dtype))
+                found.setdefault((*path, carrier.number), []).append(seen)
+        node = edge.split
+        for number, body in enumerate(node.bodies if node is not None else ()):
+            assert node is not None
+            inner = {
+                tangent: labels[outer]
+                for tangent, outer in zip(body.tangent_inputs, node.tangents, strict=True)
+                if outer is not None and outer in labels
+            }
+            found.update(_residuals(body, inner, (*path, node.number, number)))
+    return list(found.items())
