@@ -306,7 +306,7 @@ def test_benchmarks_read_stored_images(benchmarks: Callable[[str], ModuleType], 
         np.testing.assert_array_equal(y, x if name == "p5vae" else np.arange(10))
 
 
-@pytest.mark.parametrize("name", ["p4", "p5", "p5vae"])
+@pytest.mark.parametrize("name", ["p4", pytest.param("p5", marks=pytest.mark.slow), "p5vae"])
 def test_quick_workloads_have_the_exact_gradient(benchmarks: Callable[[str], ModuleType], name: str) -> None:
     """The exact plan and, for 8 bits, the same up to a small random error; no part of the gradient vanishes."""
     quick, rivals, measure = benchmarks("workloads").WORKLOADS[name][1], benchmarks("rivals"), benchmarks("measure")
