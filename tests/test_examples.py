@@ -232,17 +232,20 @@ TINY_WORKLOADS = {
     "p1": {"depth": 2, "width": 8, "inputs": 8, "data_size": 32},
     "p2": {"side": 4, "units": 8},
     "p3": {"side": 8, "channels": (2, 4), "data_size": 32},
+    "p4": {"side": 5, "steps": 12, "batch": 1, "micro_batches": 1},
+    "p5": {"depth": 1, "width": 8, "heads": 2, "tokens": 4, "vocabulary": 5, "data_size": 32},
+    "p5vae": {"side": 4, "channels": (2, 4), "latents": 2},
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("p1", marks=pytest.mark.slow), "p2", pytest.param("p3", marks=pytest.mark.slow)]
+    "name", [name if name in ("p2", "p4") else pytest.param(name, marks=pytest.mark.slow) for name in TINY_WORKLOADS]
 )
 def test_benchmark_from_run_to_page(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     workloads, run, figures = (benchmarks(module) for module in ("workloads", "run", "figures"))
-    sizes = {**TINY_WORKLOADS[name], "batch": 8, "micro_batches": 2, "training_steps": 1}
+    sizes = {"batch": 8, "micro_batches": 2, "training_steps": 1, **TINY_WORKLOADS[name]}
     tiny = replace(workloads.WORKLOADS[name][0], **sizes)
     monkeypatch.setitem(workloads.WORKLOADS, name, (tiny, tiny))
     output, page = tmp_path / "report.json", tmp_path / "page.md"
@@ -250,7 +253,7 @@ def test_benchmark_from_run_to_page(
 
     report = json.loads(output.read_text())
     rows = {row["name"]: row for row in report["rivals"]}
-    assert report["workload"]["data_size"] > 8
+    assert report["workload"]["data_size"] == 1 if name == "p4" else report["workload"]["data_size"] > 8
     assert not [row["failure"] for row in rows.values() if "failure" in row]
     assert list(rows) == ["exact", "ours_4bit"]
     assert 0 <= rows["ours_4bit"]["gradient"]["rho"] < 1
@@ -264,8 +267,11 @@ def test_benchmark_from_run_to_page(
 @pytest.mark.parametrize("name", TINY_WORKLOADS)
 def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], ModuleType], name: str) -> None:
     """The same loss and gradient from every way to write the layer, up to the precision of bfloat16."""
-    workloads = benchmarks("workloads")
-    workload, data = replace(workloads.WORKLOADS[name][0], **TINY_WORKLOADS[name]).load(0, None)
+    full, rivals = benchmarks("workloads").WORKLOADS[name][0], benchmarks("rivals").RIVALS
+    workload, data = replace(full, **TINY_WORKLOADS[name]).load(0, None)
+    variants = {rival.layer for rival in rivals.values() if rival.name not in workload.without}
+    if "checkpoint_dots" not in workload.without:  # which JAX decides whether that rival uses it
+        variants.add("named_product")
     x, y = (array[:4] for array in data)
 
     @partial(jax.jit, static_argnums=0)
@@ -276,11 +282,11 @@ def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], Modu
         return jax.value_and_grad(loss)(weights)
 
     sites = trace(seed(workload.model(), 0)).get_trace(x, y)
-    weights = {
-        key: site["value"] for key, site in sites.items() if site["type"] == "sample" and key not in ("y", "data")
-    }
+    unknown = [s for s in sites.values() if s["type"] == "param" or (s["type"] == "sample" and not s["is_observed"])]
+    weights = {site["name"]: site["value"] for site in unknown}
+    assert {"plain", "checkpoint", "bfloat16_residuals"} <= variants
     expected, slope = value_and_grad("plain", weights)
-    for variant in workloads.VARIANTS:
+    for variant in variants:
         rtol = {"bfloat16_residuals": 0.02, "bfloat16": 0.1}.get(variant, 1e-4)
         value, gradient = value_and_grad(variant, weights)
         np.testing.assert_allclose(value, expected, rtol=rtol, err_msg=variant)
@@ -293,11 +299,89 @@ def test_benchmarks_read_stored_images(benchmarks: Callable[[str], ModuleType], 
     write_mnist(tmp_path)
     write_cifar10(tmp_path)
     workloads = benchmarks("workloads").WORKLOADS
-    for name, shape in (("p2", (10, 784)), ("p3", (10, 32, 32, 3))):
+    for name, shape in (("p2", (10, 784)), ("p3", (10, 32, 32, 3)), ("p5vae", (10, 28, 28, 1))):
         workload, (x, y) = workloads[name][0].load(0, tmp_path)
         assert x.shape == shape
         assert workload.data_size == 10
-        np.testing.assert_array_equal(y, np.arange(10))
+        np.testing.assert_array_equal(y, x if name == "p5vae" else np.arange(10))
+
+
+@pytest.mark.parametrize("name", ["p4", pytest.param("p5", marks=pytest.mark.slow), "p5vae"])
+def test_quick_workloads_have_the_exact_gradient(benchmarks: Callable[[str], ModuleType], name: str) -> None:
+    """The exact plan and, for 8 bits, the same up to a small random error; no part of the gradient vanishes."""
+    quick, rivals, measure = benchmarks("workloads").WORKLOADS[name][1], benchmarks("rivals"), benchmarks("measure")
+    workload, data = quick.load(0, None)
+    gradients = {}
+    for rival in ("exact", "ours_exact", "ours_8bit"):
+        step = measure.build(rivals.RIVALS[rival], workload, data, 0, workload.batch)
+        params = step.svi.optim.get_params(step.state.optim_state)
+        gradients[rival] = step.gradient()(params, jax.random.key(1), step.batch)
+    for rival, rtol in (("ours_exact", 1e-5), ("ours_8bit", 0.05)):
+        difference = measure.gradient_difference(gradients[rival], gradients["exact"])["relative_difference"]
+        assert difference < rtol, rival
+    assert difference > 0  # what was rounded is random
+    for key, value in gradients["exact"].items():
+        assert 0 < np.linalg.norm(value) < 1e9, key
+
+
+def test_a_rival_that_makes_no_sense_is_a_sentence(
+    benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = benchmarks("run")
+    with pytest.raises(SystemExit):
+        run.main(["p4", "--rivals", "small_batch"])
+    assert "small_batch makes no sense for p4" in capsys.readouterr().err
+    assert "accumulate" not in run.parse_arguments(["p4"]).rivals
+    assert "checkpoint_sqrt" in run.parse_arguments(["p4"]).rivals
+
+
+def reaction_diffusion_misfit(workload: object, control: np.ndarray) -> float:
+    """The slow twin of the time integral of P4, in NumPy."""
+    points = np.linspace(0.0, 1.0, workload.side)
+    x, y, dx = points[None, :], points[:, None], points[1]
+    inside = np.zeros((workload.side, workload.side))
+    inside[1:-1, 1:-1] = 1.0
+    start = density = np.sin(np.pi * x) * np.sin(np.pi * y) * inside
+    dt, total = dx**2 / 4, 0.0
+    for k in range(workload.steps):
+        s, c = np.sin(np.pi * k * dt), np.cos(np.pi * k * dt)
+        source = control[0] + control[1] * s + control[2] * c
+        source = source + (control[3] * s + control[4] * c) * np.sin(2 * np.pi * x)
+        source = source + (control[5] * s + control[6] * c) * np.cos(2 * np.pi * x)
+        laplace = sum(np.roll(density, shift, axis) for shift in (1, -1) for axis in (0, 1)) - 4 * density
+        density = inside * (density + dt * (0.25 * laplace / dx**2 + source * density))
+        target = start + 0.25 * np.sin(2 * np.pi * x) * np.sin(np.pi * y) * inside * np.sin(np.pi * (k + 1) * dt)
+        total += dt * np.mean(((density - target) / workload.noise_scale) ** 2)
+    return total
+
+
+@pytest.mark.usefixtures("double")
+def test_reaction_diffusion_gradient(benchmarks: Callable[[str], ModuleType]) -> None:
+    """Value and gradient of P4 in float64 against its slow twin; the equation stands still at the prior mean."""
+    workload, (initial, amplitude) = benchmarks("workloads").WORKLOADS["p4"][1].load(0, None)
+    variants = benchmarks("layers").VARIANTS
+    rng = np.random.default_rng(0)
+    control = workload.prior_mean() + workload.prior_scale * rng.normal(size=7)
+
+    def misfit(control: jax.Array, variant: str = "plain") -> jax.Array:
+        return workload.misfit(control, initial, amplitude, variants[variant](workload.layer))[0]
+
+    np.testing.assert_allclose(misfit(control), reaction_diffusion_misfit(workload, control), rtol=1e-10)
+    differences = []
+    for i in range(7):
+        up, down = (control + sign * 1e-5 * np.eye(7)[i] for sign in (1, -1))
+        differences.append((reaction_diffusion_misfit(workload, up) - reaction_diffusion_misfit(workload, down)) / 2e-5)
+    assert np.abs(differences).min() > 1e-3  # every coefficient matters
+    for variant in ("plain", "checkpoint", "checkpoint_sqrt"):
+        slope = jax.jit(jax.grad(misfit), static_argnums=1)(control, variant)
+        np.testing.assert_allclose(slope, differences, rtol=1e-6, err_msg=variant)
+
+    still, _ = jax.lax.scan(
+        lambda u, source: (workload.layer.layers[0](u, source), None),
+        initial,
+        workload.sources(workload.prior_mean() + 0 * control),
+    )
+    np.testing.assert_allclose(still, initial, atol=1e-10)
 
 
 @pytest.mark.parametrize(("page", "names"), [("README.md", ["p1"]), ("docs/benchmarks.md", ["p1", "p2", "p3"])])

@@ -26,7 +26,7 @@ import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from rivals import RIVALS, Rival
-from workloads import Workload
+from workload import Workload
 
 from numpyro_rad import NoiseKeys
 
@@ -69,7 +69,7 @@ class Step:
 def build(rival: Rival, workload: Workload, data: tuple[jax.Array, jax.Array], seed: int, rows: int) -> Step:
     """Set up the rival's SVI; every rival starts from the same parameters and sees the same first rows."""
     model = workload.model(rival.layer)
-    svi = SVI(model, workload.guide(model), workload.optimizer(), rival.elbo(workload))
+    svi = SVI(model, workload.guide(model, rival.layer), workload.optimizer(), rival.elbo(workload))
     key_init, key_batch = jax.random.split(jax.random.key(seed))
     batch = workload.minibatch(key_batch, data, rows)
     return Step(rival, svi, svi.init(key_init, *batch), batch)

@@ -14,10 +14,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax, random
+from layers import PRODUCT_NAME
 from numpyro.handlers import seed, substitute
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import compute_log_probs
-from workloads import PRODUCT_NAME, Workload
+from workload import Workload
 
 # exact: the gradient of Trace_ELBO to rounding.  rounded: deterministic, but not that gradient.
 # randomized: an unbiased estimate of it, with a path key of its own.  small_batch: the exact gradient of fewer rows.
@@ -98,7 +99,7 @@ class Rival:
     :param label: what the figure and the table call it.
     :param kind: what its gradient is to the exact one, which decides what is measured about it.
     :param elbo: makes the loss object for a workload.
-    :param layer: the layer variant of the model, a key of ``workloads.VARIANTS``.
+    :param layer: the layer variant of the model, a key of ``layers.VARIANTS``.
     """
 
     name: str
@@ -182,6 +183,15 @@ _ALL = [
         _exact,
         "checkpoint",
         "jax.checkpoint on each layer, or step of the scan",
+    ),
+    Rival(
+        "checkpoint_sqrt",
+        "checkpoint, segments",
+        "rival",
+        "exact",
+        _exact,
+        "checkpoint_sqrt",
+        "the scan cut in about sqrt(steps) segments, jax.checkpoint on each",
     ),
     _dots_rival(),
     Rival("small_batch", "small batch", "rival", "small_batch", _exact, note="Trace_ELBO on fewer rows"),

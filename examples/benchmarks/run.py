@@ -5,7 +5,7 @@
     python examples/benchmarks/run.py p2 --data-dir DIR                 # MNIST; without it, scikit-learn's digits
     python examples/benchmarks/figures.py docs/benchmarks/p1.json      # the figure, and the table on standard output
 
-What each number means is said in ``measure.py``, who is compared in ``rivals.py``, and on what in ``workloads.py``. A
+What each number means is said in ``measure.py``, who is compared in ``rivals.py``, and on what in ``workload.py``. A
 rival that fails keeps the numbers it has and gets a ``failure``; ratios are to ``exact``, which is always run.
 """
 
@@ -24,7 +24,8 @@ import jax
 import measure
 from record import log, machine, versions
 from rivals import RIVALS
-from workloads import WORKLOADS, Workload
+from workload import Workload
+from workloads import WORKLOADS
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 # The small minibatch must fit in this part of the exact step's T when there is no 2-bit row to equal.
@@ -57,9 +58,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rivals",
         type=parse_rivals,
-        default=list(RIVALS),
         metavar="A,B,C",
-        help="who takes part, by the names below (default: all of them)",
+        help="who takes part, by the names below (default: all that make sense for the workload)",
     )
     parser.add_argument("--quick", action="store_true", help="the small size of the workload, for trying things out")
     parser.add_argument(
@@ -73,7 +73,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="folder with mnist/ for p2 and cifar10/ for p3 (default: scikit-learn's digits, and synthetic images)",
+        help="folder with mnist/ for p2, p5vae and cifar10/ for p3 (default: scikit-learn's digits, synthetic images)",
     )
     parser.add_argument(
         "--output",
@@ -81,7 +81,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE.json",
         help="where the JSON goes (default: docs/benchmarks/WORKLOAD.json, WORKLOAD-quick.json with --quick)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    without = WORKLOADS[options.workload][0].without
+    senseless = [name for name in options.rivals or () if name in without]
+    if senseless:
+        parser.error(f"{', '.join(senseless)} makes no sense for {options.workload}, see its source")
+    options.rivals = options.rivals or [name for name in RIVALS if name not in without]
+    return options
 
 
 def parse_rivals(text: str) -> list[str]:
