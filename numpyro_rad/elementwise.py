@@ -1,4 +1,4 @@
-"""Elimination of elementwise vertices: a chain of elementwise derivatives becomes one coefficient array.
+"""Elimination of vertices: a chain of elementwise derivatives becomes one coefficient array.
 
 A tangent that elementwise steps have made is held as a *linear form* of earlier tangents,
 
@@ -22,13 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rad import _jax, rules
-from numpyro_rad.graph import Atom, Constant, Equation, Value
+from numpyro_rad.graph import Atom, Constant, Edge, Equation, Value
 
 LINEAR = frozenset("mul div select_n neg add add_any sub copy".split())
 """Primitives of the tangent program that have a diagonal Jacobian if all their tangents have the result's shape."""
 
 SUMS = LINEAR - {"mul", "div"}
 """Those that may have several tangent operands."""
+
+
+_TRANSPOSED = {
+    "reduce_sum": "broadcast_in_dim",
+    "reshape": "reshape",
+    "squeeze": "reshape",
+    "transpose": "transpose",
+    "rev": "rev",
+    "copy": "copy",
+    "convert_element_type": "convert_element_type",
+}
+"""Linear steps of one operand whose transpose only rearranges: its name. A constant they leave a constant."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,8 +63,8 @@ class Coefficients:
     """
 
     def __init__(self, equations: list[Equation], new_value: Callable[[Any], Value]) -> None:
+        self.new_value = new_value
         self._equations = equations
-        self._new_value = new_value
         self._known: dict[Any, Value] = {}
 
     def local(self, name: str, operands: Sequence[Atom], position: int, line: str) -> Term:
@@ -92,6 +104,28 @@ class Coefficients:
         run = partial(_scaled_sum, a=a.scale, b=b.scale, dtype=dtype)
         return Term(1.0, self._derive(f"sum {a.scale} {b.scale} {dtype}", run, (a.residual, b.residual), line))
 
+    def pulled(self, edge: Edge, cotangent: Term) -> list[Term]:
+        """What an edge turns the coefficient in front of its output into: those in front of its inputs."""
+        if edge.terms:
+            return [self.product(cotangent, term, edge.line) for term in edge.terms]
+        name = None if edge.residuals else _TRANSPOSED.get(edge.name)
+        if name is not None and cotangent.residual is None:
+            return [cotangent]
+        own = () if cotangent.residual is None else (cotangent.residual,)
+        return [
+            Term(
+                cotangent.scale,
+                self._derive(
+                    name or f"pull {edge.name}",
+                    partial(_pulled, edge, i),
+                    (*own, *edge.residuals),
+                    edge.line,
+                    (edge, i),
+                ),
+            )
+            for i in range(len(edge.inputs))
+        ]
+
     def _of(self, atom: Atom, line: str) -> Term:
         """The coefficient that a primal operand is: a number where it is one."""
         if isinstance(atom, Value):
@@ -101,15 +135,17 @@ class Coefficients:
         array = atom.value
         return Term(1.0, self._derive(f"constant {id(array)}", lambda: jnp.asarray(array), (), line))
 
-    def _derive(self, name: str, run: Callable[..., Any], operands: tuple[Atom, ...], line: str) -> Value:
-        known = (name, *operands)
+    def _derive(
+        self, name: str, run: Callable[..., Any], operands: tuple[Atom, ...], line: str, parameters: Any = ()
+    ) -> Value:
+        known = (name, parameters, *operands)
         if known not in self._known:
             structs = [
                 o.value if isinstance(o, Constant) else jax.ShapeDtypeStruct(o.aval.shape, o.aval.dtype)
                 for o in operands
             ]
             aval = jax.eval_shape(run, *structs)
-            output = self._new_value(_jax.array_type(aval.shape, aval.dtype))
+            output = self.new_value(_jax.array_type(aval.shape, aval.dtype))
             self._equations.append(
                 Equation(
                     name,
@@ -150,18 +186,26 @@ def _times(scale: float, x: Any) -> Any:
     return x if scale == 1.0 else -x if scale == -1.0 else x * np.asarray(scale, x.dtype)
 
 
-def _weigh(term: Term, residual: Any, x: Any) -> Any:
+def weigh(term: Term, residual: Any, x: Any) -> Any:
     if residual is None:
         return _times(term.scale, x)
     return _times(term.scale, _masked(residual, x) if residual.dtype == bool else residual.astype(x.dtype) * x)
+
+
+def combination(form: LinearForm, tangent: Value, line: str) -> Edge:
+    """The edge that makes ``tangent`` from what its linear form is made of."""
+    sources, terms = tuple(form), tuple(form.values())
+    residuals = tuple(t.residual for t in terms if t.residual is not None)
+    run, pull = partial(combine, terms), partial(pull_combination, terms)
+    linear = (True,) * len(residuals)
+    return Edge("elementwise", sources, (tangent,), residuals, linear, run, line, False, pull=pull, terms=terms)
 
 
 def combine(terms: tuple[Term, ...], residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
     """The tangent that a linear form stands for."""
     arrays = iter(residuals)
     parts = [
-        _weigh(term, None if term.residual is None else next(arrays), t)
-        for term, t in zip(terms, tangents, strict=True)
+        weigh(term, None if term.residual is None else next(arrays), t) for term, t in zip(terms, tangents, strict=True)
     ]
     return [sum(parts[1:], start=parts[0])]
 
@@ -169,4 +213,15 @@ def combine(terms: tuple[Term, ...], residuals: Sequence[Any], tangents: Sequenc
 def pull_combination(terms: tuple[Term, ...], residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
     """The cotangents of the tangents of a linear form."""
     arrays = iter(residuals)
-    return [_weigh(term, None if term.residual is None else next(arrays), cotangents[0]) for term in terms]
+    return [weigh(term, None if term.residual is None else next(arrays), cotangents[0]) for term in terms]
+
+
+def _pulled(edge: Edge, position: int, *arrays: Any) -> Any:
+    """The cotangent of one input of ``edge``, given the one of its output (unless that is one) and the residuals."""
+    (out,) = edge.outputs
+    own, residuals = arrays[: len(arrays) - len(edge.residuals)], arrays[len(arrays) - len(edge.residuals) :]
+    cotangent = jnp.broadcast_to(jnp.asarray(own[0] if own else 1, out.aval.dtype), out.aval.shape)
+    if edge.pull is not None:
+        return edge.pull(residuals, [cotangent])[position]
+    run = partial(edge.run, residuals)
+    return _jax.linear_transpose(lambda *t: run(t), [t.aval for t in edge.inputs], [cotangent])[position]

@@ -71,7 +71,8 @@ class Edge:
 
     ``residuals`` are the primal values that it reads; ``linear[i]`` says whether the pullback is linear in residual i,
     so that an unbiased estimate may stand in for it. ``run(residual arrays, tangent arrays)`` applies the edge;
-    ``pull``, where given, maps ``(residual arrays, output cotangents)`` to input cotangents directly.
+    ``pull``, where given, maps ``(residual arrays, output cotangents)`` to input cotangents directly. ``terms``, where
+    given, are the coefficients in front of the inputs: the edge is elementwise, its output their sum.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Edge:
     default: bool = False  # the safe default: residuals exact because nothing better is known
     pull: Callable[[Sequence[Any], Sequence[Any]], list[Any]] | None = None
     split: Split | None = None
+    terms: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(eq=False, slots=True)

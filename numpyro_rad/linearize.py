@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from numpyro_rad import _jax, elementwise, rules
+from numpyro_rad import _jax, elementwise, rules, scalars
 from numpyro_rad.elementwise import ONE, Coefficients, LinearForm
 from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
 
@@ -30,19 +30,22 @@ def linearize(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
     """
     both, has_tangent = _jax.jvp_jaxpr(jaxpr, active)
     is_tangent = [False] * len(active) + [True] * sum(active)
-    graph, results = split(both, is_tangent)
+    graph, results, coefficients = split(both, is_tangent)
     n_outs = len(has_tangent)
     tangents = iter(tangent for _, tangent in results[n_outs:])
     graph.outputs = [atom for atom, _ in results[:n_outs]]  # type: ignore[misc]
     graph.tangent_outputs = [next(tangents) if on else None for on in has_tangent]
+    scalars.collect(graph.finish(), coefficients, free=graph.inputs)
     return graph.finish()
 
 
-def split(jaxpr: _jax.Jaxpr, is_tangent: Sequence[bool]) -> tuple[Graph, list[tuple[Atom | None, Value | None]]]:
+def split(
+    jaxpr: _jax.Jaxpr, is_tangent: Sequence[bool]
+) -> tuple[Graph, list[tuple[Atom | None, Value | None]], Coefficients]:
     """Separate a mixed primal and tangent jaxpr, given which inputs are tangents.
 
-    :return: the graph (outputs still to be set by the caller) and for each output of the jaxpr the pair (primal atom or
-        None, tangent or None).
+    :return: the graph (outputs still to be set by the caller), for each output of the jaxpr the pair (primal atom or
+        None, tangent or None), and what adds coefficients to the primal program.
     """
     flat = _Flat()
     inputs = [flat.value(v.aval) for v in jaxpr.jaxpr.invars]
@@ -55,7 +58,8 @@ def split(jaxpr: _jax.Jaxpr, is_tangent: Sequence[bool]) -> tuple[Graph, list[tu
         pairs.append((None, builder.materialize(tangent)) if isinstance(tangent, Value) else (atom, None))
     primal_inputs = [v for v, t in zip(inputs, is_tangent, strict=True) if not t]
     tangent_inputs = [v for v, t in zip(inputs, is_tangent, strict=True) if t]
-    return Graph(primal_inputs, builder.equations, [], tangent_inputs, builder.edges, []), pairs
+    graph = Graph(primal_inputs, builder.equations, [], tangent_inputs, builder.edges, [])
+    return graph, pairs, builder.coefficients
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -216,21 +220,7 @@ class _Builder:
             if term == ONE:
                 return source
         del self.forms[tangent]
-        sources, terms = tuple(form), tuple(form.values())
-        residuals = tuple(t.residual for t in terms if t.residual is not None)
-        self.edges.append(
-            Edge(
-                "elementwise",
-                sources,
-                (tangent,),
-                residuals,
-                (True,) * len(residuals),
-                partial(elementwise.combine, terms),
-                self.lines.get(tangent, ""),
-                False,
-                pull=partial(elementwise.pull_combination, terms),
-            )
-        )
+        self.edges.append(elementwise.combination(form, tangent, self.lines.get(tangent, "")))
         return tangent
 
     # -- tangent program: everything else --------------------------------------------------------------------------
@@ -409,9 +399,10 @@ def _scan_tangents(equation: Any, flags: Sequence[bool]) -> tuple[list[bool], li
 
 
 def _split_body(body: _jax.Jaxpr, ins: Sequence[bool], outs: Sequence[bool]) -> Graph:
-    graph, results = split(body, ins)
+    graph, results, coefficients = split(body, ins)
     graph.outputs = [p for (p, _), t in zip(results, outs, strict=True) if not t]  # type: ignore[misc]
     graph.tangent_outputs = [v for (_, v), t in zip(results, outs, strict=True) if t]
+    scalars.collect(graph.finish(), coefficients, free=())
     return graph.finish()
 
 
