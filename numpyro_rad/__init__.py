@@ -7,6 +7,7 @@ stored) and ``sweep`` (the two sweeps), ``decision`` and ``solver`` (how plans a
 for), ``transform`` (how it becomes a JAX transformation) and ``elbo``. ``codecs`` stands alone.
 """
 
+from numpyro_rad.calibration import Calibration
 from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, StochasticRound
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys
 from numpyro_rad.explain import Explanation, explain
@@ -20,6 +21,7 @@ __all__ = [
     "RAD_ELBO",
     "BitMask",
     "BudgetError",
+    "Calibration",
     "Codec",
     "Explanation",
     "Keep",

@@ -93,6 +93,14 @@ class Codec:
         """tr Cov(decode(encode(x))) over the seed, given x: a scalar in the units of x squared."""
         raise NotImplementedError
 
+    def variance_along(self, x, direction):
+        """Var <direction, decode(encode(x))> over the seed, given x: what the code of x adds to the variance of a
+        number whose derivative in x is `direction`, to first order.
+
+        Unless a codec knows better, as if the errors of all entries had equal variance and no correlation.
+        """
+        return self.variance(x) * jnp.mean(direction.astype(_work_dtype(x.dtype)) ** 2)
+
     def relative_variance(self, shape):
         """Variance over the squared norm, for i.i.d. standard normal entries: a float known before any data."""
         raise NotImplementedError
@@ -322,6 +330,13 @@ class StochasticRound(Codec):
         _, below, above = self._neighbours(grouped, *self._fit(grouped), x.dtype)
         return layout.join((grouped - below) * (above - grouped), x.shape).sum()
 
+    def variance_along(self, x, direction):
+        layout = self._layout(x.shape)
+        grouped = layout.split(x).astype(_work_dtype(x.dtype))
+        _, below, above = self._neighbours(grouped, *self._fit(grouped), x.dtype)
+        errors = layout.join((grouped - below) * (above - grouped), x.shape)  # independent from entry to entry
+        return (errors * direction.astype(errors.dtype) ** 2).sum()
+
     def relative_variance(self, shape):
         layout = self._layout(shape)
         size = min(layout.slots * layout.width, layout.inner)
@@ -408,6 +423,18 @@ class SampleAxis(Codec):
         sizes = self._sizes(x.shape[-1])
         deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
         return (jnp.asarray(np.repeat(sizes - 1, sizes), deviation.dtype) * deviation**2).sum()
+
+    def variance_along(self, x, direction):
+        direction = direction.reshape(_rows(x.shape))
+        x = x.reshape(_rows(x.shape))
+        deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
+        parts = deviation * direction.astype(deviation.dtype)
+        if self.per == "shared":
+            parts = parts.sum(tuple(range(parts.ndim - 1)))
+        sizes = self._sizes(x.shape[-1])
+        strata = np.repeat(np.arange(len(sizes)), sizes)  # one entry of each is kept, with its size as its weight
+        sums = jnp.zeros((*parts.shape[:-1], len(sizes)), parts.dtype).at[..., strata].add(parts)
+        return (jnp.asarray(sizes[strata], parts.dtype) * parts**2).sum() - (sums**2).sum()
 
     def relative_variance(self, shape):
         n = _rows(shape)[-1]

@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from numpyro_rad import _jax, rules, solver
-from numpyro_rad.codecs import Codec, RandomProjection, SampleAxis, StochasticRound
+from numpyro_rad.codecs import Codec, Keep, RandomProjection, SampleAxis, StochasticRound
 from numpyro_rad.graph import Edge, Equation, Graph, Split, Value
 from numpyro_rad.plan import (
     BudgetError,
@@ -480,6 +480,26 @@ def plan_for_variance(graph: Graph, added_variance: float, wanted: Wanted) -> Pl
     """
     decision = _Decision(graph, dataclasses.replace(wanted, objective="time"))
     return decision.plan(decision.least_bytes_at(added_variance))
+
+
+@dataclasses.dataclass(frozen=True)
+class _PassThrough(Keep):
+    """The array itself in the place of a code, to see what a code would do there."""
+
+    exact = False
+
+
+def all_coded(graph: Graph) -> Plan:
+    """The plan in which all that may be coded is stored as an array of its own for each draw."""
+
+    def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
+        return (_PassThrough(),) if rules.is_real_float(value.aval.dtype) else ()
+
+    decision = _Decision(graph, Wanted(codecs))
+    needed = {d.value for d in decision.problem.demands if not d.codes}
+    problem = dataclasses.replace(decision.problem, demands=[solver.Demand(v) for v in sorted(needed)])
+    kept = set(solver.smallest(problem).kept)
+    return decision.plan(solver.settled(decision.problem, kept, decision.coded()))
 
 
 def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:

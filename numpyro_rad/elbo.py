@@ -8,20 +8,26 @@ under one key is the value of the ELBO that is wrapped under that key.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from numpyro.handlers import seed
-from numpyro.infer import RenyiELBO, Trace_ELBO
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.elbo import ELBO
 
-from numpyro_rad import _jax
+from numpyro_rad import _jax, decision
+from numpyro_rad.calibration import Calibration, Calibrator
 from numpyro_rad.plan import Plan
 from numpyro_rad.planner import Planner
 from numpyro_rad.transform import Closure, path_seed, randomized
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
+
+_CALIBRATION_TAG = 0x52414422  # folded into the state's key: the draws of a calibration
 
 
 class NoiseKeys(NamedTuple):
@@ -161,6 +167,67 @@ class RAD_ELBO(Trace_ELBO):
         taken = self._closure(rng_key, param_map, model, guide, args, kwargs)
         return taken.plan, taken.names
 
+    def calibrate(
+        self, svi: SVI, svi_state: Any, *args: Any, batches: Sequence[tuple] = (), draws: int = 3, **kwargs: Any
+    ) -> Calibration:
+        """Measure what codes add to the variance of the gradient, and plan by it from now on.
+
+        Call it between ``svi.init`` and the first (compiled) ``svi.update``, and again whenever variances may have
+        changed. It takes ``draws`` gradients under keys of their own, each at about three times the time and memory of
+        an exact gradient; where that memory is not there, calibrate on the host
+        (``with jax.default_device(jax.devices("cpu")[0])``). Variances are those of the gradient that the optimizer
+        sees, in the unconstrained parameters.
+
+        :param svi: the ``SVI`` that this ELBO is the loss of.
+        :param svi_state: its state.
+        :param args: arguments of model and guide, as in ``svi.update``.
+        :param batches: further tuples of such arguments, of the same shapes: one for each draw after the first. Without
+            them the noise of minibatches that the caller draws is no part of the variance of the exact gradient.
+        :param draws: number of gradients, at least 2.
+        :return: what was measured; it is also set on ``planner``.
+        :raises ValueError: if a gradient is not finite, or for fewer than 2 draws.
+
+        Example::
+
+            state = svi.init(key, x, y)
+            svi.loss.calibrate(svi, state, x, y)
+            result = svi.run(key, 1000, x, y, init_state=state)
+        """
+        if draws < 2:
+            raise ValueError(f"draws={draws}: a variance takes at least 2 gradients. Try 3.")
+        constrain, free = svi.constrain_fn, svi.optim.get_params(svi_state.optim_state)
+        assert constrain is not None  # svi.init has set it
+        constrained, pull = jax.vjp(constrain, free)
+        fixed = svi_state.mutable_state or {}
+        options = {**kwargs, **svi.static_kwargs}
+
+        def closure(key: Any, batch: tuple) -> Closure:
+            return self._closure(key, {**constrained, **fixed}, svi.model, svi.guide, batch, options)
+
+        taken = closure(svi_state.rng_key, args)
+        stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
+        calibrator = Calibrator(taken.plan.graph, decision.LADDER)
+        for i, key in enumerate(jax.random.split(stream, draws)):
+            sign_key, loss_key = jax.random.split(key)
+            _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))
+            directions = [signs[n] if n in signs else jnp.zeros_like(fixed[n]) for n in taken.names]
+
+            def unconstrained(gradient: list[Any]) -> Any:
+                found = dict(zip(taken.names, gradient, strict=True))
+                return pull({n: found.get(n, jnp.zeros_like(x)) for n, x in constrained.items()})
+
+            operands = closure(loss_key, (args, *batches)[i % (1 + len(batches))]).operands
+            gradient = calibrator.add(operands, directions, unconstrained)
+            bad = [n for n, g in zip(taken.names, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
+            if bad:
+                raise ValueError(
+                    f"calibrate: the gradient in {', '.join(bad)} is not finite in draw {i + 1} of {draws}: there is "
+                    "no variance to measure. Look at the loss (svi.evaluate), the data and the initial values."
+                )
+        found = calibrator.result()
+        self.planner = dataclasses.replace(self.planner, calibration=found)
+        return found
+
     def _closure(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict) -> Closure:
         """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that."""
 
@@ -198,6 +265,13 @@ class RAD_ELBO(Trace_ELBO):
             if not _jax.is_traced(value):
                 return value
         return randomized(run, self.planner, seed, param_map)
+
+
+def _signs(key: Any, tree: Any) -> Any:
+    """Independent random signs in the shape of a pytree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten([jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
 
 
 class _PlateSeeded:

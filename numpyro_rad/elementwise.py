@@ -187,6 +187,7 @@ def _times(scale: float, x: Any) -> Any:
 
 
 def weigh(term: Term, residual: Any, x: Any) -> Any:
+    """``scale * residual * x``; a mask selects."""
     if residual is None:
         return _times(term.scale, x)
     return _times(term.scale, _masked(residual, x) if residual.dtype == bool else residual.astype(x.dtype) * x)

@@ -30,7 +30,7 @@ LAYERS = (
     ("elementwise", "plan"),
     ("scalars", "sweep", "decision"),
     ("linearize", "planner"),
-    ("transform",),
+    ("transform", "calibration"),
     ("explain",),
     ("elbo",),
     ("diagnostics",),

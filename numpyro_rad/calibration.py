@@ -1,0 +1,195 @@
+"""``calibrate``: what each code adds to the variance of the gradient, on the user's own data.
+
+A code replaces a residual r by r + e, E[e] = 0, and the gradient is linear in r, so to first order in the errors
+
+    tr Cov(g) = sum over residuals of E_z Var <s, e>,        s = d <z, g(r)> / d r,
+
+with z of independent random signs, one for each parameter (Hutchinson 1990): the square of the derivative of a random
+projection of the gradient is, on average, the sum of the squares of the derivatives of its components. One reverse
+sweep over the backward sweep gives s for all residuals at once, and each codec knows Var <s, e> in closed form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_rad import decision
+from numpyro_rad.codecs import Codec
+from numpyro_rad.graph import Graph, Value
+from numpyro_rad.plan import Path, Plan
+from numpyro_rad.sweep import Tape, backward, forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Measured variances; pass it to ``Planner(calibration=...)``.
+
+    :ivar program: the program that it was made for.
+    :ivar gradient_variance: tr Cov of the exact gradient over the draws of guide and minibatch.
+    :ivar gradient_norm: its root mean square norm.
+    :ivar codecs: the codecs that were measured.
+    :ivar added: for each residual the variance that each of these codecs adds.
+    :ivar n_draws: gradients that were taken.
+    """
+
+    program: str
+    gradient_variance: float
+    gradient_norm: float
+    codecs: tuple[Codec, ...]
+    added: dict[Path, tuple[float, ...]]
+    n_draws: int
+
+    def variance_model(self, graph: Graph) -> decision.VarianceModel:
+        """Prices for the codes of ``graph``: added variance / variance of the exact gradient.
+
+        For another program than that of the calibration it warns and falls back to the model without data.
+        """
+        if graph.fingerprint() != self.program:
+            warnings.warn(
+                "the calibration was made for another program (other shapes, model, guide or ELBO); plans are priced "
+                "without it. Calibrate again.",
+                stacklevel=2,
+            )
+            return decision.equal_shares(graph)
+        unit = self.reference_variance
+
+        def variance(path: Path, value: Value, codec: Codec, n_draws: int) -> float:
+            known = self.added.get(path)
+            if known is None:
+                return 0.0  # nothing that was differentiated depends on it
+            if codec in self.codecs:
+                return known[self.codecs.index(codec)] / unit
+            shape, first = value.aval.shape, self.codecs[0]
+            return known[0] / unit * codec.relative_variance(shape) / max(first.relative_variance(shape), 1e-30)
+
+        return variance
+
+    @property
+    def reference_variance(self) -> float:
+        """The variance of the exact gradient, or its squared norm where guide and minibatch draw nothing."""
+        negligible = 1e-9 * self.gradient_norm**2
+        return self.gradient_variance if self.gradient_variance > negligible else max(self.gradient_norm**2, 1e-30)
+
+    def predicted(self, plan: Plan) -> float:
+        """Variance that the codes of a plan add, relative to that of the exact gradient."""
+        model = self.variance_model(plan.graph)
+        return sum(
+            model((*p.path, v.number), v, e.codec, len(e.readers)) for p in plan.walk() for v, e in p.encoded.items()
+        )
+
+
+def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], list[Path]]:
+    """A function that measures one gradient and all its codes, and the paths of these.
+
+    :return: ``(operands, signs) -> (gradient, variances)``: of the first output of the graph in its tangent inputs;
+        ``signs`` are aligned with these. ``variances[i, j]`` is what codec j adds by residual i.
+    """
+    plan = decision.all_coded(graph)
+    paths = [(*p.path, v.number) for p, v, _ in _coded(plan)]
+
+    def measure(operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any]:
+        seed = jnp.zeros(2, jnp.uint32)
+        _, tape = forward(plan, seed, operands)
+        reads = {v: a for v, a in zip(graph.inputs, operands, strict=True) if v in plan.reads}
+        cotangents = [None if t is None else jnp.ones(t.aval.shape, t.aval.dtype) for t in graph.tangent_outputs]
+
+        def projection(arrays: list[tuple[Any, ...]]) -> tuple[Any, list[Any]]:
+            pulled = backward(plan, seed, _with_arrays(plan, tape, iter(arrays)), reads, cotangents)
+            gradient = [
+                jnp.zeros(t.aval.shape, t.aval.dtype) if p is None else p
+                for p, t in zip(pulled, graph.tangent_inputs, strict=True)
+            ]
+            return sum(jnp.vdot(z, g).real for z, g in zip(signs, gradient, strict=True)), gradient
+
+        arrays = list(_arrays(plan, tape))
+        directions, gradient = jax.grad(projection, has_aux=True)(arrays)
+        table = []
+        for (_, value, _), draws, along in zip(_coded(plan), arrays, directions, strict=True):
+            table.append([sum(_variance(c, value, x, s) for x, s in zip(draws, along, strict=True)) for c in codecs])
+        return gradient, jnp.asarray(table).reshape(len(table), len(codecs))
+
+    return measure, paths
+
+
+def _variance(codec: Codec, value: Value, x: Any, direction: Any) -> Any:
+    """Variance along a direction of all the codes of a residual, those of all iterations of the loops around it."""
+    shape = value.aval.shape
+    if not codec.supports(shape, value.aval.dtype):
+        return jnp.zeros(())
+    x, direction = x.reshape(-1, *shape), direction.reshape(-1, *shape)
+    one_by_one = jax.lax.map(lambda pair: codec.variance_along(*pair).astype(jnp.float32), (x, direction))
+    return one_by_one.sum()
+
+
+def _coded(plan: Plan) -> Iterator[tuple[Plan, Value, int]]:
+    """Coded residuals of a plan and of the plans inside it, and how many draws there are of each."""
+    for value, entry in plan.encoded.items():
+        yield plan, value, len(entry.readers)
+    for children in plan.children.values():
+        for child in children:
+            yield from _coded(child)
+
+
+def _arrays(plan: Plan, tape: Tape) -> Iterator[tuple[Any, ...]]:
+    """The stored arrays of :func:`_coded`, one for each draw."""
+    for codes in tape.encoded:
+        yield tuple(code for (code,) in codes)
+    for plans, tapes in zip(plan.children.values(), tape.children, strict=True):
+        for child, inner in zip(plans, tapes, strict=True):
+            yield from _arrays(child, inner)
+
+
+def _with_arrays(plan: Plan, tape: Tape, arrays: Iterator[tuple[Any, ...]]) -> Tape:
+    """``tape`` with other arrays in place of those."""
+    encoded = tuple(tuple((code,) for code in next(arrays)) for _ in tape.encoded)
+    children = tuple(
+        tuple(_with_arrays(child, inner, arrays) for child, inner in zip(plans, tapes, strict=True))
+        for plans, tapes in zip(plan.children.values(), tape.children, strict=True)
+    )
+    return Tape(tape.kept, encoded, children)
+
+
+class Calibrator:
+    """Gathers draws of the gradient of a program and of what its codes add to it."""
+
+    def __init__(self, graph: Graph, codecs: Sequence[Codec]) -> None:
+        self._graph, self._codecs = graph, tuple(codecs)
+        measure, self._paths = probe(graph, codecs)
+        self._measure = jax.jit(measure)
+        self._gradients: list[list[np.ndarray]] = []
+        self._tables: list[np.ndarray] = []
+
+    def add(self, operands: Sequence[Any], signs: Sequence[Any], pull: Callable[[list[Any]], Any]) -> list[Any]:
+        """One draw.
+
+        :param operands: those of the program.
+        :param signs: the tangent along which it is projected, for each differentiated operand.
+        :param pull: from the gradient in these operands to the gradient whose variance counts.
+        :return: the gradient in the differentiated operands.
+        """
+        gradient, table = self._measure(operands, signs)
+        self._gradients.append([np.asarray(x) for x in jax.tree.leaves(pull(gradient))])
+        self._tables.append(np.asarray(table))
+        return gradient
+
+    def result(self) -> Calibration:
+        """The calibration from all draws."""
+        n_draws = len(self._gradients)
+        squares = sum(float(np.vdot(x, x).real) for gradient in self._gradients for x in gradient) / n_draws
+        means = [sum(parts) / n_draws for parts in zip(*self._gradients, strict=True)]
+        apart = (np.abs(x - m) ** 2 for gradient in self._gradients for x, m in zip(gradient, means, strict=True))
+        return Calibration(
+            self._graph.fingerprint(),
+            sum(float(a.sum()) for a in apart) / (n_draws - 1),
+            squares**0.5,
+            self._codecs,
+            dict(zip(self._paths, map(tuple, np.mean(self._tables, axis=0).tolist()), strict=True)),
+            n_draws,
+        )
