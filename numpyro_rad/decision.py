@@ -36,6 +36,7 @@ from numpyro_rad.plan import (
     read_by_segments,
     recompute_leaves,
 )
+from numpyro_rad.segments import Chain, best_divisor, cut_chain
 
 SMALL_BYTES = 64
 """Values of up to this size (PRNG keys, scalars) are kept rather than made again: chains of key splits stay short."""
@@ -122,6 +123,10 @@ def _is_made_again(equation: Equation, value: Value, repeat: int) -> bool:
     return size > SMALL_BYTES and not (equation.draws_bits and size * repeat <= SMALL_DRAW_BYTES)
 
 
+def _operands(graph: Graph, value: Value) -> list[Value]:
+    return [a for a in graph.producer[value].inputs if isinstance(a, Value)]
+
+
 def _length(node: Split | None) -> int:
     """How often a body of control flow runs in one run of it, for all that is known."""
     return node.params["length"] if node is not None and node.kind == "scan" else 1
@@ -199,8 +204,15 @@ KEEP_START, CODE_START, MAKE_START = 500.0, 8000.0, 200.0
 class _Decision:
     """The decision problem of a graph and of all graphs inside it, and the plan that a solution of it stands for."""
 
-    def __init__(self, graph: Graph, wanted: Wanted, segments: dict[Split, int] | None = None) -> None:
-        self.graph, self.codecs, self.segments = graph, wanted.codecs, segments or {}
+    def __init__(
+        self,
+        graph: Graph,
+        wanted: Wanted,
+        segments: dict[Split, int] | None = None,
+        chain: Chain | None = None,
+    ) -> None:
+        self.graph, self.codecs, self.segments, self.chain = graph, wanted.codecs, segments or {}, chain
+        self.late = chain.late if chain is not None else {}
         self.variance = wanted.variance or equal_shares(graph)
         self.time_weight, self.variance_weight = _OBJECTIVES[wanted.objective]
         self.problem = solver.Problem()
@@ -215,6 +227,11 @@ class _Decision:
         for value in graph.inputs:
             self.number[value] = self.problem.add_value(0, 0.0)
         self._add(graph, 1, 1, ())
+        if chain is not None:
+            for value in chain.taken:
+                self._ask(graph, None, (), self.number[value])
+            again = self._price(sum(e.nanoseconds + MAKE_START for e in chain.again))
+            self._boundary(graph, 0, again)
 
     def _forward_nanoseconds(self, graph: Graph, repeat: int) -> float:
         own = sum(e.nanoseconds + MAKE_START for e in graph.equations if e.split is None)
@@ -226,18 +243,34 @@ class _Decision:
     def _price(self, nanoseconds: float) -> float:
         return self.time_weight * nanoseconds / self.step
 
-    def _keep(self, size: int, repeat: int, held: int) -> int:
+    def _keep(self, size: int, repeat: int, held: float) -> int:
         """A new value, stored in each of ``repeat`` runs, in ``held`` of them at once; its number."""
         cost = self._price((KEEP_NANOSECONDS_PER_BYTE * size + KEEP_START) * repeat)
         return self.problem.add_value(size * held, cost)
+
+    def _held(self, value: Value, held: int) -> float:
+        """Of how many runs a value is held at once; one that belongs to a segment counts for its share."""
+        return held / self.chain.n_segments if self.chain is not None and value in self.late else held
+
+    def _may_be_made(self, value: Value) -> bool:
+        """Whether the operands of a value are there in the backward sweep before its own segment has run again."""
+        if self.chain is None or value in self.late or value not in self.graph.producer:
+            return True
+        return not any(a in self.late for a in self.graph.producer[value].inputs)
+
+    def _boundary(self, graph: Graph, size: float, cost: float) -> None:
+        """Something that is stored in any case."""
+        number = self.problem.add_value(size, cost)
+        self.boundaries.add(number)
+        self._ask(graph, None, (), number)
 
     def _add(self, graph: Graph, repeat: int, held: int, path: Path) -> None:
         problem = self.problem
         for equation in graph.equations:
             operands = [self.number[a] for a in equation.inputs if isinstance(a, Value)]
             for value in equation.outputs:
-                self.number[value] = self._keep(kept_bytes(value), repeat, held)
-            made = [v for v in equation.outputs if _is_made_again(equation, v, repeat)]
+                self.number[value] = self._keep(kept_bytes(value), repeat, self._held(value, held))
+            made = [v for v in equation.outputs if _is_made_again(equation, v, repeat) and self._may_be_made(v)]
             if made:
                 cost = self._price((equation.nanoseconds + MAKE_START) * repeat)
                 problem.add_maker([self.number[v] for v in made], operands, cost)
@@ -267,7 +300,7 @@ class _Decision:
             nanoseconds = (CODE_NANOSECONDS_PER_ENTRY * value.aval.size + CODE_START) * repeat * draws
             added.append(variance)
             cost = self._price(nanoseconds) + self.variance_weight * variance
-            codes.append(solver.Code(entry.stored_bytes * held, cost))
+            codes.append(solver.Code(entry.stored_bytes * self._held(value, held), cost))
         self._ask(graph, value, choices, self.number[value], codes, added)
 
     def _ask(
@@ -307,9 +340,7 @@ class _Decision:
             for value in read_by_segments(node):
                 self._ask(graph, None, (), self.number[value])
             again = self._price(self._forward_nanoseconds(node.bodies[0], times))
-            boundary = self.problem.add_value(n_segments * carry_bytes(node) * held, again)
-            self.boundaries.add(boundary)
-            self._ask(graph, None, (), boundary)
+            self._boundary(graph, n_segments * carry_bytes(node) * held, again)
         for number, body in enumerate(node.bodies):
             for i, (inner, outer) in enumerate(zip(body.inputs, operands, strict=True)):
                 if _is_carried(node, i):  # there in one iteration only
@@ -326,11 +357,11 @@ class _Decision:
         """Bytes of all residuals stored exactly."""
         return sum(self.problem.keep_bytes[d.value] for d in self.problem.demands)
 
-    def loops_again(self) -> float:
-        """The least that it costs to run any one of the loops of the program twice."""
+    def least_again(self) -> float:
+        """The least that it costs to run a loop of the program, or half of a chain, twice."""
         loops = [e.split for e in self.graph.edges if e.split is not None and e.split.kind == "scan"]
         times = [self._forward_nanoseconds(node.bodies[0], _length(node)) for node in loops]
-        return self._price(min(times, default=math.inf))
+        return self._price(min((*times, self._forward_nanoseconds(self.graph, 1) / 2)))
 
     def segmentations(self) -> list[dict[Split, int]]:
         """Ways to cut the loops of the program into segments, such that all boundaries together take about as much as
@@ -341,16 +372,28 @@ class _Decision:
             plan = self.plan(solution)
             cut = {}
             for node, (child, *_) in plan.children.items():
-                if node.kind != "scan" or not carry_bytes(node):
+                if node.kind != "scan":
                     continue
-                tape, carry, length = child.stored_bytes, carry_bytes(node), node.params["length"]
-                divisors = [k for k in range(2, length) if length % k == 0]
-                k = min(divisors, key=lambda k: k * carry + tape / k, default=1)
-                if k * carry + tape / k < tape / 2:
+                k = best_divisor(node, child.stored_bytes)
+                if k is not None:
                     cut[node] = k
             found += [{node: k} for node, k in cut.items()] if len(cut) > 1 else []
             found.append(cut)
         return [cut for i, cut in enumerate(found) if cut and cut not in found[:i]]
+
+    def within(self, budget_bytes: float) -> solver.Solution:
+        """The solution of least cost within a budget.
+
+        :raises solver.Infeasible: if there is none.
+        """
+        budget = budget_bytes
+        for _ in range(4):
+            solution = solver.solve(self.problem, budget)
+            excess = self.plan(solution).stored_bytes / max(1, budget_bytes)
+            if excess <= 1:
+                return solution
+            budget *= 0.99 / excess  # the problem takes segments to be equal, and the largest one counts
+        raise solver.Infeasible(solver.smallest(self.problem))
 
     def least_bytes_at(self, added_variance: float) -> solver.Solution:
         """The solution of fewest bytes (and least time) for a budget of variance: both change places in the problem."""
@@ -411,11 +454,18 @@ class _Decision:
                 needed.update(read_by_segments(node))
         own = {v for e in graph.equations for v in e.outputs} | self.carried.get(graph, set())
         stored = {v for v in own if self.number[v] in kept}
+        if self.chain is not None and graph is self.graph:
+            needed |= self.chain.taken
+            early = stored - set(self.late)
+            again = {v for v in (*stored, *encoded) if self.late.get(v, math.inf) < self.chain.n_segments - 1}
+            needed |= recompute_leaves(graph, {a for v in again for a in _operands(graph, v)}, early)
         leaves = recompute_leaves(graph, needed, stored)
         reads = frozenset(v for v in leaves - stored if v in set(graph.inputs))
         keeps = {v: keep_codec(v) for v in sorted(stored & leaves, key=lambda v: v.number)}
         segments = {node: k for node, k in self.segments.items() if node in children}
-        return Plan(graph, repeat, held, path, keeps, encoded, carrier, children, segments, reads)
+        late = {v: self.late[v] for v in (*keeps, *encoded) if v in self.late}
+        length = self.chain.n_segments if self.chain is not None and graph is self.graph else 0
+        return Plan(graph, repeat, held, path, keeps, encoded, carrier, children, segments, late, length, reads)
 
 
 # -- what to ask for -------------------------------------------------------------------------------------------------
@@ -428,6 +478,10 @@ LADDER: tuple[Codec, ...] = (
     SampleAxis(keep=1 / 64),
 )
 """Codecs by falling size: rounding first, sampling only below one bit (it adds far more variance at equal bytes)."""
+
+
+CHAIN_LENGTHS = (2, 3, 4, 6, 8, 12, 16)
+"""Numbers of segments that are tried for a program without loops."""
 
 
 def make_plan(graph: Graph, wanted: Wanted) -> Plan:
@@ -455,14 +509,16 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
     decisions = [_Decision(graph, wanted)]
     for decision in decisions:  # grows while it is read
         try:
-            solution = solver.solve(decision.problem, budget_bytes)
+            solution = decision.within(budget_bytes)
         except solver.Infeasible as error:
             solution = None
             too_large.append(decision.plan(error.smallest))
         if solution is not None and (best is None or solution.cost < best[1].cost):
             best = decision, solution
-        if len(decisions) == 1 and (solution is None or solution.cost > decision.loops_again()):
+        if len(decisions) == 1 and (solution is None or solution.cost > decision.least_again()):
             decisions += [_Decision(graph, wanted, cut) for cut in decision.segmentations()]
+            chains = (cut_chain(graph, n) for n in CHAIN_LENGTHS)
+            decisions += [_Decision(graph, wanted, chain=chain) for chain in chains if chain is not None]
     if best is not None:
         return best[0].plan(best[1])
     smallest = min(too_large, key=lambda plan: plan.stored_bytes)
@@ -521,7 +577,8 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
     count = {tuple(e["path"]): e["segments"] for e in segments}
     nodes = {(*path, e.split.number): e.split for path, g in _with_paths(graph) for e in g.edges if e.split is not None}
     wanted = Wanted(lambda path, value, repeat: (coded[path],) if path in coded else ())
-    decision = _Decision(graph, wanted, {nodes[path]: k for path, k in count.items()})
+    chain = cut_chain(graph, saved["chain"]) if saved.get("chain") else None
+    decision = _Decision(graph, wanted, {nodes[path]: k for path, k in count.items()}, chain)
     values = {(*path, v.number): v for path, g in _with_paths(graph) for e in g.equations for v in e.outputs}
     values |= {(*path, v.number): v for path, g in _with_paths(graph) for v in g.inputs}
     numbers = {decision.number[values[tuple(path)]] for path in kept}

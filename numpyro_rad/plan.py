@@ -70,6 +70,9 @@ class Plan:
         smaller one of which it is a linear rearrangement.
     :ivar segments: loops that store their carry at the beginning of so many segments of equal length instead of a tape
         for every iteration; the backward sweep runs a segment again when it comes to it.
+    :ivar late: stored values that are not stored by the forward sweep but when the backward sweep comes to their
+        segment of the program, which then runs again; with the numbers of these segments.
+    :ivar chain_length: the number of such segments of the program; 0 if it was not cut.
     :ivar reads: inputs of the graph that the backward sweep needs.
     :ivar repeat: how often the graph runs in one call (the product of the lengths of the scans around it).
     :ivar held: of how many of these runs the tape is held at once.
@@ -84,14 +87,27 @@ class Plan:
     carrier: dict[Value, Value]
     children: dict[Split, tuple[Plan, ...]]
     segments: dict[Split, int]
+    late: dict[Value, int]
+    chain_length: int
     reads: frozenset[Value]
     predicted: Prediction | None = None
 
     @property
+    def runs_again(self) -> dict[int, list[Value]]:
+        """The segments that the backward sweep runs again, and what is stored then; all but the last one."""
+        found: dict[int, list[Value]] = {s: [] for s in range(self.chain_length - 1)}
+        for value, segment in self.late.items():
+            if segment in found:
+                found[segment].append(value)
+        return {segment: values for segment, values in found.items() if values}
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes held for the backward sweep at any time of one call, inputs and the path key not counted."""
-        own = sum(kept_bytes(v) for v in self.kept) + sum(e.stored_bytes for e in self.encoded.values())
-        own += sum(self.boundary_bytes(node) for node in self.segments)
+        sizes = [(v, kept_bytes(v)) for v in self.kept] + [(v, e.stored_bytes) for v, e in self.encoded.items()]
+        early = sum(size for v, size in sizes if v not in self.late)
+        late = [sum(size for v, size in sizes if self.late.get(v) == s) for s in set(self.late.values())]
+        own = early + max(late, default=0) + sum(self.boundary_bytes(node) for node in self.segments)
         return own * self.held + sum(p.stored_bytes for plans in self.children.values() for p in plans)
 
     def boundary_bytes(self, node: Split) -> int:
@@ -123,6 +139,7 @@ class Plan:
             "kept": kept,
             "encoded": encoded,
             "segments": segments,
+            "chain": self.chain_length,
         }
 
     def estimated(self, residual: Value) -> bool:

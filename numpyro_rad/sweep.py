@@ -22,7 +22,7 @@ from jax import lax
 from numpyro_rad import _jax
 from numpyro_rad.codecs import Codec
 from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
-from numpyro_rad.plan import Plan, read_by_segments
+from numpyro_rad.plan import Plan, read_by_segments, recompute_leaves
 from numpyro_rad.seeds import fold
 
 
@@ -68,15 +68,16 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
     children: dict[Split, Any] = {}
 
     pending: list[Value] = []  # encoded since the last barrier
+    again = {v for values in plan.runs_again.values() for v in values}  # stored when their segment runs again
 
     def store(value: Value, array: Any) -> None:
         """Put ``array`` on the tape if the plan says so."""
+        if value in again:
+            return
         if value in plan.kept:
             kept[value] = plan.kept[value].encode(seed, _jax.to_raw(array))
         if value in plan.encoded:
-            entry = plan.encoded[value]
-            draws = range(len(entry.readers))
-            encoded[value] = tuple(_encode(entry.codec, _seed_of(plan, seed, value, i), array) for i in draws)
+            encoded[value] = _codes(plan, seed, value, array)
             pending.append(value)
 
     for value in graph.inputs:
@@ -108,11 +109,17 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
                 store(value, array)
     outs = [_read(env, a) for a in graph.outputs]
     tape = Tape(
-        tuple(kept[v] for v in plan.kept),
-        tuple(encoded[v] for v in plan.encoded),
+        tuple(kept[v] for v in plan.kept if v not in again),
+        tuple(encoded[v] for v in plan.encoded if v not in again),
         tuple(children[s] for s in plan.children),
     )
     return outs, tape
+
+
+def _codes(plan: Plan, seed: Any, value: Value, array: Any) -> tuple[Any, ...]:
+    """The codes of a value, one for each group of its readers."""
+    entry = plan.encoded[value]
+    return tuple(_encode(entry.codec, _seed_of(plan, seed, value, i), array) for i in range(len(entry.readers)))
 
 
 def _leading_to_anchors(stage: list[Equation]) -> set[Atom]:
@@ -184,8 +191,9 @@ def backward(
     :return: one cotangent for each tangent input; None stands for zero.
     """
     graph = plan.graph
-    kept = dict(zip(plan.kept, tape.kept, strict=True))
-    encoded = dict(zip(plan.encoded, tape.encoded, strict=True))
+    to_come = {v: s for s, values in plan.runs_again.items() for v in values}  # stored when their segment runs again
+    kept = dict(zip([v for v in plan.kept if v not in to_come], tape.kept, strict=True))
+    encoded = dict(zip([v for v in plan.encoded if v not in to_come], tape.encoded, strict=True))
     children = dict(zip(plan.children, tape.children, strict=True))
     sums: dict[Value, Any] = {}
 
@@ -197,6 +205,12 @@ def backward(
             add(tangent, cotangent)
     for stage in _backward_stages(graph, set(sums)):
         incoming = [t for t in dict.fromkeys(o for e in stage for o in e.outputs) if t in sums]
+        segments = {to_come[v] for v in _stored_for(plan, stage) if v in to_come}
+        for segment in sorted(segments, reverse=True):
+            values = [v for v, s in to_come.items() if s == segment]
+            _run_again(plan, seed, values, reads, kept, encoded, sums, incoming)
+            for value in values:
+                del to_come[value]
         state = _StageInputs(plan, stage, reads, kept, encoded, children)
         held, tree = jax.tree.flatten(state.arrays)
         arrived, held = _jax.barrier([sums[t] for t in incoming], held)
@@ -211,6 +225,72 @@ def backward(
                 if cotangent is not None:
                     add(tangent, cotangent)
     return [sums.get(t) for t in graph.tangent_inputs]
+
+
+def _stored_for(plan: Plan, stage: list[Edge]) -> set[Value]:
+    """What the edges of a stage take from the tape."""
+    exact: set[Value] = set()
+    coded: set[Value] = set()
+    for edge in stage:
+        for residual, linear in zip(edge.residuals, edge.linear, strict=True):
+            if linear and plan.estimated(residual):
+                coded.add(plan.carrier[residual])
+            else:
+                exact.add(residual)
+        if edge.split is not None:
+            exact.update(split_reads(plan, edge.split))
+    return coded | recompute_leaves(plan.graph, exact, plan.kept)
+
+
+def _run_again(
+    plan: Plan,
+    seed: Any,
+    values: list[Value],
+    reads: dict[Value, Any],
+    kept: dict[Value, Any],
+    encoded: dict[Value, Any],
+    sums: dict[Value, Any],
+    incoming: list[Value],
+) -> None:
+    """Run a segment of the primal program again, once the cotangents ``incoming`` have arrived, and store what it
+    stores.
+    """
+    graph = plan.graph
+    early = set(kept)
+    wanted = {a for v in values for a in graph.producer[v].inputs if isinstance(a, Value)}
+    leaves = sorted(recompute_leaves(graph, wanted, early), key=lambda v: v.number)
+    arrays = [kept[v] if v in kept else reads[v] for v in leaves]
+    held, tree = jax.tree.flatten(arrays)
+    arrived, held = _jax.barrier([sums[t] for t in incoming], held)
+    sums.update(zip(incoming, arrived, strict=True))
+    env: dict[Value, Any] = {}
+    for value, array in zip(leaves, jax.tree.unflatten(tree, held), strict=True):
+        env[value] = _decoded(plan, seed, value, array) if value in early else array
+    for equation in _leading_to(graph, set(values), set(env)):
+        outs = equation.run(*[_read(env, a) for a in equation.inputs])
+        for value, array in zip(equation.outputs, outs, strict=True):
+            env.setdefault(value, array)
+    for value in values:
+        if value in plan.kept:
+            kept[value] = plan.kept[value].encode(seed, _jax.to_raw(env[value]))
+        if value in plan.encoded:
+            encoded[value] = _codes(plan, seed, value, env[value])
+
+
+def _leading_to(graph: Graph, wanted: set[Value], known: set[Value]) -> list[Equation]:
+    """The equations that make ``wanted`` from ``known``, in order."""
+    found = []
+    for equation in reversed(graph.equations):
+        if any(o in wanted and o not in known for o in equation.outputs):
+            found.append(equation)
+            wanted.update(a for a in equation.inputs if isinstance(a, Value))
+    return found[::-1]
+
+
+def _decoded(plan: Plan, seed: Any, value: Value, code: Any) -> Any:
+    """A kept value from the tape."""
+    raw = plan.kept[value].decode(seed, code, jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))
+    return _jax.from_raw(raw, value.aval)
 
 
 def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
@@ -294,8 +374,7 @@ class _StageValues:
         self.tapes = state.tapes
         self.env: dict[Value, Any] = dict(zip(state.read_values, state.arrays["reads"], strict=True))
         for value, code in zip(state.kept_values, state.arrays["kept"], strict=True):
-            raw = self.plan.kept[value].decode(seed, code, jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))
-            self.env[value] = _jax.from_raw(raw, value.aval)
+            self.env[value] = _decoded(self.plan, seed, value, code)
         for equation in state.equations:
             outs = equation.run(*[_read(self.env, a) for a in equation.inputs])
             for value, array in zip(equation.outputs, outs, strict=True):
@@ -373,7 +452,7 @@ def _forward_split(plan: Plan, node: Split, seed: Any, args: list[Any]) -> tuple
 
 def _nothing_stored(graph: Graph) -> Plan:
     inner = {e.split: tuple(_nothing_stored(b) for b in e.split.bodies) for e in graph.equations if e.split is not None}
-    return Plan(graph, 1, 1, (), {}, {}, {}, inner, {}, frozenset())
+    return Plan(graph, 1, 1, (), {}, {}, {}, inner, {}, {}, 0, frozenset())
 
 
 def _forward_scan(child: Plan, node: Split, n_segments: int, seed: Any, args: list[Any]) -> tuple[list[Any], Any]:

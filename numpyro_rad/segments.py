@@ -1,0 +1,77 @@
+"""Where to cut a program into segments that run twice instead of storing all that they compute.
+
+A loop stores its carry at the beginning of each segment of so many iterations, a chain of layers what one segment hands
+to the next. The backward sweep runs a segment again when it comes to it, and only then holds what the segment stores:
+
+    bytes = boundaries + (bytes of the whole) / n,        least where both are equal,
+
+for one more forward run (Griewank and Walther 2008, ch. 12, with two levels; Chen et al. 2016 for layers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from numpyro_rad.graph import Equation, Graph, Split, Value
+from numpyro_rad.plan import carry_bytes, kept_bytes
+
+
+def best_divisor(node: Split, tape_bytes: int) -> int | None:
+    """Into how many segments to cut a loop whose whole tape takes so many bytes; None if that saves less than half."""
+    carry, length = carry_bytes(node), node.params["length"]
+    divisors = [k for k in range(2, length) if length % k == 0]
+    best = min(divisors, key=lambda k: k * carry + tape_bytes / k, default=None)
+    return best if best is not None and carry and best * carry + tape_bytes / best < tape_bytes / 2 else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+    """A graph cut into segments along its expensive steps.
+
+    :ivar n_segments: how many there are.
+    :ivar late: values that belong to one segment alone, with its number. They follow from what is there when the
+        segment runs again. All others are there from the beginning of the backward sweep, or are made of such.
+    :ivar taken: what the segments that run again take from outside.
+    :ivar again: the equations that run twice. The last segment does not: the backward sweep begins with it.
+    """
+
+    n_segments: int
+    late: dict[Value, int]
+    taken: frozenset[Value]
+    again: tuple[Equation, ...]
+
+
+def cut_chain(graph: Graph, n_segments: int) -> Chain | None:
+    """Segments of about equal bytes; None if the graph has too few expensive steps for so many.
+
+    Control flow is never run again: what it returns counts as given.
+    """
+    level: dict[Value, int] = dict.fromkeys(graph.inputs, 0)
+    for equation in graph.equations:
+        before = max((level[a] for a in equation.inputs if isinstance(a, Value)), default=0)
+        level.update(dict.fromkeys(equation.outputs, before + equation.anchor))
+    residuals = {r for edge in graph.edges for r in edge.residuals}
+    weight = [0] * (1 + max(level.values(), default=0))
+    for value in residuals:
+        weight[level[value]] += kept_bytes(value)
+    if len(weight) <= 2 * n_segments:
+        return None
+    total, done, segment_of = sum(weight[1:]), 0, [-1]
+    for size in weight[1:]:
+        segment_of.append(min(n_segments - 1, int(n_segments * done / max(total, 1))))
+        done += size
+    # What does not depend on an expensive step is cheap to make whenever it is wanted and belongs to no segment.
+    given = {o for e in graph.equations if e.split is not None for o in e.outputs}
+    segment = {v: segment_of[n] for v, n in level.items() if n and v not in given}
+    crossing, taken, again = set(), set(), []
+    for equation in graph.equations:
+        here = max((segment.get(o, -1) for o in equation.outputs), default=-1)
+        if here < 0:
+            continue
+        outside = {a for a in equation.inputs if isinstance(a, Value) and segment.get(a) != here}
+        crossing |= outside
+        if here < n_segments - 1:
+            again.append(equation)
+            taken |= outside
+    late = {v: s for v, s in segment.items() if v not in crossing}
+    return Chain(n_segments, late, frozenset(taken), tuple(again))
