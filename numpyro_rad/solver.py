@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +119,12 @@ EXACT_LIMIT = 20_000
 
 def smallest(problem: Problem) -> Solution:
     """The solution that takes the fewest bytes (the cheapest of those, to rounding)."""
-    return _cut(problem, 1.0, 1e-7 / max(_total_cost(problem), 1e-300) * max(sum(problem.keep_bytes), 1))
+    return _smallest(_Network(problem))
 
 
 def priced(problem: Problem, byte_price: float) -> Solution:
     """The solution of least ``cost + byte_price * bytes``."""
-    found = _cut(problem, byte_price, 1.0)
-    return dataclasses.replace(found, bound=found.cost)
+    return _Network(problem).cut(byte_price, 1.0)
 
 
 def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> Solution:
@@ -135,17 +134,18 @@ def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> So
     :param time_limit: seconds for the mixed-integer program; the best solution found is returned, with its bound.
     :raises Infeasible: if there is none.
     """
-    rich = priced(problem, 0.0)
+    network = _Network(problem)
+    rich = network.cut(0.0, 1.0)
     if rich.bytes <= budget_bytes:
         return rich
-    poor = smallest(problem)
+    poor = _smallest(network)
     if poor.bytes > budget_bytes:
         raise Infeasible(poor)
     bound = rich.cost
     for _ in range(64):
         # A new cut at the price at which both ends cost the same lies below the line through them, or there is none.
         price = (poor.cost - rich.cost) / (rich.bytes - poor.bytes)
-        new = priced(problem, price)
+        new = network.cut(price, 1.0)
         at_line = poor.cost + price * poor.bytes
         value = new.cost + price * new.bytes
         bound = max(bound, min(value, at_line) - price * budget_bytes)
@@ -165,66 +165,103 @@ def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> So
 # -- minimum cut -----------------------------------------------------------------------------------------------------
 
 
-def _total_cost(problem: Problem) -> float:
-    codes = sum(max((c.cost for c in d.codes), default=0.0) for d in problem.demands)
-    return sum(problem.keep_cost) + sum(m.cost for m in problem.makers) + codes
+class _Network:
+    """The minimum cut of a problem, for any price of a byte.
 
-
-def _cut(problem: Problem, byte_price: float, cost_weight: float) -> Solution:
-    """The solution of least ``byte_price * bytes + cost_weight * cost``.
-
-    Each value is a pair of nodes, *made* and *there*, joined by an arc with the price of keeping it. A node on the
-    sink's side is true: an arc from x to y is paid when y is true and x is not.
+    Each value is a pair of nodes, *made* and *there*, joined by an arc with the price of keeping it; all values of one
+    maker share their first node. A node on the sink's side is true: an arc from x to y is paid when y is true and x is
+    not. Values that no demand leads to are left out.
     """
-    source, sink, first = 0, 1, 2
-    n_values, n_makers = len(problem.maker), len(problem.makers)
-    there = range(first, first + n_values)
-    made = range(first + n_values, first + n_values + n_makers)
-    arcs: list[tuple[int, int, float]] = []  # (tail, head, price); infinite where it must not happen
-    for v, m in enumerate(problem.maker):
-        keep = byte_price * problem.keep_bytes[v] + cost_weight * problem.keep_cost[v]
-        arcs.append((made[m] if m >= 0 else source, there[v], keep))
-    for m, maker in enumerate(problem.makers):
-        arcs.append((source, made[m], cost_weight * maker.cost))
-        arcs.extend((there[v], made[m], np.inf) for v in maker.operands)
-    cheapest = []
-    for demand in problem.demands:
-        prices = [byte_price * c.bytes + cost_weight * c.cost for c in demand.codes]
-        best = int(np.argmin(prices)) if prices else None
-        cheapest.append(best)
-        arcs.append((there[demand.value], sink, np.inf if best is None else prices[best]))
-    outside = _source_side(arcs, first + n_values + n_makers, source, sink)
-    is_made = [node not in outside for node in made]
-    kept = {v for v, m in enumerate(problem.maker) if there[v] not in outside and not (m >= 0 and is_made[m])}
-    codes = [best if there[d.value] in outside else None for d, best in zip(problem.demands, cheapest, strict=True)]
-    return settled(problem, kept, codes)
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        values, makers = _wanted(problem)
+        self._values = np.array(values, dtype=np.int64)
+        self._makers = np.array(makers, dtype=np.int64)
+        there = {v: 2 + i for i, v in enumerate(values)}
+        made = {m: 2 + len(values) + i for i, m in enumerate(makers)}
+        self.n_nodes = 2 + len(values) + len(makers)
+        self._keep_bytes = np.array([problem.keep_bytes[v] for v in values], dtype=float)
+        self._keep_cost = np.array([problem.keep_cost[v] for v in values], dtype=float)
+        self._make_cost = np.array([problem.makers[m].cost for m in makers], dtype=float)
+        coded = [i for i, d in enumerate(problem.demands) if d.codes]
+        width = max((len(problem.demands[i].codes) for i in coded), default=1)
+        self._coded = coded
+        self._code_bytes, self._code_cost = np.full((2, len(coded), width), np.inf)
+        for row, i in enumerate(coded):
+            for column, code in enumerate(problem.demands[i].codes):
+                self._code_bytes[row, column], self._code_cost[row, column] = code.bytes, code.cost
+        keep = [(made[m] if (m := problem.maker[v]) >= 0 else _SOURCE, there[v]) for v in values]
+        make = [(_SOURCE, made[m]) for m in makers]
+        code = [(there[problem.demands[i].value], _SINK) for i in coded]
+        must = {(there[v], made[m]) for m in makers for v in problem.makers[m].operands}
+        must |= {(there[d.value], _SINK) for d in problem.demands if not d.codes}
+        self._tails, self._heads = np.array([*keep, *make, *code, *sorted(must)], dtype=np.int32).reshape(-1, 2).T
+        self._n_must = len(must)
+        self._there = np.array([there[d.value] for d in problem.demands], dtype=np.int64)
+
+    def cut(self, byte_price: float, cost_weight: float) -> Solution:
+        """The solution of least ``byte_price * bytes + cost_weight * cost``."""
+        problem = self.problem
+        codes: list[int | None] = [None] * len(problem.demands)
+        cheapest = np.zeros(0)
+        if self._coded:
+            with np.errstate(invalid="ignore"):
+                prices = np.nan_to_num(byte_price * self._code_bytes + cost_weight * self._code_cost, nan=np.inf)
+            best = prices.argmin(1)
+            cheapest = prices[np.arange(len(best)), best]
+            for i, k in zip(self._coded, best.tolist(), strict=True):
+                codes[i] = k
+        keep = byte_price * self._keep_bytes + cost_weight * self._keep_cost
+        outside = self._source_side(np.concatenate([keep, cost_weight * self._make_cost, cheapest]))
+        n = len(self._values)
+        is_made = dict(zip(self._makers.tolist(), (~outside[2 + n :]).tolist(), strict=True))
+        inside = self._values[~outside[2 : 2 + n]].tolist()
+        kept = {v for v in inside if not is_made.get(problem.maker[v], False)}
+        met = (~outside[self._there]).tolist()
+        return settled(problem, kept, [None if exact else k for exact, k in zip(met, codes, strict=True)])
+
+    def _source_side(self, prices: np.ndarray) -> np.ndarray:
+        """For each node whether it is on the source's side of the minimum cut (the smallest such side: ties are broken
+        alike).
+        """
+        total = float(prices.sum())
+        scale = 2**29 / total if total > 0 else 1.0  # SciPy's capacities are 32-bit integers
+        infinite = np.full(self._n_must, 2**29 + len(prices) + 1)
+        capacity = np.concatenate([np.ceil(prices * scale), infinite]).astype(np.int32)
+        shape = (self.n_nodes, self.n_nodes)
+        network = csr_array((capacity, (self._tails, self._heads)), shape=shape)
+        left = (network - maximum_flow(network, _SOURCE, _SINK).flow).tocsr()
+        left.data = np.maximum(left.data, 0)
+        left.eliminate_zeros()
+        outside = np.zeros(self.n_nodes, bool)
+        outside[breadth_first_order(left, _SOURCE, return_predecessors=False)] = True
+        return outside
 
 
-def _source_side(arcs: list[tuple[int, int, float]], n_nodes: int, source: int, sink: int) -> set[int]:
-    """Nodes on the source's side of a minimum cut (the smallest such set, so that ties are broken alike)."""
-    finite = sum(price for _, _, price in arcs if price < np.inf)
-    scale = 2**29 / finite if finite > 0 else 1.0  # SciPy's capacities are 32-bit integers
-    infinite = 2**29 + len(arcs) + 1
-    merged: dict[tuple[int, int], int] = {}
-    for tail, head, price in arcs:
-        capacity = infinite if price == np.inf else int(np.ceil(price * scale))
-        merged[tail, head] = min(infinite, merged.get((tail, head), 0) + capacity)
-    if not merged:
-        return {source}
-    tails, heads = np.array(list(merged), dtype=np.int32).T
-    network = csr_array((np.array(list(merged.values()), dtype=np.int32), (tails, heads)), shape=(n_nodes, n_nodes))
-    left = (network - maximum_flow(network, source, sink).flow).tocsr()
-    left.data = np.maximum(left.data, 0)
-    left.eliminate_zeros()
-    starts, targets = left.indptr.tolist(), left.indices.tolist()
-    reached, todo = {source}, [source]
+_SOURCE, _SINK = 0, 1
+
+
+def _smallest(network: _Network) -> Solution:
+    total = network._keep_cost.sum() + network._make_cost.sum() + 1e-300
+    return network.cut(1.0, 1e-7 * max(network._keep_bytes.sum(), 1.0) / total)
+
+
+def _wanted(problem: Problem) -> tuple[list[int], list[int]]:
+    """Values and makers that some demand leads to."""
+    values: set[int] = set()
+    makers: set[int] = set()
+    todo = [d.value for d in problem.demands]
     while todo:
-        node = todo.pop()
-        for head in targets[starts[node] : starts[node + 1]]:
-            if head not in reached:
-                reached.add(head)
-                todo.append(head)
-    return reached
+        value = todo.pop()
+        if value in values:
+            continue
+        values.add(value)
+        maker = problem.maker[value]
+        if maker >= 0 and maker not in makers:
+            makers.add(maker)
+            todo.extend(problem.makers[maker].operands)
+    return sorted(values), sorted(makers)
 
 
 def settled(problem: Problem, kept: set[int], codes: Sequence[int | None]) -> Solution:
@@ -290,19 +327,21 @@ def _upgraded(problem: Problem, solution: Solution, budget_bytes: float) -> Solu
 
 def _by_integer_program(problem: Problem, budget_bytes: float, best: Solution, time_limit: float) -> Solution:
     """The mixed-integer program of the module's docstring by HiGHS, if that improves ``best``."""
-    n_values, n_makers = len(problem.maker), len(problem.makers)
-    cost = [*problem.keep_cost, *(m.cost for m in problem.makers)]
-    size = [*problem.keep_bytes, *([0] * n_makers)]
+    values, makers = _wanted(problem)
+    keep = {v: i for i, v in enumerate(values)}
+    make = {m: len(values) + i for i, m in enumerate(makers)}
+    cost = [*(problem.keep_cost[v] for v in values), *(problem.makers[m].cost for m in makers)]
+    size = [*(problem.keep_bytes[v] for v in values), *([0] * len(makers))]
     rows: list[tuple[list[int], list[int]]] = []  # (unknowns with coefficient 1, with coefficient -1), sum >= bound
     least: list[float] = []
 
     def there(value: int) -> list[int]:
         maker = problem.maker[value]
-        return [value, n_values + maker] if maker >= 0 else [value]
+        return [keep[value], make[maker]] if maker >= 0 else [keep[value]]
 
-    for m, maker in enumerate(problem.makers):
-        for v in maker.operands:
-            rows.append((there(v), [n_values + m]))
+    for m in makers:
+        for v in problem.makers[m].operands:
+            rows.append((there(v), [make[m]]))
             least.append(0)
     for demand in problem.demands:
         unknowns = list(range(len(cost), len(cost) + len(demand.codes)))
@@ -330,12 +369,12 @@ def _by_integer_program(problem: Problem, budget_bytes: float, best: Solution, t
     if result.x is not None:
         chosen = result.x > 0.5
         codes: list[int | None] = []
-        at = n_values + n_makers
+        at = len(values) + len(makers)
         for demand in problem.demands:
             taken = [k for k in range(len(demand.codes)) if chosen[at + k]]
             codes.append(min(taken, key=lambda k: demand.codes[k].cost) if taken else None)
             at += len(demand.codes)
-        found = settled(problem, set(np.flatnonzero(chosen[:n_values]).tolist()), codes)
+        found = settled(problem, {v for v in values if chosen[keep[v]]}, codes)
         if found.bytes <= budget_bytes and found.cost < best.cost:
             best = found
     return dataclasses.replace(best, bound=min(bound, best.cost))
