@@ -12,7 +12,7 @@ from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxi
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys
 from numpyro_rad.explain import Explanation, explain
 from numpyro_rad.plan import BudgetError, Plan
-from numpyro_rad.planner import Planner, Residual
+from numpyro_rad.planner import Planner, Residual, VarianceWarning
 from numpyro_rad.transform import grad, rad, value_and_grad
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "Residual",
     "SampleAxis",
     "StochasticRound",
+    "VarianceWarning",
     "explain",
     "grad",
     "rad",

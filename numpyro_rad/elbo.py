@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ from numpyro.infer.elbo import ELBO
 
 from numpyro_rad import _jax, decision
 from numpyro_rad.calibration import Calibration, Calibrator
-from numpyro_rad.plan import Plan
-from numpyro_rad.planner import Planner
+from numpyro_rad.plan import BudgetError, Plan
+from numpyro_rad.planner import Planner, parse_bytes
 from numpyro_rad.transform import Closure, path_seed, randomized
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
@@ -227,6 +228,49 @@ class RAD_ELBO(Trace_ELBO):
         found = calibrator.result()
         self.planner = dataclasses.replace(self.planner, calibration=found)
         return found
+
+    def fit_step(self, svi: SVI, svi_state: Any, total: int | str, *args: Any, **kwargs: Any) -> int:
+        """Choose ``memory_budget`` such that one whole ``svi.update`` fits into so much memory.
+
+        Arguments (parameters, optimizer state, data), results and everything temporary count, as the compiler says
+        after compiling the step; a few candidates are compiled, each as long as the step itself takes to compile.
+
+        :param svi: the ``SVI`` that this ELBO is the loss of.
+        :param svi_state: its state.
+        :param total: bytes, an int or a string such as ``"8GiB"``.
+        :param args: arguments of model and guide, as in ``svi.update``.
+        :return: the budget, which is also set on ``planner``.
+        :raises BudgetError: if no budget makes the step fit; ``smallest_bytes`` is the smallest step that was seen.
+
+        Example::
+
+            svi.loss.fit_step(svi, state, "8GiB", x, y)
+        """
+        limit = parse_bytes(total)
+        before, budget, smallest = self.planner, limit, math.inf
+        for _ in range(8):
+            self.planner = dataclasses.replace(before, memory_budget=budget, codec=None, added_variance=None, plan=None)
+            try:
+                update = jax.jit(lambda state, *rest: svi.update(state, *rest, **kwargs))  # traced anew for each plan
+                sizes: Any = update.lower(svi_state, *args).compile().memory_analysis()
+            except BudgetError:
+                break
+            step = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+            step += sizes.temp_size_in_bytes
+            if step <= limit:
+                return budget
+            smallest = min(smallest, step)
+            plan, _ = self.plan(svi_state.rng_key, svi.get_params(svi_state), svi.model, svi.guide, *args, **kwargs)
+            budget = plan.stored_bytes - max(step - limit, plan.stored_bytes // 20)
+            if budget < 0:
+                break
+        self.planner = before
+        raise BudgetError(
+            f"total={total!r}: no plan makes one svi.update fit; the smallest that was found takes {smallest} bytes in "
+            "all. Parameters, optimizer state and data alone may take most of it: try a smaller minibatch or fewer "
+            "particles.",
+            int(min(smallest, 2**62)),
+        )
 
     def _closure(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict) -> Closure:
         """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that."""

@@ -53,6 +53,10 @@ def parse_bytes(size: int | str) -> int:
     return int(number * _UNITS[unit])
 
 
+class VarianceWarning(UserWarning):
+    """The budget is so small that codes add more variance than the gradient has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Residual:
     """What a rule may look at to recognize a residual.
@@ -152,10 +156,25 @@ class Planner:
         if self.added_variance is not None:
             return decision.plan_for_variance(graph, self.added_variance, wanted)
         if self.memory_budget is not None:
-            return decision.plan_within(graph, parse_bytes(self.memory_budget), wanted)
+            return self._warned(decision.plan_within(graph, parse_bytes(self.memory_budget), wanted))
         if self.exact or self.codec is not None:
             return decision.make_plan(graph, wanted)
         return decision.balanced_plan(graph, wanted)
+
+    def _warned(self, plan: Plan) -> Plan:
+        """A plan within the budget, with a word where it is a bad bargain."""
+        assert plan.predicted is not None
+        if plan.predicted.added_variance > 1:
+            known = self.calibration is not None
+            by = "by the calibration" if known else "by the model without data (RAD_ELBO.calibrate measures it)"
+            warnings.warn(
+                f"memory_budget={self.memory_budget!r} is so small that codes add {plan.predicted.added_variance:.2g} "
+                f"times the variance of the exact gradient, {by}. A larger budget, a smaller minibatch or "
+                "exact=True will train faster.",
+                VarianceWarning,
+                stacklevel=2,
+            )
+        return plan
 
     def _codecs(self, graph: Graph, names: Mapping[Value, str]) -> decision.Codecs:
         """What each residual may be coded with, the overrides applied."""

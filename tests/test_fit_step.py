@@ -1,0 +1,68 @@
+"""A whole step within a number of bytes, and the warning about budgets that are bad bargains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from models import network_regression
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_rad import RAD_ELBO, BudgetError, VarianceWarning, rad
+
+X = np.random.default_rng(0).standard_normal((2048, 8)).astype(np.float32)
+Y = np.sin(X.sum(1)).astype(np.float32)
+
+
+def deep(x, y):
+    return network_regression(x, y, hidden=(64,) * 3, scale=0.1)
+
+
+def prepared(loss):
+    svi = SVI(deep, AutoNormal(deep), optax.adam(1e-3), loss)
+    return svi, svi.init(jax.random.key(0), X, Y)
+
+
+def step_bytes(svi, state):
+    sizes = jax.jit(lambda state, *data: svi.update(state, *data)).lower(state, X, Y).compile().memory_analysis()
+    step = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return step + sizes.temp_size_in_bytes
+
+
+def test_the_whole_step_fits():
+    exact = step_bytes(*prepared(Trace_ELBO()))
+    elbo = RAD_ELBO()
+    svi, state = prepared(elbo)
+    limit = int(0.6 * exact)
+    budget = elbo.fit_step(svi, state, limit, X, Y)
+    assert elbo.planner.memory_budget == budget < limit
+    assert step_bytes(svi, state) <= limit < exact
+    state, loss = svi.update(state, X, Y)
+    assert np.isfinite(loss)
+
+
+def test_a_step_that_cannot_fit_says_what_it_takes_and_changes_nothing():
+    elbo = RAD_ELBO()
+    before = elbo.planner
+    svi, state = prepared(elbo)
+    with pytest.raises(BudgetError, match=r"no plan makes one svi\.update fit") as caught:
+        elbo.fit_step(svi, state, "10 kB", X, Y)
+    assert caught.value.smallest_bytes > 10_000
+    assert elbo.planner == before
+
+
+def deep_sum(x, w):
+    for _ in range(4):
+        x = jnp.tanh(x @ w)
+    return x.sum()
+
+
+def test_a_budget_that_buys_mostly_noise_warns():
+    x, w = X[:512, :8].repeat(8, 1), np.eye(64, dtype=np.float32)
+    with pytest.raises(BudgetError) as caught:
+        jax.grad(rad(deep_sum, memory_budget=0), argnums=2)(jax.random.key(0), x, w)
+    least = caught.value.smallest_bytes
+    with pytest.warns(VarianceWarning, match="times the variance of the exact gradient"):
+        jax.grad(rad(deep_sum, memory_budget=least), argnums=2)(jax.random.key(0), x, w)
+    jax.grad(rad(deep_sum, memory_budget=100 * least), argnums=2)(jax.random.key(0), x, w)  # warnings are errors here
