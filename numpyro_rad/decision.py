@@ -366,6 +366,12 @@ class _Decision:
         found = solver.solve(problem, added_variance)
         return dataclasses.replace(solver.settled(old, set(found.kept), found.codes), bound=found.bound)
 
+    @property
+    def free(self) -> set[int]:
+        """What is there in both sweeps and takes no bytes: inputs of the program, constants."""
+        problem = self.problem
+        return {v for v, m in enumerate(problem.maker) if m < 0 and not problem.keep_bytes[v]}
+
     def coded(self) -> list[int | None]:
         """The choice that codes all that may be coded, with the first of its codecs."""
         return [0 if d.codes else None for d in self.problem.demands]
@@ -524,8 +530,8 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
     decision = _Decision(graph, wanted, {nodes[path]: k for path, k in count.items()})
     values = {(*path, v.number): v for path, g in _with_paths(graph) for e in g.equations for v in e.outputs}
     values |= {(*path, v.number): v for path, g in _with_paths(graph) for v in g.inputs}
-    numbers = {decision.number[values[tuple(path)]] for path in kept}
-    return decision.plan(solver.settled(decision.problem, numbers | decision.boundaries, decision.coded()))
+    numbers = {decision.number[values[tuple(path)]] for path in kept} | decision.boundaries | decision.free
+    return decision.plan(solver.settled(decision.problem, numbers, decision.coded()))
 
 
 def _with_paths(graph: Graph, path: Path = ()) -> list[tuple[Path, Graph]]:
