@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import assert_close, assert_equal_trees, network, program
+from programs import assert_close, assert_equal_trees, network, small_network
 from test_coverage import models as examples
 
 from numpyro_rad import (
@@ -248,10 +248,13 @@ def test_first_rule_that_fits_holds(encode_all):
 
 def test_keep_leaves_a_residual_exact(encode_all):
     assert not codecs(planned(layers, PARAMS, X, codec=StochasticRound(4), overrides={"*": Keep()}))
-    params = {**PARAMS, "first": PARAMS["first"]}
-    options = {"codec": StochasticRound(1), "overrides": {lambda r: r.site == "0.second": Keep()}}
-    found = jax.jit(grad(layers, **options))(KEY, params, X)
-    expected = jax.jit(jax.grad(layers))(params, X)
+
+    def side_by_side(params, x):
+        return sum(jnp.sin(jnp.tanh(x @ w) @ X.T).sum() for w in params.values())
+
+    options = {"codec": StochasticRound(1), "overrides": {"0.second": Keep()}}
+    found = jax.jit(grad(side_by_side, **options))(KEY, PARAMS, X)
+    expected = jax.jit(jax.grad(side_by_side))(PARAMS, X)
     assert_close(found["second"], expected["second"], 1e-5)
     assert np.abs(found["first"] - expected["first"]).max() > 1e-2 * np.abs(expected["first"]).max()
 
@@ -294,11 +297,6 @@ def test_a_rule_that_fits_nothing_warns(encode_all):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         planned(layers, PARAMS, X, overrides={"*": Keep(), "0.first": Keep()})  # hidden by the first, but it fits
-
-
-def small_network(points=64):
-    x = normal(points, 2)
-    return program(network, AutoNormal(network, init_scale=0.1), x, jnp.sin(x.sum(1)))
 
 
 @pytest.mark.parametrize("base", [Trace_ELBO(), TraceMeanField_ELBO(num_particles=2)], ids=["plain", "mean field"])
@@ -348,23 +346,26 @@ def test_a_saved_plan_has_the_same_gradients(f, options, cheap_starts):
 
 def test_a_saved_plan_with_segments(cheap_starts):
     with pytest.raises(BudgetError) as info:
-        planned(loop, PARAMS, X, memory_budget=0)
-    budget = info.value.smallest_bytes
-    plan = planned(loop, PARAMS, X, memory_budget=budget)
-    assert plan.segments and codecs(plan)
+        planned(loop, PARAMS, X, exact=True, memory_budget=0)
+    options = {"exact": True, "memory_budget": info.value.smallest_bytes}
+    plan = planned(loop, PARAMS, X, **options)
+    assert plan.segments
     assert saved(planned(loop, PARAMS, X, plan=saved(plan))) == saved(plan)
     found = jax.jit(grad(loop, plan=saved(plan)))(KEY, PARAMS, X)
-    assert_equal_trees(found, jax.jit(grad(loop, memory_budget=budget))(KEY, PARAMS, X))
+    assert_equal_trees(found, jax.jit(grad(loop, **options))(KEY, PARAMS, X))
 
 
 def test_a_saved_plan_of_an_elbo(encode_all):
     problem = small_network()
     operands = (KEY, problem.params, problem.model, problem.guide, *problem.args)
-    plan, _ = RAD_ELBO(memory_budget="9kB").plan(*operands)
+    with pytest.raises(BudgetError) as info:
+        RAD_ELBO(memory_budget=0).plan(*operands)
+    elbo = RAD_ELBO(memory_budget=info.value.smallest_bytes + 200)
+    plan, _ = elbo.plan(*operands)
     assert codecs(plan)
     again = RAD_ELBO(plan=saved(plan))
     assert saved(again.plan(*operands)[0]) == saved(plan)
-    assert_equal_trees(problem.value_and_grad(again), problem.value_and_grad(RAD_ELBO(memory_budget="9kB")))
+    assert_equal_trees(problem.value_and_grad(again), problem.value_and_grad(elbo))
     assert problem.explain(again).stored_bytes == plan.stored_bytes
 
 
@@ -458,26 +459,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("mutable", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_plan_and_update_see_one_program(kind, mutable, encode_all, programs_planned):
-    plain, args, settings = KINDS[kind]
-
-    def model(*args, **settings):
-        if mutable:
-            seen = numpyro.primitives.mutable("seen", {"steps": jnp.zeros(())})
-            seen["steps"] = seen["steps"] + 1
-        plain(*args, **settings)
-
-    svi = SVI(model, AutoNormal(plain if not mutable else lambda *a, **k: plain(*a, **k)), optax.adam(1e-2), RAD_ELBO())
-    svi.static_kwargs = settings
-    state = svi.init(jax.random.key(1), *args)
-    params = {**svi.get_params(state), **(state.mutable_state or {})}
-    plan, _ = svi.loss.plan(state.rng_key, params, model, svi.guide, *args, **settings)
-    assert codecs(plan)
+def test_plan_and_update_see_one_program(kind, encode_all, programs_planned):
+    model, args, settings = KINDS[kind]
+    svi = SVI(model, AutoNormal(model), optax.adam(1e-2), RAD_ELBO(), **settings)
+    state = jax.jit(svi.init)(jax.random.key(1), *args)
+    svi.loss.plan(state.rng_key, svi.get_params(state), model, svi.guide, *args, **settings)
     jax.eval_shape(svi.update, state, *args)
-    jax.eval_shape(lambda state: svi.update(state, *args), state)
-    assert len(programs_planned) == 3 and len(set(programs_planned)) == 1
+    if kind == "minibatch":  # and with the arguments closed over, as svi.run does
+        jax.eval_shape(lambda state: svi.update(state, *args), state)
+    assert len(programs_planned) >= 2 and len(set(programs_planned)) == 1
 
 
 def test_run_and_update_see_one_program(encode_all, programs_planned):
@@ -496,7 +487,8 @@ def test_run_and_update_see_one_program(encode_all, programs_planned):
 def test_budgets_of_examples(name, cheap_starts):
     problem = examples.MODELS[name].make(small=True)
     svi = SVI(problem.model, problem.guide, problem.optimizer, Trace_ELBO(**problem.elbo))
-    params = svi.get_params(svi.init(jax.random.key(1), *problem.args, **problem.settings))
+    shapes = jax.eval_shape(lambda key: svi.get_params(svi.init(key, *problem.args, **problem.settings)), KEY)
+    params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def plan(**options):
         operands = (KEY, params, problem.model, problem.guide, *problem.args)
@@ -532,7 +524,7 @@ def test_compiled_memory_of_an_update_falls_with_the_budget():
     for budget in (None, 6 * 2**20, 2 * 2**20, 2**20):
         options = {"exact": True} if budget is None else {"memory_budget": budget}
         svi = SVI(model, AutoNormal(model), optax.sgd(1e-2), RAD_ELBO(**options))
-        state = svi.init(jax.random.key(0), *args)
+        state = jax.jit(svi.init)(jax.random.key(0), *args)
         plan, _ = svi.loss.plan(KEY, svi.get_params(state), model, svi.guide, *args)
         assert budget is None or plan.stored_bytes <= budget
         temp.append((plan.stored_bytes, temp_bytes(svi, state, *args)))
