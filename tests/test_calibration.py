@@ -122,7 +122,7 @@ MODELS = {
 def prepared(model, args, guide=None, **options):
     """An SVI under a RAD_ELBO and its first state."""
     svi = SVI(model, guide or AutoNormal(model, init_scale=0.1), optax.adam(1e-2), RAD_ELBO(**options))
-    return svi, jax.jit(svi.init)(jax.random.key(1), *args)
+    return svi, svi.init(jax.random.key(1), *args)
 
 
 def plan_of(svi, state, args, elbo=None):

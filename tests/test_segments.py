@@ -342,7 +342,7 @@ def test_scan_of_a_model(particles=2):
     returns = normal(LENGTH, 8, seed=5)
     guide = AutoNormal(series)
     svi = SVI(series, guide, optax.adam(1e-2), Trace_ELBO(num_particles=particles))
-    params = jax.jit(lambda key: svi.get_params(svi.init(key, returns)))(jax.random.key(0))
+    params = svi.get_params(svi.init(jax.random.key(0), returns))
     operands = (KEY, params, series, guide, returns)
     with pytest.raises(BudgetError) as info:
         RAD_ELBO(num_particles=particles, exact=True, memory_budget=0).plan(*operands)

@@ -1,7 +1,7 @@
 """The solver against brute force on small random problems, and what it promises on large ones.
 
-Brute force tries every set of kept values and runs every maker whose operands are there: for a fixed set of kept values
-a demand is met by the value if a maker can make it, at the cost of the makers it takes, so sets of makers are tried too.
+Brute force tries every set of kept values with every set of makers whose operands are then there, and every choice of
+codes for the demands that are left.
 """
 
 import dataclasses
