@@ -406,8 +406,17 @@ class _Decision:
             swapped = tuple(solver.Code(a, c.cost - self.variance_weight * a + unit * c.bytes) for c, a in codes)
             demands.append(solver.Demand(demand.value, swapped))
         problem = solver.Problem([0] * len(costs), costs, old.maker, old.makers, demands)
-        found = solver.solve(problem, added_variance)
+        try:
+            found = solver.solve(problem, added_variance)
+        except solver.Infeasible:  # so little that a cut cannot tell it from zero
+            found = solver.priced(dataclasses.replace(problem, demands=[solver.Demand(d.value) for d in demands]), 0.0)
         return dataclasses.replace(solver.settled(old, set(found.kept), found.codes), bound=found.bound)
+
+    @property
+    def free(self) -> set[int]:
+        """What is there in both sweeps and takes no bytes: inputs of the program, constants."""
+        problem = self.problem
+        return {v for v, m in enumerate(problem.maker) if m < 0 and not problem.keep_bytes[v]}
 
     def coded(self) -> list[int | None]:
         """The choice that codes all that may be coded, with the first of its codecs."""
@@ -563,26 +572,43 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
 
     :raises ValueError: if it was made for another program, or is no saved plan.
     """
+    wrong = "plan: this is not what Plan.to_dict() returned:"
     try:
-        program, kept, segments = saved["program"], saved["kept"], saved["segments"]
+        program = saved["program"]
+        kept = [tuple(path) for path in saved["kept"]]
         coded = {tuple(e["path"]): _codec_from(dict(e["codec"])) for e in saved["encoded"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"plan: this is not what Plan.to_dict() returned: {error!r} is missing or wrong.") from None
+        segments = {tuple(e["path"]): e["segments"] for e in saved["segments"]}
+        predicted = None if saved["predicted"] is None else Prediction(**saved["predicted"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{wrong} {error!r} is missing or wrong.") from None
     if program != graph.fingerprint():
         raise ValueError(
             f"plan: it was made for another program (fingerprint {program}, here {graph.fingerprint()}). The model, "
             "the guide, the shapes of the data, the versions of JAX and NumPyro and the ELBO have to be the same; "
             "plan again with memory_budget= instead."
         )
-    count = {tuple(e["path"]): e["segments"] for e in segments}
-    nodes = {(*path, e.split.number): e.split for path, g in _with_paths(graph) for e in g.edges if e.split is not None}
+    graphs = _with_paths(graph)
+    nodes = {(*path, e.split.number): e.split for path, g in graphs for e in g.edges if e.split is not None}
+    values = {(*path, v.number): v for path, g in graphs for e in g.equations for v in e.outputs}
+    values |= {(*path, v.number): v for path, g in graphs for v in g.inputs}
+    for path, n_segments in segments.items():
+        node = nodes.get(path)
+        if node is None or node.kind != "scan":
+            raise ValueError(f"{wrong} there is no loop {path}.")
+        if not isinstance(n_segments, int) or n_segments < 1 or node.params["length"] % n_segments:
+            raise ValueError(f"{wrong} a loop of {node.params['length']} has no {n_segments!r} equal segments.")
+    unknown = [path for path in (*kept, *coded) if path not in values]
+    if unknown:
+        raise ValueError(f"{wrong} there is no value {unknown[0]}.")
     wanted = Wanted(lambda path, value, repeat: (coded[path],) if path in coded else ())
     chain = cut_chain(graph, saved["chain"]) if saved.get("chain") else None
-    decision = _Decision(graph, wanted, {nodes[path]: k for path, k in count.items()}, chain)
-    values = {(*path, v.number): v for path, g in _with_paths(graph) for e in g.equations for v in e.outputs}
-    values |= {(*path, v.number): v for path, g in _with_paths(graph) for v in g.inputs}
-    numbers = {decision.number[values[tuple(path)]] for path in kept}
-    return decision.plan(solver.settled(decision.problem, numbers | decision.boundaries, decision.coded()))
+    decision = _Decision(graph, wanted, {nodes[path]: k for path, k in segments.items()}, chain)
+    numbers = {decision.number[values[path]] for path in kept} | decision.boundaries | decision.free
+    try:
+        solution = solver.settled(decision.problem, numbers, decision.coded())
+    except ValueError as error:
+        raise ValueError(f"{wrong} {error}.") from None
+    return dataclasses.replace(decision.plan(solution), predicted=predicted)
 
 
 def _with_paths(graph: Graph, path: Path = ()) -> list[tuple[Path, Graph]]:

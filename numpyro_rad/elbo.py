@@ -131,13 +131,8 @@ class RAD_ELBO(Trace_ELBO):
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Negative ELBO and mutable state, as the base returns them; ``rng_key`` seeds the paths too."""
-
-        def exact(*operands: Any, **options: Any) -> Any:
-            result = self.base.loss_with_mutable_state(*operands, **options)
-            return {**result, "mutable_state": jax.lax.stop_gradient(result["mutable_state"])}
-
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
-        return self._randomized(path_key, exact, rng_key, param_map, model, guide, args, kwargs)
+        return self._randomized(path_key, self._loss_and_state, rng_key, param_map, model, guide, args, kwargs)
 
     def loss_with_keys(self, keys: NoiseKeys, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss with a key of its own for each source of noise, for instance to tell their variances apart.
@@ -199,11 +194,11 @@ class RAD_ELBO(Trace_ELBO):
         constrain, free = svi.constrain_fn, svi.optim.get_params(svi_state.optim_state)
         assert constrain is not None  # svi.init has set it
         constrained, pull = jax.vjp(constrain, free)
-        fixed = svi_state.mutable_state or {}
+        mutable = svi_state.mutable_state
         options = {**kwargs, **svi.static_kwargs}
 
         def closure(key: Any, batch: tuple) -> Closure:
-            return self._closure(key, {**constrained, **fixed}, svi.model, svi.guide, batch, options)
+            return self._closure(key, constrained, svi.model, svi.guide, batch, options, mutable)
 
         taken = closure(svi_state.rng_key, args)
         stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
@@ -211,14 +206,13 @@ class RAD_ELBO(Trace_ELBO):
         for i, key in enumerate(jax.random.split(stream, draws)):
             sign_key, loss_key = jax.random.split(key)
             _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))
-            directions = [signs[n] if n in signs else jnp.zeros_like(fixed[n]) for n in taken.names]
 
             def unconstrained(gradient: list[Any]) -> Any:
                 found = dict(zip(taken.names, gradient, strict=True))
                 return pull({n: found.get(n, jnp.zeros_like(x)) for n, x in constrained.items()})
 
             operands = closure(loss_key, (args, *batches)[i % (1 + len(batches))]).operands
-            gradient = calibrator.add(operands, directions, unconstrained)
+            gradient = calibrator.add(operands, [signs[name] for name in taken.names], unconstrained)
             bad = [n for n, g in zip(taken.names, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
             if bad:
                 raise ValueError(
@@ -272,18 +266,31 @@ class RAD_ELBO(Trace_ELBO):
             int(min(smallest, 2**62)),
         )
 
-    def _closure(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict) -> Closure:
-        """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that."""
+    def _closure(
+        self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict, mutable: Any = None
+    ) -> Closure:
+        """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that.
+
+        :param mutable: the mutable state, if there is any apart from ``param_map``.
+        """
 
         def loss(params: Any, others: Any) -> Any:
-            rng_key, args, kwargs = others
-            return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
+            rng_key, mutable, args, kwargs = others
+            if not jax.tree.leaves(mutable):
+                return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
+            params = {**params, **jax.lax.stop_gradient(mutable)}
+            return self._loss_and_state(rng_key, params, model, guide, *args, **kwargs)
 
-        others = (rng_key, args, kwargs)
+        others = (rng_key, mutable, args, kwargs)
         try:
             return Closure(loss, param_map, self.planner, others)
         except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
             return Closure(lambda params: loss(params, others), param_map, self.planner)
+
+    def _loss_and_state(self, *operands: Any, **options: Any) -> Any:
+        """The base's loss and mutable state, of which only the former is differentiated."""
+        result = self.base.loss_with_mutable_state(*operands, **options)
+        return {**result, "mutable_state": jax.lax.stop_gradient(result["mutable_state"])}
 
     def _randomized(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numpyro_rad import _jax
-from numpyro_rad.graph import Edge, Split, Value, sites
+from numpyro_rad.graph import Edge, Split, Value, site_name, sites
 from numpyro_rad.plan import Plan, kept_bytes
 
 
@@ -120,7 +120,7 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
     """
     if hasattr(target, "loss_with_keys"):
         plan, names = target.plan(*args, **kwargs)
-        names = [name.removesuffix("$params").split("_auto_")[0] for name in names]
+        names = [site_name(name) for name in names]
     elif hasattr(target, "planned"):
         _, *rest = args
         plan, names = target.planned(tuple(rest), kwargs, argnums)

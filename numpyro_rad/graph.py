@@ -144,6 +144,11 @@ class Graph:
         return digest.hexdigest()[:16]
 
 
+def site_name(parameter: str) -> str:
+    """The site that a parameter of one of NumPyro's automatic guides or modules belongs to."""
+    return parameter.removesuffix("$params").split("_auto_")[0]
+
+
 def sites(graph: Graph, labels: Mapping[Value, str]) -> dict[Any, str]:
     """Site of each tangent and of each edge: of those that enter it, the one that enters the program last.
 

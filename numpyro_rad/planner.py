@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import numbers
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 from numpyro_rad import decision
 from numpyro_rad.codecs import Codec, StochasticRound
 from numpyro_rad.decision import Wanted
-from numpyro_rad.graph import Graph, Value, sites
+from numpyro_rad.graph import Graph, Value, site_name, sites
 from numpyro_rad.plan import Path, Plan
 
 DEFAULT_CODEC = StochasticRound(bits=4)
@@ -34,12 +35,12 @@ def parse_bytes(size: int | str) -> int:
     :raises TypeError: if ``size`` is neither.
     :raises ValueError: if it is negative or cannot be read.
     """
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
+    if isinstance(size, bool) or not isinstance(size, (numbers.Integral, str)):
         raise TypeError(
             f"memory_budget={size!r}: a number of bytes is expected. Pass an int, or a string such as '256MiB'."
         )
-    if isinstance(size, int):
-        number, unit = float(size), ""
+    if not isinstance(size, str):
+        number, unit = int(size), ""
     else:
         match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", size)
         if match is None or match[2] not in _UNITS or math.isinf(float(match[1])):
@@ -126,16 +127,26 @@ class Planner:
             parse_bytes(self.memory_budget)
         if self.added_variance is not None:
             share = self.added_variance
-            if isinstance(share, bool) or not isinstance(share, (int, float)):
+            if isinstance(share, bool) or not isinstance(share, numbers.Real):
                 raise TypeError(f"added_variance={share!r}: a number is expected, such as 0.05 for 5 %.")
             if not 0 <= share < math.inf:
                 raise ValueError(
                     f"added_variance={share!r}: it is a share of the variance of the exact gradient. Try 0.05."
                 )
+        if self.plan is not None and not isinstance(self.plan, Mapping):
+            raise TypeError(
+                f"plan={self.plan!r} is not a saved plan. Pass the dictionary that Plan.to_dict() returned."
+            )
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"exact={self.exact!r}: True or False is expected.")
+        if self.calibration is not None and not hasattr(self.calibration, "variance_model"):
+            raise TypeError(f"calibration={self.calibration!r} is none. Pass what RAD_ELBO.calibrate returned.")
         if self.objective not in decision.OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is none of {', '.join(decision.OBJECTIVES)}.")
         if self.exact and (self.codec is not None or self.added_variance is not None or self.plan is not None):
             raise ValueError("exact=True goes with memory_budget= alone: exact gradients add no variance.")
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides={self.overrides!r}: a dictionary from rules to codecs is expected.")
         for rule, codec in self.overrides.items():
             if not (isinstance(rule, str) or callable(rule)):
                 raise TypeError(f"overrides: {rule!r} is neither a name, a glob, a line nor a predicate.")
@@ -186,7 +197,7 @@ class Planner:
             general = decision.uniform(DEFAULT_CODEC if self.codec is None else self.codec)
         if not self.overrides:
             return general
-        residuals = dict(_residuals(graph, names, ()))
+        residuals = dict(_residuals(graph, {t: site_name(name) for t, name in names.items()}, ()))
         special: dict[Path, Codec] = {}
         for path, seen in residuals.items():
             for rule, codec in self.overrides.items():

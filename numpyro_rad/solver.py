@@ -94,7 +94,7 @@ class Solution:
     codes: tuple[int | None, ...]
     bytes: float
     cost: float
-    bound: float = -np.inf
+    bound: float = 0.0
 
     @property
     def gap(self) -> float:

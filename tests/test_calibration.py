@@ -1,0 +1,305 @@
+"""Calibration: what it says codes add to the variance of the gradient is what they add."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from models import network_regression, wave
+from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoNormal
+from zscores import bound
+
+from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, StochasticRound, decision, explain
+
+KEY = jax.random.key(4)
+
+
+@pytest.fixture(autouse=True)
+def arrays_of_any_size_count(monkeypatch):
+    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
+    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
+    for name in ("KEEP_START", "CODE_START", "MAKE_START"):
+        monkeypatch.setattr(decision, name, 0.0)
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
+
+
+# Variance along a direction
+
+DRAWS = 8192
+CODECS = [
+    *(StochasticRound(bits) for bits in (1, 2, 4, 8)),
+    StochasticRound(2, group=16),
+    SampleAxis(0.2),
+    SampleAxis(0.2, "shared"),
+    SampleAxis(0.2, centred=True),
+    SampleAxis(0.2, "shared", centred=True),
+    SampleAxis(1 / 64),
+]
+
+
+def z_of_variance(codec, x, direction):
+    """z-score of the sample variance of <direction, code of x> about the predicted one."""
+
+    def along(seed):
+        return jnp.vdot(direction, codec.decode(seed, codec.encode(seed, x), x))
+
+    seeds = jax.random.bits(KEY, (DRAWS, 2), jnp.uint32)
+    draws = np.asarray(jax.jit(lambda seeds: lax.map(along, seeds, batch_size=512))(seeds), np.float64)
+    squares = (draws - draws.mean()) ** 2
+    predicted = float(codec.variance_along(x, direction))
+    return (squares.mean() * DRAWS / (DRAWS - 1) - predicted) / (squares.std() / DRAWS**0.5)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (70,), (2, 3, 130)], ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_variance_along_a_direction(codec, shape):
+    """Entries of the direction differ a thousandfold, and x is not centred."""
+    x = normal(*shape) + 0.5
+    direction = normal(*shape, seed=1) * jnp.exp(normal(*shape, seed=2, scale=1.5))
+    assert abs(z_of_variance(codec, x, direction)) < bound(len(CODECS) * 3)
+
+
+@pytest.mark.parametrize("codec", [StochasticRound(2), SampleAxis(0.2, "shared")], ids=str)
+def test_errors_taken_for_equal_are_caught(codec, monkeypatch):
+    x, ramp = normal(6, 40) + 0.5, jnp.exp(jnp.linspace(-6.0, 2.0, 40)) * jnp.ones((6, 1))
+    assert abs(z_of_variance(codec, x, ramp)) < bound(2)
+    monkeypatch.setattr(type(codec), "variance_along", Codec.variance_along)
+    assert abs(z_of_variance(codec, x, ramp)) > bound(2)
+
+
+def test_exact_codecs_add_none():
+    assert Keep().variance_along(normal(4, 4), normal(4, 4)) == 0
+
+
+# Models
+
+
+def small_network(x, y):
+    return network_regression(x, y, hidden=(16, 16), scale=0.3)
+
+
+def recurrence(xs, y):
+    """A recurrent network over stacked inputs (steps, series, features)."""
+    w = numpyro.sample("w", dist.Normal(jnp.zeros((8, 8)), 0.5).to_event(2))
+    u = numpyro.sample("u", dist.Normal(jnp.zeros((xs.shape[2], 8)), 0.5).to_event(2))
+
+    def step(h, x):
+        h = jnp.tanh(h @ w + x @ u)
+        return h, None
+
+    h, _ = lax.scan(step, jnp.ones((xs.shape[1], 8)), xs)
+    numpyro.sample("y", dist.Normal(h.sum(-1), 0.3).to_event(1), obs=y)
+
+
+def branching(x, y):
+    w = numpyro.sample("w", dist.Normal(jnp.zeros((x.shape[1], 12)), 1.0).to_event(2))
+    v = numpyro.sample("v", dist.Normal(jnp.zeros((12, 12)), 1.0).to_event(2))
+    h = jnp.tanh(x @ w)
+    h = lax.cond(x[0, 0] > 0, lambda h: jnp.tanh(h @ v), lambda h: jnp.sin(h @ v) ** 2, h)
+    numpyro.sample("y", dist.Normal(h.sum(-1), 0.5).to_event(1), obs=y)
+
+
+def regression_data(points=48):
+    x = normal(points, 3)
+    return x, jnp.sin(x.sum(1))
+
+
+MODELS = {
+    "network": (small_network, wave(48)),
+    "recurrence": (recurrence, (normal(6, 12, 3), normal(12))),
+    "branch": (branching, regression_data()),
+}
+
+
+def prepared(model, args, guide=None, **options):
+    """An SVI under a RAD_ELBO and its first state."""
+    svi = SVI(model, guide or AutoNormal(model, init_scale=0.1), optax.adam(1e-2), RAD_ELBO(**options))
+    return svi, svi.init(jax.random.key(1), *args)
+
+
+def plan_of(svi, state, args, elbo=None):
+    return (elbo or svi.loss).plan(KEY, svi.get_params(state), svi.model, svi.guide, *args)[0]
+
+
+def measured(svi, state, args, elbo, guides=64, paths=64):
+    """Path variance of the gradient in the unconstrained parameters, and the variance of its path mean."""
+    free = svi.optim.get_params(state.optim_state)
+
+    def one(guide_key, path_key):
+        def loss(free):
+            keys = NoiseKeys(guide_key, guide_key, path_key)
+            return elbo.loss_with_keys(keys, svi.constrain_fn(free), svi.model, svi.guide, *args)
+
+        return ravel_pytree(jax.grad(loss)(free))[0]
+
+    some = jax.vmap(jax.vmap(one, (None, 0)))
+    keys = jax.random.split(jax.random.key(11), guides), jax.random.split(jax.random.key(12), (guides, paths))
+    draws = np.asarray(jax.jit(some)(*keys), np.float64)  # (guides, paths, parameters)
+    within = draws.var(1, ddof=1).sum(-1).mean()
+    return within, draws.mean(1).var(0, ddof=1).sum() - within / paths
+
+
+@pytest.mark.parametrize("codec", [StochasticRound(4), StochasticRound(2)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_is_measured(name, codec):
+    model, args = MODELS[name]
+    svi, state = prepared(model, args)
+    found = svi.loss.calibrate(svi, state, *args, draws=64)
+    assert svi.loss.planner.calibration is found and found.n_draws == 64
+    elbo = RAD_ELBO(codec=codec, calibration=found)
+    plan = plan_of(svi, state, args, elbo)
+    assert any(p.encoded for p in plan.walk())
+    within, between = measured(svi, state, args, elbo)
+    assert plan.predicted.added_variance == pytest.approx(found.predicted(plan))
+    assert found.predicted(plan) * found.reference_variance == pytest.approx(within, rel=0.25)
+    assert found.gradient_variance == pytest.approx(between, rel=0.5)  # 64 draws of a long-tailed sum
+
+
+POINTS, SIZE = 40, 6
+A = normal(POINTS, SIZE, seed=3)
+B = A @ jnp.ones(SIZE) + normal(POINTS, seed=4)
+
+
+def linear_model(b):
+    z = numpyro.sample("z", dist.Normal(jnp.zeros(SIZE), 1.0).to_event(1))
+    numpyro.sample("b", dist.Normal(A @ z, 1.0).to_event(1), obs=b)
+
+
+def linear_guide(b):
+    loc = numpyro.param("loc", 0.1 * jnp.ones(SIZE))
+    numpyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+def test_a_linear_model_in_closed_form():
+    """z = loc + eps, gradient = (1 + A'A) z - A'b: its covariance is (1 + A'A)^2; what is coded is the misfit A z - b.
+
+    An error e of the misfit moves the gradient by A'e, so that its variance is the sum of Var(e_i) |A_i|^2.
+    """
+    svi, state = prepared(linear_model, (B,), linear_guide)
+    found = svi.loss.calibrate(svi, state, B, draws=300)
+    precision = np.eye(SIZE) + np.asarray(A.T @ A)
+    assert found.gradient_variance == pytest.approx((precision**2).sum(), rel=0.2)
+    mean = precision @ np.full(SIZE, 0.1) - np.asarray(A.T @ B)
+    assert found.gradient_norm**2 == pytest.approx((precision**2).sum() + (mean**2).sum(), rel=0.1)
+
+    codec = StochasticRound(4)
+    z = 0.1 + normal(2000, SIZE, seed=5)
+    weights = jnp.sqrt((A**2).sum(1))
+    expected = jax.vmap(lambda z: codec.variance_along(A @ z - B, weights))(z).mean()
+    measured_here = sum(row[found.codecs.index(codec)] for row in found.added.values())
+    assert measured_here == pytest.approx(float(expected), rel=0.15)
+
+
+def test_deterministic_gradients_are_compared_with_their_norm():
+    def model(x, y):
+        w = numpyro.param("w", normal(3, 8))
+        numpyro.sample("y", dist.Normal(jnp.tanh(x @ w).sum(-1), 1.0).to_event(1), obs=y)
+
+    args = regression_data()
+    svi, state = prepared(model, args, lambda x, y: None)
+    found = svi.loss.calibrate(svi, state, *args)
+    assert found.gradient_variance < 1e-6 * found.gradient_norm**2
+    assert found.reference_variance == pytest.approx(found.gradient_norm**2)
+
+
+# What goes wrong
+
+
+def test_gradients_that_are_not_finite():
+    x, y = regression_data()
+    svi, state = prepared(branching, (x, y))
+    with pytest.raises(ValueError, match=r"calibrate: the gradient in .*w_auto_loc.* is not finite in draw 1 of 3"):
+        svi.loss.calibrate(svi, state, x, y.at[3].set(jnp.nan))
+    assert svi.loss.planner.calibration is None
+
+
+@pytest.mark.parametrize("draws", [1, 0, -1])
+def test_a_variance_takes_two_draws(draws):
+    args = regression_data()
+    svi, state = prepared(branching, args)
+    with pytest.raises(ValueError, match=f"draws={draws}"):
+        svi.loss.calibrate(svi, state, *args, draws=draws)
+
+
+def test_another_program_warns():
+    args = regression_data()
+    svi, state = prepared(branching, args, memory_budget="2kB")
+    before = plan_of(svi, state, regression_data(64))
+    svi.loss.calibrate(svi, state, *args, draws=2)
+    plan_of(svi, state, args)
+    with pytest.warns(UserWarning, match="calibration was made for another program"):
+        after = plan_of(svi, state, regression_data(64))
+    assert after.to_dict() == before.to_dict()
+
+
+# What it is for
+
+
+def uneven(x, y):
+    """Two networks side by side, of which the first counts a thousand times as much as the second."""
+    for name, weight in (("much", 1000.0), ("little", 1.0)):
+        w = numpyro.sample(name, dist.Normal(jnp.zeros((x.shape[1], 32)), 1.0).to_event(2))
+        h = jnp.tanh(x @ w)
+        numpyro.factor(f"{name} fits", -weight * ((h.sum(-1) - y) ** 2).sum() / len(y))
+
+
+def test_what_matters_gets_more_bits():
+    x = normal(64, 3)
+    args = (x, jnp.sin(x.sum(1)))
+    svi, state = prepared(uneven, args)
+    ample = plan_of(svi, state, args, RAD_ELBO(exact=True)).stored_bytes
+
+    def stored():
+        elbo = RAD_ELBO(memory_budget=ample // 6, calibration=svi.loss.planner.calibration)
+        rows = explain(elbo, KEY, svi.get_params(state), svi.model, svi.guide, *args).rows
+        found = {s: sum(r.stored_bytes for r in rows if r.site == s and len(r.shape) == 2) for s in ("much", "little")}
+        return found["much"], found["little"]
+
+    much, little = stored()
+    assert 0.5 < much / little < 2
+    svi.loss.calibrate(svi, state, *args)
+    much_after, little_after = stored()
+    assert much_after > 1.5 * little_after and much_after > much
+
+
+def with_steps(x, y):
+    seen = numpyro.primitives.mutable("seen", {"steps": jnp.zeros(())})
+    seen["steps"] = seen["steps"] + 1
+    branching(x, y)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("model", [branching, with_steps])
+def test_particles_and_mutable_state(model, particles):
+    """The first update plans by the calibration: else it would warn."""
+    args = regression_data()
+    svi, state = prepared(model, args, AutoNormal(branching), num_particles=particles, memory_budget="6kB")
+    found = svi.loss.calibrate(svi, state, *args)
+    assert found.gradient_variance > 0 and any(map(any, found.added.values()))
+    state, loss = jax.jit(svi.update)(state, *args)
+    assert np.isfinite(loss)
+    assert state.mutable_state is None or state.mutable_state["seen"]["steps"] == 1
+
+
+def test_batches_count():
+    """Minibatches that the caller draws are part of the variance if the calibration sees them."""
+    x, y = regression_data(96)
+    batches = [(x[i : i + 32], y[i : i + 32] * 3) for i in (0, 32, 64)]
+    svi, state = prepared(branching, batches[0])
+    alone = svi.loss.calibrate(svi, state, *batches[0], draws=12)
+    several = svi.loss.calibrate(svi, state, *batches[0], batches=batches[1:], draws=12)
+    assert several.program == alone.program and several.gradient_variance != alone.gradient_variance
+
+
+def test_the_same_state_gives_the_same_calibration():
+    args = regression_data()
+    svi, state = prepared(branching, args)
+    assert svi.loss.calibrate(svi, state, *args) == svi.loss.calibrate(svi, state, *args)
