@@ -12,7 +12,7 @@ from typing import Any
 
 from numpyro_rad import _jax
 from numpyro_rad.graph import Edge, Split, Value, sites
-from numpyro_rad.plan import Plan, kept_bytes
+from numpyro_rad.plan import Plan, Prediction, kept_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,16 @@ class Explanation:
     :ivar exact_bytes: bytes of the same residuals stored exactly, elementwise derivatives already fused.
     :ivar defaults: operations that took the safe default (the primitive's own derivative from exact inputs), with
         lines.
+    :ivar program: the fingerprint of the program.
+    :ivar predicted: what the plan is expected to cost; None where nothing is predicted.
     """
 
     rows: tuple[Row, ...]
     stored_bytes: int
     exact_bytes: int
     defaults: tuple[str, ...]
+    program: str = ""
+    predicted: Prediction | None = None
 
     def __str__(self) -> str:
         header = ("where", "site", "read by", "shape", "dtype", "decision", "exact", "stored", "rel. variance")
@@ -130,8 +134,9 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
             "there is no plan to explain; wrap a plain function as rad(f)."
         )
     rows = tuple(_rows(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True))))
+    exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
     return Explanation(
-        rows, plan.stored_bytes, sum(r.exact_bytes for r in rows if r.operation != _SOURCE), tuple(_defaults(plan))
+        rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), plan.graph.fingerprint(), plan.predicted
     )
 
 
