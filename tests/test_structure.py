@@ -32,7 +32,7 @@ LAYERS = (
     ("linearize", "planner"),
     ("transform", "calibration"),
     ("explain",),
-    ("elbo",),
+    ("elbo", "figures"),
     ("diagnostics",),
     ("svi", "report"),
     ("__init__",),
