@@ -1,4 +1,4 @@
-"""``explain``: what a plan does with each residual, as a table in the user's terms; ``compare``: the same for two plans.
+"""``explain``: what a plan does with each residual, as a table in the user's terms; ``compare``: the same for two.
 
 A row is a residual of the backward sweep, or a value kept so that residuals can be made from it. Sites are found by
 following the tangents of the parameters through the graph: a residual belongs to the site whose parameter enters last.

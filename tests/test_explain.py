@@ -68,11 +68,18 @@ def test_a_plan_without_prediction_prints_as_well():
 def test_only_what_differs_is_compared():
     exact, coded = table(network, codec=Keep()), table(network, codec=StochasticRound(4))
     found = compare(exact, coded)
-    differing = [(a, b) for a, b in zip(exact.rows, coded.rows, strict=True) if a.decision != b.decision]
-    assert 0 < len(differing) < len(exact.rows)
-    assert [d.decisions for d in found.rows] == [(a.decision, b.decision) for a, b in differing]
-    assert [d.stored_bytes for d in found.rows] == [(a.stored_bytes, b.stored_bytes) for a, b in differing]
-    assert all(first == 0 < second for first, second in (d.relative_variance for d in found.rows))
+    rows = [{r.path: r for r in shown.rows} for shown in (exact, coded)]
+    assert [len(r) for r in rows] == [len(exact.rows), len(coded.rows)]
+    pairs = {path: tuple(r.get(path) for r in rows) for path in {**rows[0], **rows[1]}}
+    differing = {p: (a, b) for p, (a, b) in pairs.items() if a is None or b is None or a.decision != b.decision}
+    assert 0 < len(differing) < len(pairs)
+    assert {d.row.path for d in found.rows} == set(differing)
+    for d in found.rows:
+        pair = differing[d.row.path]
+        assert d.decisions == tuple(r.decision if r else "" for r in pair)
+        assert d.stored_bytes == tuple(r.stored_bytes if r else 0 for r in pair)
+        assert d.relative_variance == tuple(r.relative_variance if r else 0.0 for r in pair)
+    assert any(0 == first < second for first, second in (d.relative_variance for d in found.rows))
     assert sum(a - b for a, b in (d.stored_bytes for d in found.rows)) == exact.stored_bytes - coded.stored_bytes
 
 

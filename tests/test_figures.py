@@ -126,7 +126,7 @@ def test_the_figure_shows_the_plan_among_other_budgets():
 
 @pytest.mark.parametrize("options", [{"codec": Keep()}, {"exact": True}, {"memory_budget": 10**6, "exact": True}])
 def test_exact_plans_are_compared_with_exact_plans(options):
-    figure = plan_figure(rad(network, **options), KEY, X, W)
+    figure = plan_figure(rad(recurrence, **options), KEY, X, W)
     (line,) = (line for line in figure.axes[1].lines if line.get_label() == "added variance")
     assert len(line.get_ydata()) > 1
     assert not np.any(line.get_ydata())
