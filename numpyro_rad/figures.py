@@ -251,7 +251,7 @@ def _draw_timeline(axes: Axes, plan: Plan) -> None:
     axes.tick_params(axis="x", length=0)
     axes.set_xlabel("order of the program")
     axes.set_ylabel(f"bytes held for the backward sweep ({name})")
-    axes.set_title("when they are held", fontsize=11)
+    axes.set_title("bytes held over time", fontsize=11)
     _finish(axes)
 
 
@@ -278,7 +278,7 @@ def _draw_trade_off(axes: Axes, plan: Plan, candidates: Sequence[Plan]) -> None:
     axes.set_ylim(0, 3 * axes.dataLim.y1 or 1)
     axes.set_xlabel(f"bytes held for the backward sweep ({name}, log scale)")
     axes.set_ylabel("added time / time of the exact step,\nadded variance / variance of its gradient")
-    axes.set_title("what other budgets cost (predicted)", fontsize=11)
+    axes.set_title("what other budgets would cost (predicted)", fontsize=11)
     _finish(axes)
 
 

@@ -55,17 +55,27 @@ def at(curve, time):
     return float(np.interp(time, *curve))
 
 
-def test_products_are_held_from_where_they_are_made_to_where_they_are_read():
-    def products(x, a, b, c):
-        return ((x @ a) @ b) @ c
+def levels(held):
+    """The heights of a curve of steps, in order."""
+    return held[np.insert(np.diff(held) != 0, 0, True)].tolist()
 
-    shapes = ((1, 8), (8, 16), (16, 32), (32, 1))
+
+def test_arrays_are_held_from_where_they_are_made_to_their_last_reader():
+    def products(x, a, b, c, d):
+        h = x @ a  # read by the gradients of b and, first on the way back, of d
+        return ((h @ b) @ c).sum() + (h @ d).sum()
+
+    shapes = ((64, 8), (8, 32), (32, 64), (64, 1), (32, 2))
     args = [jnp.ones(shape) for shape in shapes]
-    graph = planned(products, *args, codec=Keep()).graph
-    _, held = exact_timeline(graph)
-    first, second = 16 * 4, 32 * 4  # x @ a, which b's gradient reads, and then @ b, which c's reads
-    steps = held[np.insert(np.diff(held) != 0, 0, True)]
-    assert steps.tolist() == [0, first, first + second, first, 0]
+    first, second = 64 * 32 * 4, 64 * 64 * 4
+    exact, coded = (planned(products, *args, codec=codec) for codec in (Keep(), StochasticRound(8)))
+    assert levels(exact_timeline(exact.graph)[1]) == [0, first, first + second, first, 0]
+    assert levels(timeline(exact)[1]) == [0, first, first + second, first, 0]
+    inner = [e for v, e in coded.encoded.items() if v in coded.graph.producer]
+    assert all(len(entry.readers) == 1 for entry in inner)
+    first, second = (entry.stored_bytes for entry in inner)
+    inputs = coded.stored_bytes - first - second  # what stands for x
+    assert levels(timeline(coded)[1]) == [inputs + n for n in (0, first, first + second, first)] + [0]
 
 
 @pytest.mark.parametrize("codec", [Keep(), StochasticRound(4)], ids=str)
