@@ -10,7 +10,8 @@ for), ``transform`` (how it becomes a JAX transformation) and ``elbo``. ``codecs
 from numpyro_rad.calibration import Calibration
 from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, StochasticRound
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys
-from numpyro_rad.explain import Explanation, explain
+from numpyro_rad.explain import Comparison, Explanation, compare, explain
+from numpyro_rad.figures import plan_figure
 from numpyro_rad.plan import BudgetError, Plan
 from numpyro_rad.planner import Planner, Residual, VarianceWarning
 from numpyro_rad.transform import grad, rad, value_and_grad
@@ -23,6 +24,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "Codec",
+    "Comparison",
     "Explanation",
     "Keep",
     "NoiseKeys",
@@ -33,8 +35,10 @@ __all__ = [
     "SampleAxis",
     "StochasticRound",
     "VarianceWarning",
+    "compare",
     "explain",
     "grad",
+    "plan_figure",
     "rad",
     "value_and_grad",
 ]

@@ -1,4 +1,4 @@
-"""``explain``: what a plan does with each residual, as a table in the user's terms.
+"""``explain``: what a plan does with each residual, as a table in the user's terms; ``compare``: the same for two.
 
 A row is a residual of the backward sweep, or a value kept so that residuals can be made from it. Sites are found by
 following the tangents of the parameters through the graph: a residual belongs to the site whose parameter enters last.
@@ -7,12 +7,13 @@ following the tangents of the parameters through the graph: a residual belongs t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numpyro_rad import _jax
 from numpyro_rad.graph import Edge, Split, Value, site_name, sites
-from numpyro_rad.plan import Plan, kept_bytes
+from numpyro_rad.plan import Path, Plan, Prediction, kept_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Row:
     :ivar exact_bytes: its bytes if it were stored exactly; 0 for inputs, which are not stored.
     :ivar stored_bytes: what the plan stores for it; a copy shared with an earlier row counts there.
     :ivar relative_variance: predicted variance of its estimate divided by its squared norm; 0 if exact.
+    :ivar path: its name in the program, see ``Plan.to_dict``.
     """
 
     line: str
@@ -39,6 +41,7 @@ class Row:
     exact_bytes: int
     stored_bytes: int
     relative_variance: float
+    path: Path = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +53,16 @@ class Explanation:
     :ivar exact_bytes: bytes of the same residuals stored exactly, elementwise derivatives already fused.
     :ivar defaults: operations that took the safe default (the primitive's own derivative from exact inputs), with
         lines.
+    :ivar program: the fingerprint of the program.
+    :ivar predicted: what the plan is expected to cost; None where nothing is predicted.
     """
 
     rows: tuple[Row, ...]
     stored_bytes: int
     exact_bytes: int
     defaults: tuple[str, ...]
+    program: str = ""
+    predicted: Prediction | None = None
 
     def __str__(self) -> str:
         header = ("where", "site", "read by", "shape", "dtype", "decision", "exact", "stored", "rel. variance")
@@ -75,22 +82,39 @@ class Explanation:
         ]
         ratio = self.exact_bytes / self.stored_bytes if self.stored_bytes else float("inf")
         total = ("total", "", "", "", "", f"{ratio:.1f}x less", _size(self.exact_bytes), _size(self.stored_bytes), "")
-        table = [header, *body, total]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        right = {6, 7, 8}
-        lines = [
-            "  ".join(
-                c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        ]
-        rule = "-" * len(lines[0])
-        text = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        text = _aligned([header, *body], total, right={6, 7, 8})
         if self.defaults:
             text.append(
                 "Kept exactly by the safe default (no rule, or none that is unbiased): " + ", ".join(self.defaults)
             )
-        return "\n".join(line.rstrip() for line in text)
+        if self.predicted is not None:
+            text.append("Predicted: " + _prediction(self.predicted))
+        return "\n".join(text)
+
+
+def _aligned(lines: Sequence[tuple[str, ...]], total: tuple[str, ...], right: set[int]) -> list[str]:
+    """A table as text: its header, rules around the rest, and a last line.
+
+    :param right: the columns that are aligned on the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, total, strict=True)]
+    text = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in (*lines, total)
+    ]
+    rule = "-" * len(text[0])
+    return [line.rstrip() for line in (text[0], rule, *text[1:-1], rule, text[-1])]
+
+
+def _prediction(predicted: Prediction) -> str:
+    """What a plan costs, in words."""
+    text = (
+        f"{predicted.added_seconds:.2g} x the exact step's time and {predicted.added_variance:.2g} x the exact "
+        "gradient's variance are added"
+    )
+    if math.isfinite(predicted.gap):
+        text += f"; no plan for these bytes is better by more than {100 * predicted.gap:.1f} % of their sum"
+    return text + "."
 
 
 def _size(n_bytes: int) -> str:
@@ -118,21 +142,144 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
 
         print(explain(RAD_ELBO(), key, svi.get_params(state), model, guide, x, y))
     """
-    if hasattr(target, "loss_with_keys"):
-        plan, names = target.plan(*args, **kwargs)
-        names = [site_name(name) for name in names]
-    elif hasattr(target, "planned"):
+    plan, names = plan_of(target, args, argnums, kwargs)
+    names = [site_name(name) for name in names] if _is_elbo(target) else names
+    return _explained(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True)))
+
+
+def plan_of(target: Any, args: tuple, argnums: int | Sequence[int], kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
+    """The plan for ``target`` and the names of the differentiated arrays; parameters as for :func:`explain`."""
+    if _is_elbo(target):
+        return target.plan(*args, **kwargs)
+    if hasattr(target, "planned"):
         _, *rest = args
-        plan, names = target.planned(tuple(rest), kwargs, argnums)
-    else:
-        raise TypeError(
-            f"explain needs a RAD_ELBO or the result of rad(f), got {type(target).__name__}. For NumPyro's own ELBOs "
-            "there is no plan to explain; wrap a plain function as rad(f)."
-        )
-    rows = tuple(_rows(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True))))
-    return Explanation(
-        rows, plan.stored_bytes, sum(r.exact_bytes for r in rows if r.operation != _SOURCE), tuple(_defaults(plan))
+        return target.planned(tuple(rest), kwargs, argnums)
+    raise TypeError(
+        f"explain needs a RAD_ELBO or the result of rad(f), got {type(target).__name__}. For NumPyro's own ELBOs "
+        "there is no plan to explain; wrap a plain function as rad(f)."
     )
+
+
+def _is_elbo(target: Any) -> bool:
+    return hasattr(target, "loss_with_keys")
+
+
+def _explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
+    rows = tuple(_rows(plan, labels))
+    exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
+    return Explanation(
+        rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), plan.graph.fingerprint(), plan.predicted
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A residual with which two plans do something else; pairs are of the first plan and of the second.
+
+    :ivar row: the residual, as in the plan that has a row for it.
+    :ivar decisions: what becomes of it; empty where a plan stores nothing and needs nothing there.
+    :ivar stored_bytes: what is stored for it.
+    :ivar relative_variance: predicted variance of its estimate divided by its squared norm.
+    """
+
+    row: Row
+    decisions: tuple[str, str]
+    stored_bytes: tuple[int, int]
+    relative_variance: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two plans of one program side by side; ``print`` it.
+
+    :ivar rows: residuals with different decisions, in the order of the program.
+    :ivar plans: both plans.
+    """
+
+    rows: tuple[Difference, ...]
+    plans: tuple[Explanation, Explanation]
+
+    def __str__(self) -> str:
+        told = ("stored", "rel. variance")
+        header = ("where", "site", "read by", "shape", "first plan", *told, "second plan", *told)
+        body = [
+            (
+                d.row.line or "?",
+                d.row.site,
+                d.row.operation,
+                "x".join(map(str, d.row.shape)) or "scalar",
+                *(
+                    cell
+                    for decision, size, variance in zip(d.decisions, d.stored_bytes, d.relative_variance, strict=True)
+                    for cell in (decision or "-", _size(size), f"{variance:.1e}" if variance else "0")
+                ),
+            )
+            for d in self.rows
+        ]
+        totals = [cell for plan in self.plans for cell in ("", _size(plan.stored_bytes), "")]
+        text = _aligned([header, *body], ("total", "", "", "", *totals), right={5, 6, 8, 9})
+        for name, plan in zip(("First", "Second"), self.plans, strict=True):
+            told = _prediction(plan.predicted) if plan.predicted is not None else "nothing is predicted."
+            text.append(f"{name} plan: {told}")
+        return "\n".join(text)
+
+
+def compare(a: Explanation | Plan, b: Explanation | Plan) -> Comparison:
+    """Two plans of one program side by side: where they differ, and what each of them is expected to cost.
+
+    :param a: what :func:`explain` returned, or a plan (whose table knows no sites).
+    :param b: the same for the other plan.
+    :return: an object that prints as a table.
+    :raises TypeError: if one of them is neither.
+    :raises ValueError: if they are plans of different programs.
+
+    Example::
+
+        arguments = key, svi.get_params(state), model, guide, x, y
+        print(compare(explain(RAD_ELBO(), *arguments), explain(RAD_ELBO(memory_budget="64MiB"), *arguments)))
+    """
+    for plan in (a, b):
+        if not isinstance(plan, (Explanation, Plan)):
+            raise TypeError(
+                f"compare needs two results of explain, or two plans, got {type(plan).__name__}. Pass "
+                "explain(elbo, ...) for each ELBO."
+            )
+    first, second = (_explained(p, {}) if isinstance(p, Plan) else p for p in (a, b))
+    if first.program != second.program:
+        raise ValueError(
+            f"compare: these are plans of different programs (fingerprints {first.program} and {second.program}). The "
+            "model, the guide, the shapes of the data, the ELBO and the differentiated arguments have to be the same."
+        )
+    groups = [_by_path(plan.rows) for plan in (first, second)]
+    found = []
+    for path in _merged(*groups):
+        pair = [group.get(path, []) for group in groups]
+        decisions = tuple(" and ".join(dict.fromkeys(r.decision for r in rows)) for rows in pair)
+        if decisions[0] != decisions[1]:
+            row = next(r for rows in pair for r in rows)
+            stored = tuple(sum(r.stored_bytes for r in rows) for rows in pair)
+            variance = tuple(max((r.relative_variance for r in rows), default=0.0) for rows in pair)
+            found.append(Difference(row, decisions, stored, variance))  # type: ignore[arg-type]
+    return Comparison(tuple(found), (first, second))
+
+
+def _by_path(rows: Iterable[Row]) -> dict[Path, list[Row]]:
+    """The rows of each residual: more than one if some readers take an estimate and others do not."""
+    found: dict[Path, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.path, []).append(row)
+    return found
+
+
+def _merged(a: dict[Path, list[Row]], b: dict[Path, list[Row]]) -> list[Path]:
+    """All keys, those of ``b`` alone behind the one that they follow there."""
+    order = list(a)
+    previous: Path | None = None
+    for path in b:
+        if path not in a:
+            order.insert(order.index(previous) + 1 if previous is not None else 0, path)
+        previous = path
+    return order
 
 
 _SOURCE = "recomputation"
@@ -180,14 +327,16 @@ def _row(plan: Plan, value: Value, site: str, operation: str, decision: str, sto
         variance = plan.encoded[carrier].codec.relative_variance(carrier.aval.shape)
     exact = 0 if decision == "alive" else _jax.aval_bytes(aval) * plan.repeat
     line = equation.line if equation is not None else ""
-    return Row(line, site, operation, shape, str(aval.dtype), decision, exact, stored * plan.held, variance)
+    path = (*plan.path, value.number)
+    return Row(line, site, operation, shape, str(aval.dtype), decision, exact, stored * plan.held, variance, path)
 
 
 def _segments_row(plan: Plan, node: Split, site: str, line: str) -> Row:
     """The carries that a loop stores at the beginnings of its segments."""
     n_segments, stored = plan.segments[node], plan.boundary_bytes(node) * plan.held
     decision = f"{n_segments} segments of {node.params['length'] // n_segments}"
-    return Row(line, site, _SOURCE, (n_segments,), "carry", decision, 0, stored, 0.0)
+    path = (*plan.path, node.number, -1)  # unlike that of any value
+    return Row(line, site, _SOURCE, (n_segments,), "carry", decision, 0, stored, 0.0, path)
 
 
 def _decision(plan: Plan, residual: Value, linear: bool) -> tuple[str, Value | None]:

@@ -156,6 +156,7 @@ def rad(f: Callable, **options: Any) -> Callable:
         return randomized(lambda: f(*args, **kwargs), planner, path_seed(key), dict(leaves))
 
     with_key.planned = partial(_planned, f, planner)  # type: ignore[attr-defined]
+    with_key.planner = planner  # type: ignore[attr-defined]
     return with_key
 
 

@@ -264,6 +264,65 @@ def test_benchmark_from_run_to_page(
     assert figures.markdown_table(report) in page.read_text()
 
 
+@pytest.mark.usefixtures("encode_all")
+def test_budget_curves_from_run_to_page(
+    benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    workloads, budgets, figures = (benchmarks(module) for module in ("workloads", "budgets", "figures"))
+    sizes = {"batch": 8, "micro_batches": 2, "training_steps": 1, **TINY_WORKLOADS["p1"]}
+    tiny = replace(workloads.WORKLOADS["p1"][0], **sizes)
+    monkeypatch.setitem(workloads.WORKLOADS, "p1", (tiny, tiny))
+    output, page = tmp_path / "budgets.json", tmp_path / "page.md"
+    settings = ["--rivals", "exact", "--budgets", "0.01,59.9,60", "--repeats", "1", "--draws", "2"]
+    budgets.main(["p1", *settings, "--output", str(output)])
+
+    report = json.loads(output.read_text(), parse_constant=pytest.fail)  # no NaN, no infinity
+    rows = {row["name"]: row for row in report["rivals"]}
+    assert list(rows) == ["exact", *(f"{m}_{p}" for m in budgets.MODES for p in ("60", "59.9", "0.01"))]
+    total = report["budgets"]["exact_residual_bytes"]
+    assert total > 0
+    for name, row in rows.items():
+        assert ("failure" in row) == name.endswith("0.01"), (name, row)
+        if name == "exact" or name.endswith("0.01"):
+            continue
+        assert 0 < row["stored_bytes"] <= row["budget_bytes"] == int(row["budget_percent"] / 100 * total)
+        rho = row["gradient"].get("rho", 0.0)
+        assert row["ratio_to_exact"]["cost"] == pytest.approx(row["ratio_to_exact"]["step"] * (1 + rho))
+        assert row["predicted"]["added_seconds"] > 0
+        if row["mode"] == "compress":
+            assert row.get("same_as") == ("compress_60" if name.endswith("59.9") else None)
+    for mode, reason in (
+        ("recompute", "Try memory_budget="),
+        ("compress", "with 1 bit"),
+        ("joint", "Try memory_budget="),
+    ):
+        assert reason in rows[f"{mode}_0.01"]["failure"]
+    assert rows["recompute_60"]["gradient"]["equals_exact_to_rounding"]
+    assert rows["compress_60"]["note"] == "8-bit"
+    measured, predicted = rows["compress_60"]["gradient"]["rho"], rows["compress_60"]["predicted"]["added_variance"]
+    assert 0.1 < measured / predicted < 10  # of the plan that was predicted, and where it was calibrated
+
+    page.write_text("before\n<!-- budgets_p1-table -->\nold\n<!-- /budgets_p1-table -->\nafter\n")
+    figures.main([str(output), "--into", str(page), "--figure", str(tmp_path / "curve.png")])
+    assert "old" not in page.read_text()
+    assert figures.markdown_table(report) in page.read_text()
+    assert all(row["label"] in page.read_text() for row in rows.values())
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_budget_curves_say_what_they_cannot_read(
+    benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    budgets = benchmarks("budgets")
+    for arguments, complaint in (("--modes jiont", "unknown mode 'jiont'"), ("--budgets 50,0", "more than 0 percent")):
+        with pytest.raises(SystemExit):
+            budgets.main(["p1", *arguments.split()])
+        assert complaint in capsys.readouterr().err
+    assert budgets.parse_arguments(["p1", "--modes", "joint,recompute"]).modes == ["recompute", "joint"]
+    assert "exact" in budgets.parse_arguments(["p4"]).rivals
+    assert "checkpoint_dots" not in budgets.parse_arguments(["p4"]).rivals  # makes no sense there
+
+
 @pytest.mark.parametrize("name", TINY_WORKLOADS)
 def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], ModuleType], name: str) -> None:
     """The same loss and gradient from every way to write the layer, up to the precision of bfloat16."""

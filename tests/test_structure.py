@@ -33,7 +33,7 @@ LAYERS = (
     ("linearize", "planner"),
     ("transform", "calibration"),
     ("explain",),
-    ("elbo",),
+    ("elbo", "figures"),
     ("diagnostics",),
     ("svi", "report"),
     ("__init__",),

@@ -3,13 +3,16 @@
     python examples/benchmarks/figures.py docs/benchmarks/p1.json
 
 writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers; with ``--into PAGE.md`` the table
-also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page.
+also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page. The same for the budget
+curves that ``budgets.py`` writes (``docs/benchmarks/budgets_p1.json``, ``<!-- budgets_p1-table -->``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
@@ -30,6 +34,15 @@ STYLES: dict[str, dict[str, Any]] = {
     "rad2021": {"color": "#009E73", "marker": "^", "label": "RAD 2021 estimators, keep 0.1"},
     "ours": {"color": "#D55E00", "marker": "D", "label": "RAD_ELBO"},
 }
+MODE_STYLES: dict[str, dict[str, Any]] = {
+    "recompute": {"color": "#0072B2", "marker": "o", "label": "recompute only"},
+    "compress": {"color": "#009E73", "marker": "^", "label": "compress only"},
+    "joint": {"color": "#D55E00", "marker": "D", "label": "joint"},
+}
+BESIDE_STYLES: dict[str, dict[str, Any]] = {
+    "reference": STYLES["reference"],
+    "rival": {"color": "#CC79A7", "marker": "v", "label": "jax.checkpoint and others"},
+}
 # Where a label may go, in points from its marker: nearest first.
 ANGLES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
 OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLES]
@@ -38,14 +51,15 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    parser.add_argument("report", type=Path, help="JSON written by run.py")
+    parser.add_argument("report", type=Path, help="JSON written by run.py or budgets.py")
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")
     options = parser.parse_args(arguments)
     report = json.loads(options.report.read_text())
     if not options.table_only:
-        draw(report, options.figure or options.report.with_suffix(".png"))
+        picture = draw_budgets if "budgets" in report else draw
+        picture(report, options.figure or options.report.with_suffix(".png"))
     for page in options.into:
         page.write_text(with_table(page.read_text(), report))
     print(markdown_table(report))
@@ -53,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def with_table(page: str, report: dict[str, Any]) -> str:
     """The page with the report's table between its markers."""
-    start, end = (f"<!-- {slash}{report['workload']['name']}-table -->" for slash in ("", "/"))
+    name = ("budgets_" if "budgets" in report else "") + report["workload"]["name"]
+    start, end = (f"<!-- {slash}{name}-table -->" for slash in ("", "/"))
     if page.count(start) != 1 or page.count(end) != 1:
         raise ValueError(f"The page needs one {start} and one {end}, with the table between them.")
     before, _, rest = page.partition(start)
@@ -62,16 +77,26 @@ def with_table(page: str, report: dict[str, Any]) -> str:
 
 def markdown_table(report: dict[str, Any]) -> str:
     """One row per rival, every ratio to ``exact``; below it the machine, the versions and what failed."""
-    lines = [
-        "| step | T (MiB) | of exact | R (MiB) | time (s), quartiles | of exact | compile (s) | of exact "
-        "| gradient error | ρ |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [table_row(row, report["workload"]["batch"]) for row in report["rivals"] if "temp_bytes" in row]
-    lines += ["", footnote(report)]
+    measured = [row for row in report["rivals"] if "temp_bytes" in row]
+    if "budgets" in report:
+        lines = [
+            "| step | budget (MiB) | T (MiB) | of exact | R (MiB) | time (s), quartiles | of exact | ρ "
+            "| time x (1 + ρ), of exact | predicted added time | predicted added variance |",
+            "| --- " + "| ---: " * 10 + "|",
+        ]
+        lines += [budget_row(row) for row in measured]
+        lines += ["", budgets_footnote(report)]
+    else:
+        lines = [
+            "| step | T (MiB) | of exact | R (MiB) | time (s), quartiles | of exact | compile (s) | of exact "
+            "| gradient error | ρ |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [table_row(row, report["workload"]["batch"]) for row in measured]
+        lines += ["", footnote(report)]
     failures = [f"- {row['label']}: `{row['failure']}`" for row in report["rivals"] if "failure" in row]
     if failures:
-        lines += ["", "Failures:", "", *failures]
+        lines += ["", "Infeasible or failed:" if "budgets" in report else "Failures:", "", *failures]
     return "\n".join(lines)
 
 
@@ -94,6 +119,27 @@ def table_row(row: dict[str, Any], batch: int) -> str:
         f"{ratio['compile']:.2f}x",
         gradient_error(row),
         "" if rho is None else f"{rho:.2g}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def budget_row(row: dict[str, Any]) -> str:
+    """The Markdown row of one mode within one budget, or of a rival."""
+    ratio, step, predicted = row["ratio_to_exact"], row.get("step"), row.get("predicted") or {}
+    rho = row.get("gradient", {}).get("rho")
+    label = f"{row['label']} ({row['note']})" if row.get("mode") == "compress" else row["label"]
+    cells = [
+        label,
+        f"{row['budget_bytes'] / MIB:.3g}" if "mode" in row else "",
+        f"{row['temp_bytes'] / MIB:.3g}",
+        as_fraction(ratio["temp_bytes"]),
+        "" if row["stored_bytes"] is None else f"{row['stored_bytes'] / MIB:.3g}",
+        spread(step) if step else "",
+        f"{ratio['step']:.2f}x" if step else "",
+        "" if rho is None else f"{rho:.2g}",
+        f"{ratio['cost']:.3g}x" if "cost" in ratio else "",
+        f"{predicted['added_seconds']:.2g}" if predicted else "",
+        f"{predicted['added_variance']:.2g}" if predicted else "",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -121,34 +167,114 @@ def gradient_error(row: dict[str, Any]) -> str:
 
 def footnote(report: dict[str, Any]) -> str:
     """Where and how the numbers were measured, and what the columns mean."""
-    machine, versions, settings = report["machine"], report["versions"], report["settings"]
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"{report['workload']['title']}; {report['date'][:10]}; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['os']}, backend {machine['backend']}; {packages}; seed {settings['seed']}, median of "
-        f"{settings['repeats']} interleaved rounds, {settings['draws']} draws per variance. T: temporary bytes of the "
+        f"{circumstances(report)} T: temporary bytes of the "
         "compiled `svi.update`. R: bytes stored between the sweeps. Compile: trace and lower + XLA. Gradient error: "
         "E‖g − g_exact‖²/‖g_exact‖² over the path noise, or ‖g − g_exact‖/‖g_exact‖ where nothing is random. ρ: added "
         "variance / variance of the exact stochastic gradient."
     )
 
 
+def budgets_footnote(report: dict[str, Any]) -> str:
+    """The same for the budget curves."""
+    budgets = report["budgets"]
+    return (
+        f"{circumstances(report)} Budgets are shares of the exact residual bytes, "
+        f"{budgets['exact_residual_bytes'] / MIB:.4g} MiB: the sum of the bytes of all residuals, each stored exactly "
+        "(`explain(...).exact_bytes` of `RAD_ELBO(codec=Keep())`). T: temporary bytes of the compiled `svi.update`. R: "
+        "bytes stored between the sweeps. ρ: added variance / variance of the exact stochastic gradient; 0 where "
+        "nothing is random. Predicted: added time / time of the exact step, added variance as ρ, calibrated with "
+        f"{budgets['calibration']['draws']} gradients."
+    )
+
+
+def circumstances(report: dict[str, Any]) -> str:
+    """What was measured when, where, with what and how often."""
+    machine, versions, settings = report["machine"], report["versions"], report["settings"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{report['workload']['title']}; {report['date'][:10]}; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['os']}, backend {machine['backend']}; {packages}; seed {settings['seed']}, median of "
+        f"{settings['repeats']} interleaved rounds, {settings['draws']} draws per variance."
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A marker with its label: MiB, a ratio and the quartiles of that ratio."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    label: str
+    color: str
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Memory against step time, one labelled point per rival; bars are the quartiles of the time."""
     rows = [row for row in report["rivals"] if "temp_bytes" in row and "step" in row]
     reference = next(row for row in rows if row["name"] == "exact")["step"]["median_seconds"]
-    plt.rcParams.update({"font.size": 10.5, "font.family": "DejaVu Sans"})
-    figure, axes = plt.subplots(figsize=(8.2, 5.0), dpi=160, facecolor="white", layout="constrained")
+    axes = new_figure()
+    points = []
     for family, style in STYLES.items():
-        mine = [row for row in rows if row["family"] == family]
-        if not mine:
-            continue
-        times = [row["step"]["median_seconds"] / reference for row in mine]
-        low = [t - row["step"]["quartiles_seconds"][0] / reference for t, row in zip(times, mine, strict=True)]
-        high = [row["step"]["quartiles_seconds"][1] / reference - t for t, row in zip(times, mine, strict=True)]
-        memory = [row["temp_bytes"] / MIB for row in mine]
-        look = {"markersize": 8, "linestyle": "none", "elinewidth": 1, "markeredgecolor": "white", "zorder": 3}
-        axes.errorbar(memory, times, yerr=[low, high], **look, **style)
+        mine = [point(row, style["color"], 1 / reference) for row in rows if row["family"] == family]
+        if mine:
+            draw_points(axes, mine, "none", style)
+        points += mine
+    finish(axes, f"{report['workload']['title']} (left and low is better)", "step time / Trace_ELBO's")
+    save(axes, points, path)
+
+
+def draw_budgets(report: dict[str, Any], path: Path) -> None:
+    """Memory against time x (1 + ρ): a line for each mode through its budgets, the rivals as points."""
+    rows = [row for row in report["rivals"] if "cost" in row["ratio_to_exact"]]
+    reference = next(row for row in rows if row["name"] == "exact")["step"]["median_seconds"]
+    axes = new_figure()
+    points = []
+    for family, style in BESIDE_STYLES.items():
+        mine = [point(row, style["color"], 1 / reference) for row in rows if row["family"] == family]
+        if mine:
+            draw_points(axes, mine, "none", style)
+        points += mine
+    for mode, style in MODE_STYLES.items():
+        mine = []
+        for row in (row for row in rows if row.get("mode") == mode and "same_as" not in row):
+            alike = [r for r in rows if r is row or r.get("same_as") == row["name"]]
+            label = ", ".join(f"{r['budget_percent']:g}" for r in alike) + " %"
+            factor = (1 + row["gradient"].get("rho", 0.0)) / reference
+            mine.append(point({**row, "label": label}, style["color"], factor))
+        if mine:
+            draw_points(axes, mine, "-", style)
+        points += mine
+    title = f"{report['workload']['title']}: budgets in %\nof the exact residuals' bytes (left and low is better)"
+    finish(axes, title, "time x (1 + ρ) / Trace_ELBO's")
+    save(axes, points, path)
+
+
+def point(row: dict[str, Any], color: str, factor: float) -> Point:
+    """The point of a row, its time multiplied by ``factor``."""
+    low, high = row["step"]["quartiles_seconds"]
+    time = row["step"]["median_seconds"] * factor
+    return Point(row["temp_bytes"] / MIB, time, low * factor, high * factor, row["label"], color)
+
+
+def new_figure() -> Axes:
+    """Axes in the style of the pictures here."""
+    plt.rcParams.update({"font.size": 10.5, "font.family": "DejaVu Sans"})
+    _, axes = plt.subplots(figsize=(8.2, 5.0), dpi=160, facecolor="white", layout="constrained")
+    return axes
+
+
+def draw_points(axes: Axes, points: Sequence[Point], line: str, style: dict[str, Any]) -> None:
+    """Markers with error bars."""
+    look = {"markersize": 8, "linestyle": line, "elinewidth": 1, "markeredgecolor": "white", "zorder": 3}
+    bars = [[p.y - p.low for p in points], [p.high - p.y for p in points]]
+    axes.errorbar([p.x for p in points], [p.y for p in points], yerr=bars, **look, **style)
+
+
+def finish(axes: Axes, title: str, vertical: str) -> None:
+    """Scales, labels and the line at the exact step's time."""
     axes.axhline(1.0, color="0.75", linewidth=1, zorder=0)
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
@@ -156,8 +282,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.xaxis.set_major_locator(LogLocator(base=2, subs=subs))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.set_xlabel("temporary memory of one compiled SVI step (MiB, log scale)")
-    axes.set_ylabel("step time / Trace_ELBO's")
-    axes.set_title(f"{report['workload']['title']} (left and low is better)", fontsize=11)
+    axes.set_ylabel(vertical)
+    axes.set_title(title, fontsize=11)
     axes.margins(x=0.14, y=0.14)
     # Never zoom in so far that timing noise looks like a difference.
     bottom, top = axes.get_ylim()
@@ -168,38 +294,38 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9.5)
+    columns = 2 if len(axes.get_legend_handles_labels()[0]) <= 4 else 3
+    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns, frameon=False, fontsize=9.5)
     legend.set_in_layout(True)
+
+
+def save(axes: Axes, points: Sequence[Point], path: Path) -> None:
+    """Label the points and write the picture."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # axes made by plt.subplots always have one
     figure.canvas.draw()
-    place_labels(axes, rows, reference)
+    place_labels(axes, figure, points)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 
 
-def place_labels(axes: Axes, rows: list[dict[str, Any]], reference: float) -> None:
+def place_labels(axes: Axes, figure: Figure, points: Sequence[Point]) -> None:
     """Label each point at the nearest offset where the text touches no marker, bar, other label or edge."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None  # axes made by plt.subplots always have one
     renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
     reach = 5.5 * figure.dpi / 72  # half a marker, in pixels
-    taken, points = [], []
-    for row in rows:
-        memory, (low, high) = row["temp_bytes"] / MIB, row["step"]["quartiles_seconds"]
-        points.append((memory, row["step"]["median_seconds"] / reference))
-        (x, y), (_, y0), (_, y1) = axes.transData.transform(
-            [points[-1], (memory, low / reference), (memory, high / reference)]
-        )
+    taken = []
+    for p in points:
+        (x, y), (_, y0), (_, y1) = axes.transData.transform([(p.x, p.y), (p.x, p.low), (p.x, p.high)])
         taken.append(Bbox.from_extents(x - reach, y - reach, x + reach, y + reach))
         taken.append(Bbox.from_extents(x - 2, y0, x + 2, y1))
     frame = axes.get_window_extent(renderer)
     # The most crowded points choose first, while there is still room around them.
     middles = [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in taken[::2]]
     crowding = [sum(abs(x - u) + abs(y - v) < 40 * reach for u, v in middles) for x, y in middles]
-    for i in sorted(range(len(rows)), key=lambda i: -crowding[i]):
-        color = STYLES[rows[i]["family"]]["color"]
+    for i in sorted(range(len(points)), key=lambda i: -crowding[i]):
         for dx, dy in OFFSETS:
-            note = annotate(axes, points[i], rows[i]["label"], color, dx, dy)
+            note = annotate(axes, points[i], dx, dy)
             note.update_positions(renderer)
             box = Text.get_window_extent(note, renderer).padded(2)  # of the text alone, without its leader line
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
@@ -208,22 +334,22 @@ def place_labels(axes: Axes, rows: list[dict[str, Any]], reference: float) -> No
                 break
             note.remove()
         else:  # no room anywhere: better on top of something than missing
-            annotate(axes, points[i], rows[i]["label"], color, *OFFSETS[0])
+            annotate(axes, points[i], *OFFSETS[0])
 
 
-def annotate(axes: Axes, point: tuple[float, float], label: str, color: str, dx: float, dy: float) -> Annotation:
+def annotate(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
     """The label at an offset in points, with a thin leader line when it had to move away."""
     far = max(abs(dx), abs(dy)) > 9
     return axes.annotate(
-        label,
-        point,
+        point.label,
+        (point.x, point.y),
         xytext=(dx, dy),
         textcoords="offset points",
         fontsize=9.5,
-        color=color,
+        color=point.color,
         ha="left" if dx > 0 else "right" if dx < 0 else "center",
         va="bottom" if dy > 0 else "top" if dy < 0 else "center",
-        arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 4} if far else None,
+        arrowprops={"arrowstyle": "-", "color": point.color, "linewidth": 0.6, "shrinkB": 4} if far else None,
     )
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import jax
 import measure
 from record import log, machine, versions
-from rivals import RIVALS
+from rivals import RIVALS, Rival
 from workload import Workload
 from workloads import WORKLOADS
 
@@ -48,8 +50,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with the list of rivals in its help."""
+    parser = common_parser(__doc__ or "", "docs/benchmarks/WORKLOAD.json, WORKLOAD-quick.json with --quick")
+    options = parser.parse_args(arguments)
+    options.rivals = sensible_rivals(parser, options, list(RIVALS))
+    return options
+
+
+def common_parser(doc: str, output: str) -> argparse.ArgumentParser:
+    """The options that every program here has.
+
+    :param doc: the docstring of the program.
+    :param output: where the JSON goes unless told.
+    """
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n    python")[0],
+        description=doc.split("\n\n    python")[0],
         epilog="Rivals:\n" + "\n".join(f"  {r.name:<18}{r.note}" for r in RIVALS.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,19 +89,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folder with mnist/ for p2, p5vae and cifar10/ for p3 (default: scikit-learn's digits, synthetic images)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="where the JSON goes (default: docs/benchmarks/WORKLOAD.json, WORKLOAD-quick.json with --quick)",
-    )
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help=f"where the JSON goes (default: {output})")
+    return parser
+
+
+def sensible_rivals(parser: argparse.ArgumentParser, options: argparse.Namespace, default: list[str]) -> list[str]:
+    """The rivals that were asked for, or those of ``default`` that make sense for the workload."""
     without = WORKLOADS[options.workload][0].without
     senseless = [name for name in options.rivals or () if name in without]
     if senseless:
         parser.error(f"{', '.join(senseless)} makes no sense for {options.workload}, see its source")
-    options.rivals = options.rivals or [name for name in RIVALS if name not in without]
-    return options
+    return options.rivals or [name for name in default if name not in without]
 
 
 def parse_rivals(text: str) -> list[str]:
@@ -124,30 +136,32 @@ class Benchmark:
         self.repeats = options.repeats or workload.repeats
         self.draws = options.draws or workload.draws
         self.workload, self.data = workload.load(self.seed, options.data_dir)
-        self.rows: dict[str, dict[str, Any]] = {name: describe(name) for name in options.rivals}
+        self.rivals: dict[str, Rival] = {name: RIVALS[name] for name in options.rivals}
+        self.rows: dict[str, dict[str, Any]] = {name: describe(rival) for name, rival in self.rivals.items()}
         self.steps: dict[str, measure.Step] = {}
         self.compiled: dict[str, measure.Compiled] = {}
+        self.explanations: dict[str, Any] = {}
+        self.state: Any = None  # after the training steps
 
     def run(self) -> dict[str, Any]:
         started = datetime.now(UTC)
         # Set up first, compile second: compiling empties JAX's caches. The first use of the compiler is not counted.
-        # The small batch comes last, because its size depends on what the others need.
-        names = [name for name in self.rows if name != "small_batch"]
-        for name in names:
-            self.attempt(name, "set up", self.set_up)
-        measure.compile_step(self.steps["exact"])
+        self.set_up_all()
+        if "exact" not in self.compiled:
+            measure.compile_step(self.steps["exact"])
         for name in list(self.steps):
             self.attempt(name, "compile", self.measure_compiled)
+        # The small batch comes last, because its size depends on what the others need.
         if "small_batch" in self.rows:
             self.attempt("small_batch", "set up", self.set_up_small_batch)
             if "small_batch" in self.steps:
                 self.attempt("small_batch", "compile", self.measure_compiled)
         for name in self.steps:
-            if RIVALS[name].family in ("ours", "rad2021"):
+            if self.rivals[name].family in ("ours", "rad2021") and self.rows[name]["stored_bytes"] is None:
                 self.attempt(name, "explain", self.explain)
         self.measure_times()
-        exact_step = self.train()
-        self.measure_gradients(exact_step)
+        self.train()
+        self.measure_gradients(self.steps["exact"])
         self.add_ratios()
         return {
             "workload": self.workload.parameters(),
@@ -159,6 +173,12 @@ class Benchmark:
             "rivals": list(self.rows.values()),
         }
 
+    def set_up_all(self) -> None:
+        """Set up everybody whose batch is the workload's."""
+        for name in self.rows:
+            if name != "small_batch":
+                self.attempt(name, "set up", self.set_up)
+
     def attempt(self, name: str, phase: str, action: Callable[[str], None]) -> None:
         """Run one phase of one rival; an error becomes part of its ``failure``, except for the reference."""
         started = time.perf_counter()
@@ -167,7 +187,7 @@ class Benchmark:
         except Exception as error:
             if name == "exact":
                 raise
-            reason = f"{phase}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason = f"{phase}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
             earlier = self.rows[name].get("failure")
             self.rows[name]["failure"] = f"{earlier}; {reason}" if earlier else reason
             log(f"{name:<18}{reason}")
@@ -177,7 +197,7 @@ class Benchmark:
     def set_up(self, name: str, rows: int | None = None) -> None:
         rows = rows or self.workload.batch
         self.rows[name]["rows_per_step"] = rows
-        self.steps[name] = measure.build(RIVALS[name], self.workload, self.data, self.seed, rows)
+        self.steps[name] = measure.build(self.rivals[name], self.workload, self.data, self.seed, rows)
 
     def set_up_small_batch(self, name: str) -> None:
         """As many rows as fit in the memory of our 2-bit row, or in a fixed part of the exact step's."""
@@ -208,6 +228,9 @@ class Benchmark:
         params = svi.get_params(step.state)
         plan = numpyro_rad.explain(svi.loss, jax.random.key(self.seed), params, svi.model, svi.guide, *step.batch)
         row["stored_bytes"], row["exact_stored_bytes"] = int(plan.stored_bytes), int(plan.exact_bytes)
+        predicted = asdict(plan.predicted).items() if plan.predicted is not None else ()
+        row["predicted"] = {name: value if math.isfinite(value) else None for name, value in predicted}
+        self.explanations[name] = plan
 
     def measure_times(self) -> None:
         """Step times of everything that compiled; a rival that cannot run is left out before the rounds begin."""
@@ -225,16 +248,18 @@ class Benchmark:
             self.rows[name]["step"] = measure.summarize_times(seconds)
             log(f"{name:<18}{self.rows[name]['step']['median_seconds']:.4f} s per step")
 
-    def train(self) -> measure.Step:
-        """Take the exact training steps after which gradients are measured; keep the parameters, key and batch."""
+    def train(self) -> None:
+        """Take the exact training steps after which gradients are measured, once; keep parameters, key and state."""
+        if self.state is not None:
+            return
         step, run = self.steps["exact"], self.compiled["exact"].step
         state = step.state
         for key in jax.random.split(jax.random.key(self.seed + 3), self.workload.training_steps):
             state, loss = run(state, *self.workload.minibatch(key, self.data, self.workload.batch))
+        self.state = state
         self.params = step.svi.optim.get_params(state.optim_state)
         self.key = state.rng_key
         log(f"trained for {self.workload.training_steps} steps, loss {float(loss):.4g}")
-        return step
 
     def measure_gradients(self, exact_step: measure.Step) -> None:
         """The exact gradient and its variance, then every other rival's difference from it or added variance."""
@@ -251,7 +276,7 @@ class Benchmark:
             "small_batch": self.measure_small_batch,
         }
         for name in self.compiled:
-            self.attempt(name, "gradient", actions[RIVALS[name].kind])
+            self.attempt(name, "gradient", actions[self.rivals[name].kind])
 
     def stochastic_variance(self, gradient: Callable[..., Any], rows: int) -> float:
         return measure.stochastic_variance(gradient, self.params, self.workload, self.data, rows, self.seed, self.draws)
@@ -290,10 +315,15 @@ class Benchmark:
             row["ratio_to_exact"] = ratios
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(rival: Rival) -> dict[str, Any]:
     """A rival's row before anything is measured."""
-    rival = RIVALS[name]
-    labels = {"name": name, "label": rival.label, "family": rival.family, "kind": rival.kind, "note": rival.note}
+    labels = {
+        "name": rival.name,
+        "label": rival.label,
+        "family": rival.family,
+        "kind": rival.kind,
+        "note": rival.note,
+    }
     return {**labels, "stored_bytes": None}
 
 
