@@ -353,6 +353,11 @@ class _Decision:
             self._add(body, times, inside, (*path, node.number, number))
 
     @property
+    def has_codes(self) -> bool:
+        """Whether anything may be coded."""
+        return any(d.codes for d in self.problem.demands)
+
+    @property
     def residual_bytes(self) -> float:
         """Bytes of all residuals stored exactly."""
         return sum(self.problem.keep_bytes[d.value] for d in self.problem.demands)
@@ -388,12 +393,18 @@ class _Decision:
         """
         budget = budget_bytes
         for _ in range(4):
-            solution = solver.solve(self.problem, budget)
+            try:
+                solution = solver.solve(self.problem, budget)
+            except solver.Infeasible:
+                break
             excess = self.plan(solution).stored_bytes / max(1, budget_bytes)
             if excess <= 1:
                 return solution
             budget *= 0.99 / excess  # the problem takes segments to be equal, and the largest one counts
-        raise solver.Infeasible(solver.smallest(self.problem))
+        smallest = solver.smallest(self.problem)
+        if self.plan(smallest).stored_bytes <= budget_bytes:
+            return smallest
+        raise solver.Infeasible(smallest)
 
     def least_bytes_at(self, added_variance: float) -> solver.Solution:
         """The solution of fewest bytes (and least time) for a budget of variance: both change places in the problem."""
@@ -428,7 +439,7 @@ class _Decision:
         """The plan that stores what the solution says."""
         variance = sum(a[c] for a, c in zip(self.added, solution.codes, strict=True) if c is not None)
         seconds = max(0.0, solution.cost - self.variance_weight * variance) / self.time_weight
-        predicted = Prediction(seconds, variance, solution.gap)
+        predicted = Prediction(seconds, variance, solution.gap if solution.bound > 0 or not solution.cost else None)
         chosen: dict[Graph, dict[Value, Encoded]] = {}
         for (graph, value, choices), code in zip(self.demands, solution.codes, strict=True):
             if code is not None and value is not None:
@@ -526,8 +537,10 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
             best = decision, solution
         if len(decisions) == 1 and (solution is None or solution.cost > decision.least_again()):
             decisions += [_Decision(graph, wanted, cut) for cut in decision.segmentations()]
-            chains = (cut_chain(graph, n) for n in CHAIN_LENGTHS)
-            decisions += [_Decision(graph, wanted, chain=chain) for chain in chains if chain is not None]
+            if solution is None or not decision.has_codes:
+                # The compiler's own temporaries grow where layers run again: only where codes do not do it.
+                chains = (cut_chain(graph, n) for n in CHAIN_LENGTHS)
+                decisions += [_Decision(graph, wanted, chain=chain) for chain in chains if chain is not None]
     if best is not None:
         return best[0].plan(best[1])
     smallest = min(too_large, key=lambda plan: plan.stored_bytes)

@@ -7,7 +7,6 @@ following the tangents of the parameters through the graph: a residual belongs t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -112,7 +111,7 @@ def _prediction(predicted: Prediction) -> str:
         f"{predicted.added_seconds:.2g} x the exact step's time and {predicted.added_variance:.2g} x the exact "
         "gradient's variance are added"
     )
-    if math.isfinite(predicted.gap):
+    if predicted.gap is not None:
         text += f"; no plan for these bytes is better by more than {100 * predicted.gap:.1f} % of their sum"
     return text + "."
 

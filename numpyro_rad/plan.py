@@ -52,12 +52,13 @@ class Prediction:
 
     :ivar added_seconds: time for encoding, decoding, storing and recomputing, relative to that of the exact step.
     :ivar added_variance: variance added to the gradient, relative to that of the exact gradient.
-    :ivar gap: how much less, relative to the sum of both, another plan for the same bytes could cost at best.
+    :ivar gap: how much less, relative to the sum of both, another plan for the same bytes could cost at best; None
+        where the plan was not chosen by its cost.
     """
 
     added_seconds: float
     added_variance: float
-    gap: float
+    gap: float | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

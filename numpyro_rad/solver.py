@@ -200,6 +200,17 @@ class _Network:
         self._n_must = len(must)
         self._there = np.array([there[d.value] for d in problem.demands], dtype=np.int64)
 
+    @property
+    def total_bytes(self) -> float:
+        """Bytes of everything kept."""
+        return float(self._keep_bytes.sum())
+
+    @property
+    def total_cost(self) -> float:
+        """What everything costs together."""
+        codes = np.where(np.isfinite(self._code_cost), self._code_cost, 0.0)
+        return float(self._keep_cost.sum() + self._make_cost.sum() + codes.sum())
+
     def cut(self, byte_price: float, cost_weight: float) -> Solution:
         """The solution of least ``byte_price * bytes + cost_weight * cost``."""
         problem = self.problem
@@ -243,8 +254,8 @@ _SOURCE, _SINK = 0, 1
 
 
 def _smallest(network: _Network) -> Solution:
-    total = network._keep_cost.sum() + network._make_cost.sum() + 1e-300
-    return network.cut(1.0, 1e-7 * max(network._keep_bytes.sum(), 1.0) / total)
+    total = network.total_cost
+    return network.cut(1.0, 1e-7 * max(network.total_bytes, 1.0) / total if total > 0 else 0.0)
 
 
 def _wanted(problem: Problem) -> tuple[list[int], list[int]]:

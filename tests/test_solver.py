@@ -181,13 +181,13 @@ def test_the_integer_program_improves_on_the_relaxation(monkeypatch):
 @pytest.mark.parametrize("wrong", ["no_bound", "cost_blind", "over_budget"])
 def test_brute_force_catches_a_wrong_solver(monkeypatch, wrong):
     """Planted errors: a bound above the optimum, prices without cost, upgrades that ignore the budget."""
-    cut, upgraded = solver._cut, solver._upgraded
+    cut, upgraded = solver._Network.cut, solver._upgraded
     if wrong == "no_bound":
         monkeypatch.setattr(
             solver, "_by_integer_program", lambda p, budget, best, t: dataclasses.replace(best, bound=best.cost)
         )
     elif wrong == "cost_blind":
-        monkeypatch.setattr(solver, "_cut", lambda p, price, weight: cut(p, max(price, 1.0), weight * 1e-6))
+        monkeypatch.setattr(solver._Network, "cut", lambda n, price, weight: cut(n, max(price, 1.0), weight * 1e-6))
     else:
         monkeypatch.setattr(solver, "_upgraded", lambda p, s, budget: upgraded(p, s, budget * 2))
         monkeypatch.setattr(solver, "EXACT_LIMIT", 0)
