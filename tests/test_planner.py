@@ -259,7 +259,9 @@ def test_keep_leaves_a_residual_exact(encode_all):
     assert np.abs(found["first"] - expected["first"]).max() > 1e-2 * np.abs(expected["first"]).max()
 
 
-@pytest.mark.parametrize("rule", ["0.first", line_of(loop, "in the loop"), lambda r: r.shape == X.shape], ids=str)
+@pytest.mark.parametrize(
+    "rule", ["0.first", line_of(loop, "in the loop"), lambda r: r.shape == X.shape], ids=["site", "line", "predicate"]
+)
 def test_overrides_in_the_body_of_a_loop(rule, encode_all):
     before = planned(loop, PARAMS, X, codec=StochasticRound(4))
     after = planned(loop, PARAMS, X, codec=StochasticRound(4), overrides={rule: StochasticRound(8)})
