@@ -44,7 +44,7 @@ MODES: dict[str, tuple[str, Kind]] = {
 }
 PERCENT = (50.0, 20.0, 10.0, 5.0, 3.0)
 BITS = (8, 4, 2, 1)
-BESIDE = ["exact", "checkpoint_step", "checkpoint_layer", "checkpoint_dots"]
+BESIDE = ["exact", "checkpoint_step", "checkpoint_layer", "checkpoint_sqrt", "checkpoint_dots"]
 CALIBRATION_DRAWS = 4
 # What a row takes over from an earlier one with the same plan.
 MEASURED = ("stored_bytes", "exact_stored_bytes", "predicted", "temp_bytes", "compile", "step", "gradient", "failure")
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line: that of ``run.py``, with modes and budgets."""
     output = "docs/benchmarks/budgets_WORKLOAD.json, budgets_WORKLOAD-quick.json with --quick"
-    parser = common_parser(__doc__ or "", output)
+    parser = common_parser(__doc__ or "", output, f"of {', '.join(BESIDE)} those that make sense for the workload")
     parser.add_argument(
         "--modes",
         type=parse_modes,

@@ -56,11 +56,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def common_parser(doc: str, output: str) -> argparse.ArgumentParser:
+def common_parser(
+    doc: str, output: str, rivals: str = "all that make sense for the workload"
+) -> argparse.ArgumentParser:
     """The options that every program here has.
 
     :param doc: the docstring of the program.
     :param output: where the JSON goes unless told.
+    :param rivals: who takes part unless told.
     """
     parser = argparse.ArgumentParser(
         description=doc.split("\n\n    python")[0],
@@ -73,7 +76,7 @@ def common_parser(doc: str, output: str) -> argparse.ArgumentParser:
         "--rivals",
         type=parse_rivals,
         metavar="A,B,C",
-        help="who takes part, by the names below (default: all that make sense for the workload)",
+        help=f"who takes part, by the names below (default: {rivals})",
     )
     parser.add_argument("--quick", action="store_true", help="the small size of the workload, for trying things out")
     parser.add_argument(
