@@ -239,8 +239,7 @@ class RAD_ELBO(Trace_ELBO):
             rng_key, mutable, args, kwargs = others
             if not jax.tree.leaves(mutable):
                 return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
-            params = {**params, **jax.lax.stop_gradient(mutable)}
-            return self._loss_and_state(rng_key, params, model, guide, *args, **kwargs)
+            return self._loss_and_state(rng_key, {**params, **mutable}, model, guide, *args, **kwargs)
 
         others = (rng_key, mutable, args, kwargs)
         try:
