@@ -219,7 +219,7 @@ def test_gradients_that_are_not_finite():
     x, y = regression_data()
     svi, state = prepared(branching, (x, y))
     with pytest.raises(ValueError, match=r"calibrate: the gradient in .*w_auto_loc.* is not finite in draw 1 of 3"):
-        svi.loss.calibrate(svi, state, x, y.at[3].set(jnp.nan))
+        svi.loss.calibrate(svi, state, x.at[3, 1].set(jnp.nan), y)
     assert svi.loss.planner.calibration is None
 
 

@@ -502,7 +502,9 @@ def check_budgets(problem, key):
     least, most = info.value.smallest_bytes, plan(exact=True).stored_bytes
     assert least < most
     tightest = plan(memory_budget=least)
-    assert tightest.stored_bytes <= least and plan(memory_budget=(least + most) // 2).stored_bytes <= (least + most) // 2
+    assert (
+        tightest.stored_bytes <= least and plan(memory_budget=(least + most) // 2).stored_bytes <= (least + most) // 2
+    )
     assert saved(plan(plan=saved(tightest))) == saved(tightest)
 
 
