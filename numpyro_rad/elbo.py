@@ -160,7 +160,7 @@ class RAD_ELBO(Trace_ELBO):
                 "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter and "
                 "no gradient has a plan. Use a guide with parameters, for example AutoNormal(model)."
             )
-        taken = self._closure(rng_key, param_map, model, guide, args, kwargs)
+        taken, _ = self._closure(rng_key, param_map, model, guide, args, kwargs)
         return taken.plan, taken.names
 
     def calibrate(
@@ -197,12 +197,12 @@ class RAD_ELBO(Trace_ELBO):
         mutable = svi_state.mutable_state
         options = {**kwargs, **svi.static_kwargs}
 
-        def closure(key: Any, batch: tuple) -> Closure:
+        def closure(key: Any, batch: tuple) -> tuple[Closure, Any]:
             return self._closure(key, constrained, svi.model, svi.guide, batch, options, mutable)
 
-        taken = closure(svi_state.rng_key, args)
+        taken, others = closure(svi_state.rng_key, args)
         stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
-        calibrator = Calibrator(taken.plan.graph, decision.LADDER)
+        calibrator = Calibrator(taken.graph, decision.LADDER)
         for i, key in enumerate(jax.random.split(stream, draws)):
             sign_key, loss_key = jax.random.split(key)
             _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))
@@ -211,7 +211,11 @@ class RAD_ELBO(Trace_ELBO):
                 found = dict(zip(taken.names, gradient, strict=True))
                 return pull({n: found.get(n, jnp.zeros_like(x)) for n, x in constrained.items()})
 
-            operands = closure(loss_key, (args, *batches)[i % (1 + len(batches))]).operands
+            batch = (args, *batches)[i % (1 + len(batches))]
+            if others is None:  # key and batch are part of the program
+                operands = closure(loss_key, batch)[0].operands
+            else:
+                operands = taken.operands_at(constrained, (loss_key, mutable, batch, options))
             gradient = calibrator.add(operands, [signs[name] for name in taken.names], unconstrained)
             bad = [n for n, g in zip(taken.names, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
             if bad:
@@ -268,8 +272,9 @@ class RAD_ELBO(Trace_ELBO):
 
     def _closure(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict, mutable: Any = None
-    ) -> Closure:
-        """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that.
+    ) -> tuple[Closure, Any]:
+        """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that, and its
+        arguments besides ``param_map``: None where the program has them as constants.
 
         :param mutable: the mutable state, if there is any apart from ``param_map``.
         """
@@ -278,14 +283,13 @@ class RAD_ELBO(Trace_ELBO):
             rng_key, mutable, args, kwargs = others
             if not jax.tree.leaves(mutable):
                 return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
-            params = {**params, **jax.lax.stop_gradient(mutable)}
-            return self._loss_and_state(rng_key, params, model, guide, *args, **kwargs)
+            return self._loss_and_state(rng_key, {**params, **mutable}, model, guide, *args, **kwargs)
 
         others = (rng_key, mutable, args, kwargs)
         try:
-            return Closure(loss, param_map, self.planner, others)
+            return Closure(loss, param_map, self.planner, others), others
         except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
-            return Closure(lambda params: loss(params, others), param_map, self.planner)
+            return Closure(lambda params: loss(params, others), param_map, self.planner), None
 
     def _loss_and_state(self, *operands: Any, **options: Any) -> Any:
         """The base's loss and mutable state, of which only the former is differentiated."""

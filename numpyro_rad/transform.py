@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad import _jax
+from numpyro_rad.graph import Graph
 from numpyro_rad.linearize import linearize
 from numpyro_rad.plan import Plan
 from numpyro_rad.planner import Planner
@@ -49,12 +50,19 @@ class Program:
 
     def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, planner: Planner, names: Sequence[str]) -> None:
         self._jaxpr, self._out_tree, self._planner, self._names = jaxpr, out_tree, planner, names
+        self._graphs: dict[tuple[bool, ...], Graph] = {}
         self._plans: dict[tuple[bool, ...], Plan] = {}
+
+    def graph(self, active: tuple[bool, ...]) -> Graph:
+        """The linearized graph for the differentiated ones among the operands."""
+        if active not in self._graphs:
+            self._graphs[active] = linearize(self._jaxpr, active)
+        return self._graphs[active]
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The plan for the differentiated ones among the operands."""
         if active not in self._plans:
-            graph = linearize(self._jaxpr, active)
+            graph = self.graph(active)
             names = (name for name, on in zip(self._names, active, strict=True) if on)
             self._plans[active] = self._planner(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
         return self._plans[active]
@@ -179,6 +187,7 @@ class Closure:
     :ivar program: the program.
     :ivar operands: its operands, as they are.
     :ivar active: which of them are differentiated.
+    :ivar graph: its linearized graph.
     :ivar plan: its plan.
     :ivar names: the names of the differentiated arrays, in the order of the operands.
     """
@@ -189,9 +198,8 @@ class Closure:
         :param others: what ``f`` gets besides; its arrays are traced too, and the rest is handed over as it is.
         """
         named, (rest, treedef) = named_leaves(tree), jax.tree.flatten(others)
-        leaves = [leaf for _, leaf in named]
-        is_array = [hasattr(x, "dtype") for x in rest]
-        values = [*leaves, *(x for x, on in zip(rest, is_array, strict=True) if on)]
+        leaves, is_array = [leaf for _, leaf in named], [hasattr(x, "dtype") for x in rest]
+        values = _arrays_of(tree, others)
         programs: list[Program] = []
         origins: list[tuple[int | None, Any]] = []
 
@@ -209,11 +217,29 @@ class Closure:
 
         jax.eval_shape(body, *values)
         (self.program,) = programs
-        self.operands = [value if at is None else values[at] for at, value in origins]
+        self._origins = origins
+        self.operands = self.operands_at(tree, others)
         moves = [at is not None and at < len(leaves) and _floats(values[at]) for at, _ in origins]
         self.active = tuple(moves)
         self.names = [named[at][0] for (at, _), on in zip(origins, moves, strict=True) if on and at is not None]
-        self.plan = self.program.plan(self.active)
+
+    def operands_at(self, tree: Any, others: Any = ()) -> list[Any]:
+        """The operands at another ``tree`` and other ``others`` of the same structure, shapes and dtypes."""
+        values = _arrays_of(tree, others)
+        return [value if at is None else values[at] for at, value in self._origins]
+
+    @property
+    def graph(self) -> Graph:
+        return self.program.graph(self.active)
+
+    @property
+    def plan(self) -> Plan:
+        return self.program.plan(self.active)
+
+
+def _arrays_of(tree: Any, others: Any) -> list[Any]:
+    """The leaves of a pytree, then the arrays among those of another."""
+    return [*jax.tree.leaves(tree), *(x for x in jax.tree.leaves(others) if hasattr(x, "dtype"))]
 
 
 def _floats(x: Any) -> bool:

@@ -69,7 +69,8 @@ def test_variance_along_a_direction(codec, shape):
 
 @pytest.mark.parametrize("codec", [StochasticRound(2), SampleAxis(0.2, "shared")], ids=str)
 def test_errors_taken_for_equal_are_caught(codec, monkeypatch):
-    x, ramp = normal(6, 40) + 0.5, jnp.exp(jnp.linspace(-6.0, 2.0, 40)) * jnp.ones((6, 1))
+    x, ramp = normal(6, 40, scale=0.5) + 0.5, jnp.exp(jnp.linspace(-6.0, 2.0, 40)) * jnp.ones((6, 1))
+    x = jnp.where(jnp.arange(40) < 20, 3 * jnp.sign(x), x)  # exact at the ends of the range
     assert abs(z_of_variance(codec, x, ramp)) < bound(2)
     monkeypatch.setattr(type(codec), "variance_along", Codec.variance_along)
     assert abs(z_of_variance(codec, x, ramp)) > bound(2)
@@ -83,7 +84,7 @@ def test_exact_codecs_add_none():
 
 
 def small_network(x, y):
-    return network_regression(x, y, hidden=(16, 16), scale=0.3)
+    return network_regression(x, y, hidden=(16,), scale=0.3)
 
 
 def recurrence(xs, y):
@@ -147,13 +148,12 @@ def measured(svi, state, args, elbo, guides=64, paths=64):
     return within, draws.mean(1).var(0, ddof=1).sum() - within / paths
 
 
-@pytest.mark.parametrize("codec", [StochasticRound(4), StochasticRound(2)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_predicted_is_measured(name, codec):
-    model, args = MODELS[name]
+def test_predicted_is_measured(name):
+    codec, (model, args) = StochasticRound(4), MODELS[name]
     svi, state = prepared(model, args)
-    found = svi.loss.calibrate(svi, state, *args, draws=64)
-    assert svi.loss.planner.calibration is found and found.n_draws == 64
+    found = svi.loss.calibrate(svi, state, *args, draws=200)
+    assert svi.loss.planner.calibration is found and found.n_draws == 200
     elbo = RAD_ELBO(codec=codec, calibration=found)
     plan = plan_of(svi, state, args, elbo)
     assert any(p.encoded for p in plan.walk())
@@ -194,8 +194,10 @@ def test_a_linear_model_in_closed_form():
     z = 0.1 + normal(2000, SIZE, seed=5)
     weights = jnp.sqrt((A**2).sum(1))
     expected = jax.vmap(lambda z: codec.variance_along(A @ z - B, weights))(z).mean()
-    measured_here = sum(row[found.codecs.index(codec)] for row in found.added.values())
-    assert measured_here == pytest.approx(float(expected), rel=0.15)
+    elbo = RAD_ELBO(codec=codec, calibration=found)
+    predicted = found.predicted(plan_of(svi, state, (B,), elbo)) * found.reference_variance
+    assert predicted == pytest.approx(float(expected), rel=0.15)  # z itself is coded too and adds a thousandth
+    assert measured(svi, state, (B,), elbo)[0] == pytest.approx(float(expected), rel=0.15)
 
 
 def test_deterministic_gradients_are_compared_with_their_norm():
@@ -217,7 +219,7 @@ def test_gradients_that_are_not_finite():
     x, y = regression_data()
     svi, state = prepared(branching, (x, y))
     with pytest.raises(ValueError, match=r"calibrate: the gradient in .*w_auto_loc.* is not finite in draw 1 of 3"):
-        svi.loss.calibrate(svi, state, x, y.at[3].set(jnp.nan))
+        svi.loss.calibrate(svi, state, x.at[3, 1].set(jnp.nan), y)
     assert svi.loss.planner.calibration is None
 
 
@@ -238,6 +240,14 @@ def test_another_program_warns():
     with pytest.warns(UserWarning, match="calibration was made for another program"):
         after = plan_of(svi, state, regression_data(64))
     assert after.to_dict() == before.to_dict()
+    svi.loss.calibrate(svi, state, *regression_data(64), draws=2)  # does not ask the old one
+    plan_of(svi, state, regression_data(64))
+
+
+def test_a_budget_that_is_too_small_is_no_hindrance():
+    args = regression_data()
+    svi, state = prepared(branching, args, memory_budget=0)
+    assert svi.loss.calibrate(svi, state, *args, draws=2).n_draws == 2
 
 
 # What it is for
@@ -276,8 +286,7 @@ def with_steps(x, y):
     branching(x, y)
 
 
-@pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize("model", [branching, with_steps])
+@pytest.mark.parametrize(("model", "particles"), [(branching, 3), (with_steps, 1)])
 def test_particles_and_mutable_state(model, particles):
     """The first update plans by the calibration: else it would warn."""
     args = regression_data()
@@ -286,7 +295,7 @@ def test_particles_and_mutable_state(model, particles):
     assert found.gradient_variance > 0 and any(map(any, found.added.values()))
     state, loss = jax.jit(svi.update)(state, *args)
     assert np.isfinite(loss)
-    assert state.mutable_state is None or state.mutable_state["seen"]["steps"] == 1
+    assert state.mutable_state is None or state.mutable_state["seen"]["steps"] == 2  # svi.init is a step too
 
 
 def test_batches_count():
