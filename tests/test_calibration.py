@@ -148,6 +148,7 @@ def measured(svi, state, args, elbo, guides=64, paths=64):
     return within, draws.mean(1).var(0, ddof=1).sum() - within / paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_predicted_is_measured(name):
     codec, (model, args) = StochasticRound(4), MODELS[name]

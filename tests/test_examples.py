@@ -264,6 +264,7 @@ def test_benchmark_from_run_to_page(
     assert figures.markdown_table(report) in page.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("encode_all")
 def test_budget_curves_from_run_to_page(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

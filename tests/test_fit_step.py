@@ -30,6 +30,7 @@ def step_bytes(svi, state):
     return step + sizes.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_the_whole_step_fits():
     exact = step_bytes(*prepared(Trace_ELBO()))
     elbo = RAD_ELBO()
