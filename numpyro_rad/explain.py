@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numpyro_rad import _jax
+from numpyro_rad.codecs import Codec
 from numpyro_rad.graph import Edge, Split, Value, site_name, sites
 from numpyro_rad.plan import Path, Plan, Prediction, kept_bytes
 
@@ -48,7 +49,8 @@ class Explanation:
     """A plan as a table; ``print`` it.
 
     :ivar rows: one for each residual, in the order of the program.
-    :ivar stored_bytes: bytes stored between the sweeps by one gradient: codes, scales, keys and kept values.
+    :ivar stored_bytes: bytes held for the backward sweep at any time: codes, scales, keys and kept values. The sum of
+        all rows, unless a chain of layers is cut into segments, of which one is held at a time.
     :ivar exact_bytes: bytes of the same residuals stored exactly, elementwise derivatives already fused.
     :ivar defaults: operations that took the safe default (the primitive's own derivative from exact inputs), with
         lines.
@@ -313,7 +315,7 @@ def _rows(plan: Plan, labels: dict[Value, str]) -> Iterable[Row]:
             yield _segments_row(plan, edge.split, found.get(edge, ""), edge.line)
     for value in plan.kept:
         if value not in counted:
-            yield _row(plan, value, "", _SOURCE, str(plan.kept[value]), kept_bytes(value), False)
+            yield _row(plan, value, "", _SOURCE, _stored(plan, value, plan.kept[value]), kept_bytes(value), False)
 
 
 def _row(plan: Plan, value: Value, site: str, operation: str, decision: str, stored: int, linear: bool) -> Row:
@@ -342,10 +344,16 @@ def _decision(plan: Plan, residual: Value, linear: bool) -> tuple[str, Value | N
     """What happens to a residual, and the stored value that stands for it (None: nothing is stored for it)."""
     if linear and plan.estimated(residual):
         carrier = plan.carrier[residual]
-        return str(plan.encoded[carrier].codec), carrier
+        return _stored(plan, carrier, plan.encoded[carrier].codec), carrier
     if residual in plan.kept:
-        return str(plan.kept[residual]), residual
+        return _stored(plan, residual, plan.kept[residual]), residual
     return ("alive" if residual in plan.reads else "recompute"), None
+
+
+def _stored(plan: Plan, value: Value, codec: Codec) -> str:
+    """How a value is stored, and with which segment of a chain: those of one segment are held at a time."""
+    where = f", segment {plan.late[value] + 1} of {plan.chain_length}" if value in plan.late else ""
+    return f"{codec}{where}"
 
 
 def _defaults(plan: Plan) -> list[str]:

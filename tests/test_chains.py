@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from numpyro_rad import Keep, StochasticRound, decision, rad, sweep
+from numpyro_rad import Keep, StochasticRound, decision, explain, rad, sweep
 from numpyro_rad.segments import cut_chain
 
 KEY = jax.random.key(5)
@@ -167,6 +167,9 @@ def test_the_planner_cuts_where_an_exact_budget_asks_for_it():
     budget = int(0.6 * once.stored_bytes)
     plan = rad(layers, memory_budget=budget, exact=True).planned((X, WS), {}, (0, 1))[0]
     assert plan.stored_bytes <= budget and plan.chain_length > 1 and not plan.encoded
+    shown = explain(rad(layers, memory_budget=budget, exact=True), KEY, X, WS, argnums=(0, 1))
+    assert shown.stored_bytes == plan.stored_bytes < sum(r.stored_bytes for r in shown.rows)
+    assert f"keep, segment 1 of {plan.chain_length}" in str(shown)
     exact = ravel_pytree(jax.grad(layers, argnums=(0, 1))(X, WS))[0]
     found = gradient(layers, memory_budget=budget, exact=True)
     np.testing.assert_allclose(found, exact, rtol=2e-4, atol=2e-5 * float(jnp.abs(exact).max()))
