@@ -8,7 +8,7 @@ for), ``transform`` (how it becomes a JAX transformation) and ``elbo``. ``codecs
 """
 
 from numpyro_rad.calibration import Calibration
-from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, StochasticRound
+from numpyro_rad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys
 from numpyro_rad.explain import Comparison, Explanation, compare, explain
 from numpyro_rad.figures import plan_figure
@@ -33,6 +33,7 @@ __all__ = [
     "RandomProjection",
     "Residual",
     "SampleAxis",
+    "SampledRound",
     "StochasticRound",
     "VarianceWarning",
     "compare",

@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from numpyro_rad import _jax, rules, solver
-from numpyro_rad.codecs import Codec, Keep, RandomProjection, SampleAxis, StochasticRound
+from numpyro_rad.codecs import Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
 from numpyro_rad.graph import Edge, Equation, Graph, Split, Value
 from numpyro_rad.plan import (
     BudgetError,
@@ -495,9 +495,12 @@ LADDER: tuple[Codec, ...] = (
     StochasticRound(bits=4),
     StochasticRound(bits=2),
     StochasticRound(bits=1),
-    SampleAxis(keep=1 / 64),
+    SampledRound(bits=2, size=2),
+    SampledRound(bits=2, size=4),
+    SampledRound(bits=2, size=8),
+    SampledRound(bits=2, size=32),
 )
-"""Codecs by falling size: rounding first, sampling only below one bit (it adds far more variance at equal bytes)."""
+"""Codecs by falling size: rounding first, rounding of a sampled part for about one bit and less."""
 
 
 CHAIN_LENGTHS = (2, 3, 4, 6, 8, 12, 16)
@@ -634,7 +637,7 @@ def _with_paths(graph: Graph, path: Path = ()) -> list[tuple[Path, Graph]]:
 
 
 def _codec_from(fields: dict[str, Any]) -> Codec:
-    kinds = {kind.__name__: kind for kind in (StochasticRound, SampleAxis, RandomProjection)}
+    kinds = {kind.__name__: kind for kind in (StochasticRound, SampledRound, SampleAxis, RandomProjection)}
     return kinds[fields.pop("name")](**fields)
 
 

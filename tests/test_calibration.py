@@ -14,7 +14,7 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 from zscores import bound
 
-from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, StochasticRound, decision, explain
+from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, decision, explain
 
 KEY = jax.random.key(4)
 
@@ -42,6 +42,8 @@ CODECS = [
     SampleAxis(0.2, centred=True),
     SampleAxis(0.2, "shared", centred=True),
     SampleAxis(1 / 64),
+    SampledRound(),
+    SampledRound(1, 64, 3),
 ]
 
 

@@ -16,12 +16,30 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
-from numpyro_rad import Codec, Keep, RandomProjection, SampleAxis, StochasticRound, decision, explain, rad, rules, sweep
+from numpyro_rad import (
+    Codec,
+    Keep,
+    RandomProjection,
+    SampleAxis,
+    SampledRound,
+    StochasticRound,
+    decision,
+    explain,
+    rad,
+    rules,
+    sweep,
+)
 from numpyro_rad.seeds import fold
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (8, 4, 2, 1)]
-SAMPLING = [SampleAxis(0.15), SampleAxis(0.15, "shared"), SampleAxis(0.15, centred=True), RandomProjection(0.15)]
+SAMPLING = [
+    SampleAxis(0.15),
+    SampleAxis(0.15, "shared"),
+    SampleAxis(0.15, centred=True),
+    RandomProjection(0.15),
+    SampledRound(),
+]
 CODECS = [*ROUNDING, *SAMPLING]
 
 
