@@ -342,9 +342,9 @@ def test_fixed_programs(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 38])
-def test_one_draw_for_two_readers_on_a_path_is_caught(seed, monkeypatch):
-    """Of the first 72 seeds these are the two whose programs show it: its size is that of one more draw's variance."""
+def test_one_draw_for_two_readers_on_a_path_is_caught(monkeypatch):
+    """Few programs show it, since its size is that of one more draw's variance; that of this seed does."""
+    seed = 38
     assert worst_z(loss(seeded(seed)), [StochasticRound(1)])[0] < 1
     one_group = lambda graph, linear: {value: (frozenset(edges),) for value, edges in linear.items()}  # noqa: E731
     monkeypatch.setattr(decision, "_disjoint_groups", one_group)
