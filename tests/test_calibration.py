@@ -181,6 +181,7 @@ def linear_guide(b):
     numpyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
 
 
+@pytest.mark.slow
 def test_a_linear_model_in_closed_form():
     """z = loc + eps, gradient = (1 + A'A) z - A'b: its covariance is (1 + A'A)^2; what is coded is the misfit A z - b.
 
@@ -289,6 +290,7 @@ def with_steps(x, y):
     branching(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "particles"), [(branching, 3), (with_steps, 1)])
 def test_particles_and_mutable_state(model, particles):
     """The first update plans by the calibration: else it would warn."""
@@ -301,6 +303,7 @@ def test_particles_and_mutable_state(model, particles):
     assert state.mutable_state is None or state.mutable_state["seen"]["steps"] == 2  # svi.init is a step too
 
 
+@pytest.mark.slow
 def test_batches_count():
     """Minibatches that the caller draws are part of the variance if the calibration sees them."""
     x, y = regression_data(96)

@@ -43,6 +43,7 @@ def test_the_whole_step_fits():
     assert np.isfinite(loss)
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_fit_says_what_it_takes_and_changes_nothing():
     elbo = RAD_ELBO()
     before = elbo.planner

@@ -67,6 +67,7 @@ def test_trains_with_one_word_changed(name):
             assert_same_end(losses(name, RAD_ELBO(codec=StochasticRound(bits=1))), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_default_stores_less(name):
     """All store less than their residuals, and all but the one that is elementwise throughout hold random codes."""

@@ -338,6 +338,7 @@ def series(returns):
     scan(step, jnp.zeros(8), returns)
 
 
+@pytest.mark.slow
 def test_scan_of_a_model(particles=2):
     returns = normal(LENGTH, 8, seed=5)
     guide = AutoNormal(series)
