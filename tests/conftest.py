@@ -40,3 +40,11 @@ def encode_all(monkeypatch):
     monkeypatch.setattr(numpyro_rad.decision, "LEAST_ENCODED_BYTES", 0)
     for name in ("KEEP_START", "CODE_START", "MAKE_START", "CODE_NANOSECONDS_PER_ENTRY"):
         monkeypatch.setattr(numpyro_rad.decision, name, 0.0)
+
+
+@pytest.fixture
+def arrays_of_any_size_count(monkeypatch):
+    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
+    monkeypatch.setattr(numpyro_rad.decision, "LEAST_ENCODED_BYTES", 0)
+    for name in ("KEEP_START", "CODE_START", "MAKE_START"):
+        monkeypatch.setattr(numpyro_rad.decision, name, 0.0)

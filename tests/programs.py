@@ -18,6 +18,11 @@ from numpyro_rad import explain
 KEY = 5
 
 
+def normal(*shape, seed=0, scale=1.0):
+    """Normal numbers in float32, others for each shape and seed."""
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Model, guide and their arguments, with parameters to look at."""

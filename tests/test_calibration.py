@@ -12,23 +12,15 @@ from jax.flatten_util import ravel_pytree
 from models import network_regression, wave
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
+from programs import normal
 from zscores import bound
 
-from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, decision, explain
+from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, explain
 
 KEY = jax.random.key(4)
 
 
-@pytest.fixture(autouse=True)
-def arrays_of_any_size_count(monkeypatch):
-    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
-    for name in ("KEEP_START", "CODE_START", "MAKE_START"):
-        monkeypatch.setattr(decision, name, 0.0)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
+pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
 
 
 # Variance along a direction

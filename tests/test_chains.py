@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from programs import normal
 
 from numpyro_rad import Keep, StochasticRound, decision, explain, rad, sweep
 from numpyro_rad.segments import cut_chain
@@ -13,16 +14,7 @@ from numpyro_rad.segments import cut_chain
 KEY = jax.random.key(5)
 
 
-@pytest.fixture(autouse=True)
-def arrays_of_any_size_count(monkeypatch):
-    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
-    for name in ("KEEP_START", "CODE_START", "MAKE_START"):
-        monkeypatch.setattr(decision, name, 0.0)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
+pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
 
 
 X, WS = normal(64, 16), [normal(16, 16, seed=i, scale=0.4) for i in range(12)]

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from programs import normal
 from zscores import assert_unbiased
 
 from numpyro_rad import (
@@ -23,7 +24,6 @@ from numpyro_rad import (
     Keep,
     SampleAxis,
     StochasticRound,
-    decision,
     explain,
     rad,
     sweep,
@@ -34,16 +34,7 @@ KEY = jax.random.key(3)
 LENGTH = 16
 
 
-@pytest.fixture(autouse=True)
-def arrays_of_any_size_count(monkeypatch):
-    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
-    for name in ("KEEP_START", "CODE_START", "MAKE_START"):
-        monkeypatch.setattr(decision, name, 0.0)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
+pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
 
 
 # Programs: loops of LENGTH iterations
