@@ -129,10 +129,12 @@ def test_shares_add_up_and_count_what_is_shared_once():
         row("elementwise", "recompute", 60_000, 0),
         row("recomputation", "keep", 20_000, 20_000),  # what the row before is made from
     ]
-    found = run.residual_shares(rows)
-    assert (found["total_bytes"], found["compressed_bytes"]) == (148_000, 80_000)
+    found = run.residual_shares(rows, 100_000)
+    assert (found["total_bytes"], found["compressed_bytes"], found["eliminated_bytes"]) == (148_000, 80_000, 0)
     assert (found["kept_bytes"], found["recomputed_bytes"]) == (28_000, 40_000)
     assert [k["reason"] for k in found["kept"]] == ["source of recomputation", "small"]
+    found = run.residual_shares(rows, 200_000)
+    assert (found["total_bytes"], found["eliminated_bytes"], found["recomputed_bytes"]) == (200_000, 52_000, 40_000)
 
 
 def test_program_measures_a_model_and_writes_its_page(tmp_path):
