@@ -92,7 +92,7 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
         ``signs`` are aligned with these. ``variances[i, j]`` is what codec j adds by residual i.
     """
     plan = decision.all_coded(graph)
-    paths = [(*p.path, v.number) for p, v, _ in _coded(plan)]
+    paths = [(*p.path, v.number) for p, v in _coded(plan)]
 
     def measure(operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any]:
         seed = jnp.zeros(2, jnp.uint32)
@@ -111,7 +111,7 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
         arrays = list(_arrays(plan, tape))
         directions, gradient = jax.grad(projection, has_aux=True)(arrays)
         table = []
-        for (_, value, _), draws, along in zip(_coded(plan), arrays, directions, strict=True):
+        for (_, value), draws, along in zip(_coded(plan), arrays, directions, strict=True):
             table.append([sum(_variance(c, value, x, s) for x, s in zip(draws, along, strict=True)) for c in codecs])
         return gradient, jnp.asarray(table).reshape(len(table), len(codecs))
 
@@ -128,10 +128,10 @@ def _variance(codec: Codec, value: Value, x: Any, direction: Any) -> Any:
     return one_by_one.sum()
 
 
-def _coded(plan: Plan) -> Iterator[tuple[Plan, Value, int]]:
-    """Coded residuals of a plan and of the plans inside it, and how many draws there are of each."""
-    for value, entry in plan.encoded.items():
-        yield plan, value, len(entry.readers)
+def _coded(plan: Plan) -> Iterator[tuple[Plan, Value]]:
+    """Coded residuals of a plan and of the plans inside it."""
+    for value in plan.encoded:
+        yield plan, value
     for children in plan.children.values():
         for child in children:
             yield from _coded(child)

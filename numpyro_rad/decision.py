@@ -83,11 +83,8 @@ def any_of(codecs: tuple[Codec, ...]) -> Codecs:
     """All codecs wherever they may be used and save something."""
 
     def choices(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
-        shape, dtype, exact_bytes = value.aval.shape, value.aval.dtype, _jax.aval_bytes(value.aval)
-        if exact_bytes * repeat < LEAST_ENCODED_BYTES:
-            return ()
-        fit = (c for c in codecs if not c.exact and c.supports(shape, dtype))
-        return tuple(c for c in fit if c.stored_bytes(shape, dtype) < exact_bytes)
+        worth_it = _jax.aval_bytes(value.aval) * repeat >= LEAST_ENCODED_BYTES
+        return tuple(c for codec in codecs for c in forced(codec, value)) if worth_it else ()
 
     return choices
 
@@ -107,7 +104,7 @@ def equal_shares(graph: Graph) -> VarianceModel:
 
 
 def forced(codec: Codec, value: Value) -> tuple[Codec, ...]:
-    """The choice that a user's rule leaves: this codec, or nothing where it is exact or cannot code the value."""
+    """This codec, or nothing where it is exact, cannot code the value or saves no bytes."""
     shape, dtype = value.aval.shape, value.aval.dtype
     fits = not codec.exact and codec.supports(shape, dtype)
     return (codec,) if fits and codec.stored_bytes(shape, dtype) < _jax.aval_bytes(value.aval) else ()
@@ -643,8 +640,8 @@ def _codec_from(fields: dict[str, Any]) -> Codec:
 
 def _binding(plan: Plan) -> str:
     """The largest residuals of a plan, for an error message."""
-    sizes = [(kept_bytes(v) * p.repeat, v, p) for p in plan.walk() for v in p.kept]
-    sizes += [(e.stored_bytes * p.repeat, v, p) for p in plan.walk() for v, e in p.encoded.items()]
+    sizes = [(kept_bytes(v) * p.held, v, p) for p in plan.walk() for v in p.kept]
+    sizes += [(e.stored_bytes * p.held, v, p) for p in plan.walk() for v, e in p.encoded.items()]
     largest = sorted(sizes, key=lambda s: -s[0])[:3]
     if not largest:
         return ""

@@ -258,7 +258,8 @@ class RAD_ELBO(Trace_ELBO):
             if step <= limit:
                 return budget
             smallest = min(smallest, step)
-            plan, _ = self.plan(svi_state.rng_key, svi.get_params(svi_state), svi.model, svi.guide, *args, **kwargs)
+            operands = (svi_state.rng_key, svi.get_params(svi_state), svi.model, svi.guide, *args)
+            plan, _ = self.plan(*operands, **{**kwargs, **svi.static_kwargs})
             budget = plan.stored_bytes - max(step - limit, plan.stored_bytes // 20)
             if budget < 0:
                 break
