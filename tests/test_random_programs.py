@@ -342,7 +342,7 @@ def test_fixed_programs(seed):
 
 
 def test_one_draw_for_two_readers_on_a_path_is_caught(monkeypatch):
-    """``v`` scales ``w`` and again the product's way back: one draw for both would give ``w`` a gradient in v squared."""
+    """``v`` scales ``w`` and again the way back from the product: one draw for both would give its mean square."""
 
     def twice(x, w, b, t, index):
         v = x @ w

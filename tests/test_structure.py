@@ -23,7 +23,7 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
-    ("seeds", "solver"),
+    ("seeds", "solver", "records"),
     ("_jax", "codecs"),
     ("rules",),
     ("graph",),
@@ -33,16 +33,18 @@ LAYERS = (
     ("linearize", "planner"),
     ("transform", "calibration"),
     ("explain",),
-    ("elbo", "figures"),
-    ("diagnostics",),
-    ("svi", "report"),
+    ("elbo", "figures", "report"),
+    ("diagnostics", "archive"),
+    ("tracking", "quality"),
+    ("svi",),
     ("__init__",),
+    ("__main__",),
 )
 LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
 
 JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
 MAY_USE_JAX_INTERNALS = {"_jax"}
-MAY_IMPORT_NUMPYRO = {"elbo", "svi"}
+MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "svi"}
 
 
 def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:

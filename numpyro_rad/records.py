@@ -1,0 +1,275 @@
+"""What is known about a fit, as plain data: numbers, names and arrays that :func:`to_dict` turns into JSON.
+
+``diagnostics`` and ``tracking`` measure, ``quality`` judges, ``svi`` collects, ``report`` and ``archive`` show. All of
+them speak in the records of this module, and none of these needs JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number that was estimated from random draws.
+
+    :ivar value: the estimate; an unbiased estimate of a variance may be negative.
+    :ivar standard_error: its standard error; NaN if there are too few draws for one.
+    """
+
+    value: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {self.standard_error:.1g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockVariance:
+    """Noise of the gradient in one block of parameters; variances are traces of covariances, tr Cov(g).
+
+    The parts add up to the total by the law of total variance.
+
+    :ivar name: of the block: a site, a parameter, a layer, or "total".
+    :ivar size: number of parameters.
+    :ivar minibatch: variance, over minibatches, of the gradient's mean given the minibatch.
+    :ivar guide: mean, over minibatches, of the variance that the guide's samples (and dropout, ...) add.
+    :ivar path: what the codes of the residuals add.
+    :ivar total: the sum of the three.
+    :ivar squared_norm: squared norm of the mean gradient.
+    """
+
+    name: str
+    size: int
+    minibatch: Estimate
+    guide: Estimate
+    path: Estimate
+    total: Estimate
+    squared_norm: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientVariance:
+    """How noisy a gradient of SVI is, and where the noise comes from; ``print`` it.
+
+    :ivar total: all parameters together.
+    :ivar blocks: the same by block.
+    :ivar rho: path variance / (minibatch + guide variance).
+    :ivar rho_interval: confidence interval of it (95 %).
+    :ivar predicted_rho: what the plan predicted for it; None where nothing is predicted.
+    :ivar signal_to_noise: squared norm of the mean gradient / total variance.
+    :ivar noise_scale: total variance / squared norm (McCandlish et al. 2018), in gradients of this size.
+    :ivar draws: independent replicates of four gradients each.
+    :ivar seconds: for "exact" and "randomized", seconds of one gradient; empty if not measured.
+    :ivar temporary_bytes: for the same, temporary memory of one compiled gradient.
+    :ivar efficiency: for the same, 1 / (variance x seconds) relative to "exact"; empty if not measured.
+    :ivar memory_efficiency: the same with bytes in the place of seconds.
+    """
+
+    total: BlockVariance
+    blocks: tuple[BlockVariance, ...]
+    rho: Estimate
+    rho_interval: tuple[float, float]
+    predicted_rho: float | None
+    signal_to_noise: Estimate
+    noise_scale: Estimate
+    draws: int
+    seconds: dict[str, float]
+    temporary_bytes: dict[str, int]
+    efficiency: dict[str, float]
+    memory_efficiency: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """Something that the user of a fit should know.
+
+    :ivar step: when it was seen, in steps of the optimizer.
+    :ivar kind: "rho" (codes add too much variance), "nonfinite" (a NaN or infinite loss or gradient), "signal" (a
+        gradient lost in its noise), "replan" (a new plan was made), ...
+    :ivar site: where, empty for the whole fit.
+    :ivar message: in words, and what to try.
+    """
+
+    step: int
+    kind: str
+    site: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Track:
+    """Noise of the gradient during a fit: one row for each time that it was looked at, one column for each parameter.
+
+    Single looks are noisy; average over a few of them before dividing.
+
+    :ivar names: names of the parameters, in order.
+    :ivar steps: when, shape (looks,).
+    :ivar path: unbiased estimates of the path variance, shape (looks, names).
+    :ivar total: unbiased estimates of the total variance, shape (looks, names).
+    :ivar squared_norm: unbiased estimates of the squared norm of the mean gradient, shape (looks, names).
+    :ivar rho: running average of path / (total - path), shape (looks,).
+    :ivar seconds: wall time of the fit until then, shape (looks,).
+    """
+
+    names: tuple[str, ...]
+    steps: np.ndarray
+    path: np.ndarray
+    total: np.ndarray
+    squared_norm: np.ndarray
+    rho: np.ndarray
+    seconds: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class FitQuality:
+    """How good a fit is.
+
+    :ivar elbo: the ELBO on the data, evaluated exactly.
+    :ivar pareto_k: the shape of the tail of the importance weights; above 0.7 expectations under the guide cannot be
+        trusted to be those under the posterior. None if it was not computed.
+    :ivar r_hat: the largest split R-hat of the iterates; None if no iterates were recorded.
+    :ivar mcse: the largest Monte Carlo standard error of the mean iterate, relative to the spread of the iterates.
+    :ivar converged: whether the iterates have converged by the rule of Dhaka et al. 2020; None if unknown.
+    """
+
+    elbo: Estimate
+    pareto_k: float | None
+    r_hat: float | None
+    mcse: float | None
+    converged: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """One residual of a plan, see ``numpyro_rad.Explanation``."""
+
+    line: str
+    site: str
+    operation: str
+    shape: tuple[int, ...]
+    decision: str
+    exact_bytes: int
+    stored_bytes: int
+    relative_variance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRecord:
+    """A plan, as a report shows it.
+
+    :ivar rows: its residuals.
+    :ivar stored_bytes: bytes held between the sweeps.
+    :ivar exact_bytes: bytes of the same residuals stored exactly.
+    :ivar temporary_bytes: temporary memory of the compiled step; None if unknown.
+    :ivar added_seconds: predicted added time, relative to that of the exact step; None where nothing is predicted.
+    :ivar added_variance: predicted added variance, relative to that of the exact gradient.
+    :ivar timeline: bytes held at times from 0 to 1 (forward sweep) and 1 to 2 (backward sweep): times, bytes of this
+        plan, bytes if all were stored exactly.
+    """
+
+    rows: tuple[PlanRow, ...]
+    stored_bytes: int
+    exact_bytes: int
+    temporary_bytes: int | None
+    added_seconds: float | None
+    added_variance: float | None
+    timeline: tuple[tuple[float, float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FitRecord:
+    """All that is known about a fit: what a report shows.
+
+    :ivar title: what was fitted, for example the names of model and guide.
+    :ivar created: date and time, ISO 8601.
+    :ivar versions: of the packages that matter, and the device.
+    :ivar options: of the ELBO and of the run, as text.
+    :ivar num_steps: steps taken.
+    :ivar num_params: number of parameters.
+    :ivar seconds: wall time of the run, compilation included.
+    :ivar losses: loss of every step, shape (num_steps,).
+    :ivar alarms: what was noticed.
+    :ivar plan: how residuals are stored; None for an ELBO that stores them exactly.
+    :ivar track: noise of the gradient during the fit.
+    :ivar gradient_variance: noise of the gradient at the end, split by source.
+    :ivar quality: how good the fit is.
+    """
+
+    title: str
+    created: str
+    versions: dict[str, str]
+    options: dict[str, str]
+    num_steps: int
+    num_params: int
+    seconds: float
+    losses: np.ndarray
+    alarms: tuple[Alarm, ...] = ()
+    plan: PlanRecord | None = None
+    track: Track | None = None
+    gradient_variance: GradientVariance | None = None
+    quality: FitQuality | None = None
+
+
+def to_dict(record: Any) -> Any:
+    """A record as what ``json.dumps`` takes; NaN and infinities are strings, which JSON has no numbers for."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_dict(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, np.ndarray):
+        return to_dict(record.tolist())
+    if isinstance(record, (tuple, list)):
+        return [to_dict(x) for x in record]
+    if isinstance(record, dict):
+        return {str(k): to_dict(v) for k, v in record.items()}
+    if isinstance(record, (np.generic, np.bool_)):
+        return to_dict(record.item())
+    if isinstance(record, float) and not np.isfinite(record):
+        return str(record)
+    return record
+
+
+def from_dict(kind: type[T], data: Any) -> T:
+    """The record of a class that :func:`to_dict` took apart.
+
+    :raises ValueError: if ``data`` is not that of such a record.
+    """
+    try:
+        return _built(kind, data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"this is not the data of a {kind.__name__}, or one of another version: {error!r}. Save it again with this "
+            "version of numpyro_rad."
+        ) from error
+
+
+def _built(kind: Any, data: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (a for a in args if a is not type(None))
+        return None if data is None else _built(inner, data)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{f.name: _built(hints[f.name], data[f.name]) for f in dataclasses.fields(kind)})  # type: ignore
+    if origin is tuple:
+        inner = [args[0]] * len(data) if args[-1] is Ellipsis else args
+        return tuple(_built(a, x) for a, x in zip(inner, data, strict=True))
+    if origin is dict:
+        return {k: _built(args[1], v) for k, v in data.items()}
+    if kind is np.ndarray:
+        return np.asarray(data, None if _all_integers(data) else float)
+    if kind is float:
+        return float(data)
+    if not isinstance(data, kind):
+        raise TypeError(f"{data!r} is not a {kind.__name__}")
+    return data
+
+
+def _all_integers(data: Any) -> bool:
+    return all(map(_all_integers, data)) if isinstance(data, list) else isinstance(data, int)
