@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Most of the time of the tests goes to the compiler, and they do not measure time: machine code need not be polished.
+# What is allocated, fused and shared is decided before and stays as it is.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
 import jax
 import pytest
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+import pytest
 from models import wave
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
@@ -21,6 +22,12 @@ KEY = 5
 def normal(*shape, seed=0, scale=1.0):
     """Normal numbers in float32, others for each shape and seed."""
     return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
+
+
+def few(names, *usual):
+    """Parameters of a test that takes seconds for each: ``usual`` run always, the others are slow tests."""
+    assert set(usual) <= set(names)
+    return [pytest.param(n, marks=() if n in usual else pytest.mark.slow) for n in names]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from numpyro.infer import (
 )
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.elbo import ELBO
-from programs import KEY, assert_close, flat, is_random, network, program, small_network
+from programs import KEY, assert_close, few, flat, is_random, network, program, small_network
 from zscores import assert_unbiased, assert_uncorrelated
 
 from numpyro_rad import RAD_ELBO, Keep, NoiseKeys, StochasticRound
@@ -123,7 +123,7 @@ def together():
     return program(model, guide, *wave(16), elbo=Trace_ELBO(multi_sample_guide=True))
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", few(BASES, "mean field", "enumeration, guessed nesting", "several samples at once"))
 def test_value_and_exact_gradient_are_those_of_the_base(double, name):
     make, build = BASES[name]
     problem = build(make())
@@ -148,7 +148,9 @@ def test_trains_like_the_base(name):
     np.testing.assert_allclose(run(RAD_ELBO(base=make(), codec=Keep())).losses, run(make()).losses, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mean field, particles", "importance weighted", "graph"])
+@pytest.mark.parametrize(
+    "name", few(["mean field, particles", "importance weighted", "graph"], "mean field, particles")
+)
 def test_gradient_is_unbiased_over_path_keys(double, encode_all, name):
     make, build = BASES[name]
     problem = build(make())
@@ -304,7 +306,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few(MODELS, "AutoDAIS", "do and condition", "loops and branches in a scan"))
 def test_exact_plan_has_the_gradient_of_trace_elbo(double, name):
     problem = MODELS[name]()
     expected = problem.value_and_grad(Trace_ELBO())
@@ -388,6 +390,7 @@ def test_gradient_of_the_full_data_is_unbiased_over_minibatches_and_paths(double
     assert_unbiased(gradients(problem, elbo, minibatch=DRAWS, path=DRAWS), exact(full, Trace_ELBO()), "gradient")
 
 
+@pytest.mark.slow
 def test_path_noise_is_independent_of_the_minibatch_noise(double, encode_all):
     """Its contribution, by differences under one minibatch, is uncorrelated with what the minibatch does."""
     problem, elbo = minibatched()

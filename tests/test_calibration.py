@@ -227,6 +227,7 @@ def test_a_variance_takes_two_draws(draws):
         svi.loss.calibrate(svi, state, *args, draws=draws)
 
 
+@pytest.mark.slow
 def test_another_program_warns():
     args = regression_data()
     svi, state = prepared(branching, args, memory_budget="2kB")
@@ -306,6 +307,7 @@ def test_batches_count():
     assert several.program == alone.program and several.gradient_variance != alone.gradient_variance
 
 
+@pytest.mark.slow
 def test_the_same_state_gives_the_same_calibration():
     args = regression_data()
     svi, state = prepared(branching, args)

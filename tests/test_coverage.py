@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from numpyro.infer import SVI, Trace_ELBO
+from programs import few
 
 from numpyro_rad import RAD_ELBO, Keep
 from numpyro_rad.explain import Row
@@ -47,15 +48,9 @@ def load(*names: str) -> list[ModuleType]:
 models, run, table = load("models", "run", "table")
 
 FAST = """
-laplace annealed_importance_sampling annotation capture_recapture diagonal_mixture text_ideal_points vae prodlda
-random_flax_network proportion_test covtype logistic_subsampling gaussian_process hilbert_space_gp item_response
-censored_weibull autoregression many_station_forecast
+laplace annotation vae prodlda proportion_test logistic_subsampling gaussian_process item_response censored_weibull
+autoregression
 """.split()
-
-
-def names() -> list:
-    """All models, those outside of the fast set marked slow."""
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in models.MODELS]
 
 
 def evaluate(example, key):
@@ -81,7 +76,7 @@ def evaluate(example, key):
     return results
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", few(models.MODELS, *FAST))
 def test_value_and_exact_gradient(name):
     example = models.MODELS[name]
     for package in example.needs:

@@ -34,7 +34,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, autoguide
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.primitives import mutable
-from programs import KEY, assert_close, assert_equal_trees, exact, flat, is_random, network, program, small_network
+from programs import KEY, assert_close, assert_equal_trees, exact, few, flat, is_random, network, program, small_network
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, NoiseKeys, StochasticRound, explain
@@ -159,7 +159,18 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    few(
+        PROGRAMS,
+        "AutoDelta",
+        "AutoMultivariateNormal",
+        "plate with a subsample",
+        "network",
+        "scan",
+        "strings, None, ints",
+    ),
+)
 def test_exact_plan_has_the_gradient_of_trace_elbo(double, name):
     problem = PROGRAMS[name]()
     value, gradient = problem.value_and_grad(RAD_ELBO(codec=Keep()))
@@ -192,7 +203,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", few(LOOPS, "vmap", "map with checkpoint"))
 def test_particles(double, loop):
     problem = pooled()
     options = {"num_particles": 4, "vectorize_particles": LOOPS[loop]}
@@ -265,9 +276,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "Minimize" else ()) for name in OPTIMIZERS]
-)
+@pytest.mark.parametrize("name", few(OPTIMIZERS, "optax chain"))
 def test_optimizers(double, name):
     problem = pooled()
     steps = 1 if name == "Minimize" else 20
@@ -279,6 +288,7 @@ def test_optimizers(double, name):
     np.testing.assert_allclose(run[RAD_ELBO].losses, run[Trace_ELBO].losses, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_update_run_and_evaluate_agree(encode_all):
     """One trajectory, whichever of SVI's loops makes it, with the default's random gradients."""
     problem = small_network()
@@ -402,7 +412,7 @@ def test_says_nothing_in_ordinary_use(capfd):
 
 # -- under other transformations ---------------------------------------------------------------------------------------
 
-BOTH = pytest.mark.parametrize("codec", [Keep(), None], ids=["exact", "default"])
+BOTH = pytest.mark.parametrize("codec", [pytest.param(Keep(), marks=pytest.mark.slow), None], ids=["exact", "default"])
 
 
 @BOTH
