@@ -1,277 +1,327 @@
-"""Has the fit converged, how good is it, and did the randomized gradients do harm?
+"""How good is a fit, and did the randomized gradients do harm?
 
-* :class:`Iterates` judges convergence by the iterates themselves: with a constant learning rate the parameters of SVI
-  end up in a stationary random process around the optimum, so the tools of Markov chains apply to them (Dhaka,
-  Catalina, Andersen, Magnusson, Huggins, Vehtari, *Robust, Accurate Stochastic Optimization for Variational Inference*,
-  NeurIPS 2020). Split R-hat says whether the process is stationary, and the Monte Carlo standard error (MCSE) of its
-  mean, ``spread / sqrt(effective sample size)``, whether it was watched for long enough. :class:`IterateAverage` is
-  that mean.
-* :func:`fit_quality` evaluates the ELBO, with its Monte Carlo error, and how far importance weights trust the guide
-  (Pareto k-hat; Yao, Vehtari, Simpson, Gelman, *Yes, but Did It Work?*, ICML 2018).
+* :func:`fit_quality` evaluates the ELBO, with its Monte Carlo error, and by how much importance weights correct the
+  guide: k-hat, the shape of the tail of p(z, x) / q(z) (Yao, Vehtari, Simpson, Gelman, *Yes, but Did It Work?:
+  Evaluating Variational Inference*, ICML 2018). Beside them it puts what :class:`Iterates` says about convergence.
 * :func:`shadow` runs SVI twice on the same keys, with randomized and with exact gradients, and compares.
 """
 
 from __future__ import annotations
 
-import base64
-from typing import Any, NamedTuple
+import copy
+import dataclasses
+import math
+import warnings
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
+from numpyro.handlers import replay, seed, substitute, trace
+from numpyro.infer import (
+    SVI,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    psis_diagnostic,
+)
+from numpyro.infer.elbo import ELBO
 
-from numpyro_rad import seeds
+from numpyro_rad.convergence import IterateAverage, Iterates
+from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.records import Estimate, FitQuality
 
-PROJECTIONS = 64
+__all__ = ["IterateAverage", "Iterates", "Shadow", "fit_quality", "shadow"]
 
-R_HAT_LIMIT = 1.1
+_CHUNK = 100  # particles of one call: the pilot that says how many are needed
 
-_STREAM = 0x736B6574  # of the hash that signs and places the entries of a sketch
+_K_HAT_PARTICLES = 1000  # NumPyro's default; the tail that is fitted has 95 of them
 
-_CAPACITY = 1024  # rows; after a thinning the judged half still has 256, enough for an MCSE of 0.1 in every column
-
-_FEWEST_ROWS = 100  # half of them are judged, split in two: below that, chance alone moves R-hat past its limit
-
-_PERIOD = 4096  # entries that far apart in one array share their place in a sketch
-
-
-# -- convergence of the iterates ---------------------------------------------------------------------------------------
-
-
-class Iterates:
-    """What is remembered of the iterates of a fit to judge whether they have converged: random projections and losses.
-
-    The parameters are projected onto 64 numbers by a count-sketch, each entry with a random sign into one random
-    bucket: one pass over the parameters, and squared distances are kept on average. A drift of a few parameters
-    competes with 1/64 of all the noise, in its own bucket, where a dense projection would add up all of it; one that is
-    far below the noise of its bucket is not seen. The loss is judged beside the projections.
-
-    The rule is that of Dhaka et al. 2020, applied to the second half of the iterates. They are *stationary* if the
-    largest split R-hat is below 1.1, and have *converged* if, besides, the largest relative MCSE is below a tolerance.
-    MCSE is relative to the spread of the iterates, since a projection has no unit: 0.1 means 100 independent iterates.
-    (The largest R-hat of 65 needs about as many to fall below 1.1.) The theory is for a constant learning rate: where
-    it decays, iterates that hardly move may be far from the optimum.
-
-    Memory is bounded, about half a MiB: whenever 1024 rows are full every second one is dropped, and from then on only
-    every second step is recorded. Which steps are kept depends on nothing but their numbers.
-
-    :param every: record steps whose number is a multiple of this.
-    :raises ValueError: if ``every`` is not positive.
-
-    Example::
-
-        iterates = Iterates()
-        for step in range(num_steps):
-            state, loss = update(state)
-            if iterates.wants(step):
-                iterates.record(step, svi.optim.get_params(state.optim_state), loss)
-        iterates.converged()
-    """
-
-    def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every={every}: steps are recorded at multiples of it; use 1 or more.")
-        self.stride = every
-        self.steps = np.zeros(0, np.int64)
-        self.rows = np.zeros((0, PROJECTIONS + 1))  # projections, then the loss
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    @staticmethod
-    def sketch(params: Any, seed: int = 0) -> jax.Array:
-        """Projections of unconstrained parameters, to be called under ``jax.jit`` (inside ``lax.scan``, for example).
-
-        :param params: a pytree of arrays, as from ``svi.optim.get_params(svi_state.optim_state)``.
-        :param seed: other projections for another one.
-        :return: array of shape (64,). Linear in ``params``; its squared norm is that of ``params`` on average over
-            seeds.
-
-        Entries whose positions in one array differ by a multiple of 4096 share a bucket (not a sign). So nearly all of
-        the work is a sum over an axis, which compiles to one loop, where a scatter takes several times as long.
-        """
-        words = seeds.fold(np.asarray([_STREAM, 0], np.uint32), seed)
-        leaves = [jnp.ravel(x) for x in jax.tree.leaves(params)]
-        total = jnp.zeros(PROJECTIONS, jnp.result_type(jnp.float32, *(x.dtype for x in leaves)))
-        for i, leaf in enumerate(leaves):
-            whole = leaf.size // _PERIOD * _PERIOD
-            parts = leaf[:whole].reshape(-1, _PERIOD), leaf[whole:].reshape(1, -1)
-            for j, part in enumerate(parts):
-                if not part.size:
-                    continue
-                bits = seeds.hash_words(seeds.fold(words, i, j), seeds.linear_index(part.shape))
-                signed = jnp.where(bits >> seeds.u32(31) == 0, part, -part).astype(total.dtype)
-                place_seed = seeds.fold(words, i, len(parts) + j)
-                places = seeds.hash_words(place_seed, seeds.linear_index(part.shape[1:])) >> seeds.u32(26)  # below 64
-                total = total.at[places.astype(jnp.int32)].add(signed.sum(0))
-        return total
-
-    def wants(self, step: int) -> bool:
-        """Whether this step is to be recorded; what else :meth:`record` is given it drops."""
-        return step % self.stride == 0
-
-    def record(self, step: Any, sketch: Any, loss: Any) -> None:
-        """Remember an iterate, or many at once.
-
-        :param step: number of steps taken, an int or an array of shape (n,), increasing from call to call.
-        :param sketch: as from :meth:`sketch`, shape (64,) or (n, 64), or the dictionary of unconstrained parameters.
-        :param loss: of that step, shape () or (n,).
-        :raises ValueError: for shapes that do not fit or steps that do not increase; nothing is recorded then.
-        """
-        if isinstance(sketch, dict):
-            sketch = _jitted_sketch(sketch)
-        steps = np.atleast_1d(np.asarray(step, np.int64))
-        row = np.column_stack([np.atleast_2d(np.asarray(sketch, float)), np.asarray(loss, float).reshape(-1, 1)])
-        if row.shape != (len(steps), PROJECTIONS + 1):
-            raise ValueError(
-                f"record: {len(steps)} steps need sketches of shape ({len(steps)}, {PROJECTIONS}) and as many losses, "
-                f"got shapes {np.shape(sketch)} and {np.shape(loss)}. Pass Iterates.sketch(params) of each step."
-            )
-        if np.any(np.diff(np.concatenate([self.steps[-1:], steps])) <= 0):
-            raise ValueError(
-                f"record: steps {steps.tolist()[:10]} after {self.steps[-1:].tolist()} do not increase. Start a new "
-                "Iterates for a new fit, or restore() the one of the fit that goes on."
-            )
-        kept = steps % self.stride == 0
-        self.steps, self.rows = np.concatenate([self.steps, steps[kept]]), np.vstack([self.rows, row[kept]])
-        while len(self) >= _CAPACITY:
-            self.stride *= 2
-            kept = self.steps % self.stride == 0
-            self.steps, self.rows = self.steps[kept], self.rows[kept]
-
-    def r_hat(self) -> float | None:
-        """The largest split R-hat, over projections and loss, of the second half of the iterates.
-
-        Infinite if one of them is not finite, None with fewer than 100 recorded.
-        """
-        window = self._window()
-        if window is None:
-            return None
-        if not np.isfinite(window).all():
-            return np.inf
-        moving = _moving(window)
-        return float(split_r_hat(moving).max(initial=1.0))
-
-    def mcse(self) -> float | None:
-        """The largest Monte Carlo standard error, relative to the spread, of the mean of the second half of iterates.
-
-        Infinite if one of them is not finite, None with fewer than 100 recorded.
-        """
-        window = self._window()
-        if window is None:
-            return None
-        if not np.isfinite(window).all():
-            return np.inf
-        return float((1 / np.sqrt(effective_sample_size(_moving(window)))).max(initial=0.0))
-
-    def stationary(self) -> bool:
-        """Whether R-hat is below 1.1: from here on the mean of the iterates is better than the last one."""
-        r_hat = self.r_hat()
-        return r_hat is not None and r_hat < R_HAT_LIMIT
-
-    def converged(self, tolerance: float = 0.1) -> bool:
-        """Whether the iterates are stationary and their relative MCSE is below a tolerance."""
-        mcse = self.mcse()
-        return self.stationary() and mcse is not None and mcse < tolerance
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as what ``json.dumps`` takes; :meth:`restore` gives the same to the bit."""
-        return {
-            "stride": self.stride,
-            "steps": self.steps.tolist(),
-            "rows": base64.b64encode(self.rows.astype("<f8").tobytes()).decode(),
-        }
-
-    @classmethod
-    def restore(cls, data: dict[str, Any]) -> Iterates:
-        """The iterates that :meth:`to_dict` took apart.
-
-        :raises ValueError: if ``data`` is not from there.
-        """
-        try:
-            restored = cls(data["stride"])
-            restored.steps = np.asarray(data["steps"], np.int64)
-            rows = np.frombuffer(base64.b64decode(data["rows"], validate=True), "<f8").astype(float)
-            restored.rows = rows.reshape(len(restored), PROJECTIONS + 1)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"this is not what Iterates.to_dict() gave: {error!r}. Start a new Iterates if it is lost."
-            ) from error
-        return restored
-
-    def _window(self) -> np.ndarray | None:
-        return self.rows[len(self) // 2 :] if len(self) >= _FEWEST_ROWS else None
+_BLOCKS = 20  # of steps over which a shadow run averages
 
 
-_jitted_sketch = jax.jit(Iterates.sketch)
+def fit_quality(
+    svi: SVI,
+    fit: Any,
+    *args: Any,
+    key: Any,
+    standard_error: float = 0.1,
+    max_particles: int = 1000,
+    pareto_k: bool = True,
+    iterates: Iterates | None = None,
+    **kwargs: Any,
+) -> FitQuality:
+    """ELBO with its error, Pareto k-hat and convergence of a fit.
 
+    The ELBO is that of the loss of ``svi`` (of the base of ``RAD_ELBO``) on the arguments that are given: pass the full
+    data. Draws of one particle are averaged, one at a time, so it takes the memory of one evaluation without a
+    gradient. A bound that is defined by its particles (``RenyiELBO``) keeps them.
 
-def _moving(window: np.ndarray) -> np.ndarray:
-    """Columns that vary by more than rounding in single precision does."""
-    least = 4 * np.finfo(np.float32).eps * np.abs(window).max(0)
-    return window[:, window.std(0) > least]
+    k-hat below 0.5 means that importance sampling would correct what the guide lacks, above 0.7 that the guide misses
+    too much of the posterior for expectations under it to be trusted. It looks at all latent variables jointly, and is
+    nearly always above 0.7 for a Bayesian neural network, however good its predictions: judge those on held-out data.
+    It takes 1000 evaluations, 100 at a time.
 
-
-def split_r_hat(chain: np.ndarray) -> np.ndarray:
-    """Split R-hat of each column: sqrt of the variance, pooled over both halves, over that within them.
-
-    :param chain: shape (draws, columns), at least 4 draws; a first odd one is dropped.
-    :return: shape (columns,); near 1 for a stationary chain.
-
-    **Reference:** Gelman et al., *Bayesian Data Analysis*, third edition, section 11.4.
-    """
-    half = len(chain) // 2
-    halves = chain[len(chain) - 2 * half :].reshape(2, half, -1)
-    within = halves.var(1, ddof=1).mean(0)
-    between = halves.mean(1).var(0, ddof=1)
-    with np.errstate(divide="ignore"):
-        return np.sqrt((half - 1) / half + between / within)
-
-
-def effective_sample_size(chain: np.ndarray) -> np.ndarray:
-    """Independent draws whose mean would be as precise as that of each column, draws / (1 + 2 sum of correlations).
-
-    The sum stops where a pair of neighbouring correlations is negative and pairs may not increase (Geyer, *Practical
-    Markov Chain Monte Carlo*, Statistical Science 1992).
-
-    :param chain: shape (draws, columns), each column not constant.
-    :return: shape (columns,).
-    """
-    draws = len(chain)
-    centred = chain - chain.mean(0)
-    spectrum = np.fft.rfft(centred, 2 * draws, axis=0)
-    covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=0)[: draws // 2 * 2]
-    pairs = (covariance / covariance[0]).reshape(draws // 2, 2, chain.shape[1]).sum(1)
-    pairs = np.minimum.accumulate(np.maximum(pairs, 0), axis=0)  # the first that is negative ends the sum
-    return draws / np.maximum(2 * pairs.sum(0) - 1, 1 / np.log10(draws))
-
-
-class IterateAverage(NamedTuple):
-    """Running mean of iterates, a pytree: costs one copy of the parameters and one pass over them for each update.
-
-    Once :meth:`Iterates.stationary` says so, start it, and update it after every step.
-
-    :ivar mean: of the unconstrained parameters, in at least single precision.
-    :ivar count: number of iterates in it.
+    :param svi: the ``SVI`` of the fit; what is needed of it is its model, guide and loss.
+    :param fit: the result of ``svi.run``, an ``SVIState`` (after ``svi.init``), or the dictionary of constrained
+        parameters.
+    :param args: arguments of model and guide.
+    :param key: JAX PRNG key; the result is a function of it.
+    :param standard_error: of the ELBO, in nats: as many particles are drawn as 100 of them say that it takes.
+    :param max_particles: at most so many are drawn, at least 2.
+    :param pareto_k: whether to compute k-hat.
+    :param iterates: of the fit, for ``r_hat``, ``mcse`` and ``converged``, which are None without them.
+    :param kwargs: keyword arguments of model and guide.
+    :return: a :class:`numpyro_rad.records.FitQuality`; what could not be computed is None and ``notes`` says why.
+    :raises ValueError: for a state before ``svi.init``, or a ``standard_error`` or ``max_particles`` that makes no
+        sense.
+    :raises TypeError: if ``fit`` is none of these.
 
     Example::
 
-        average = IterateAverage.start(svi.optim.get_params(state.optim_state))
-        average = average.update(svi.optim.get_params(state.optim_state))  # jittable
-        params = svi.constrain_fn(average.mean)
+        result = svi.run(jax.random.key(0), 5000, x, y)
+        print(fit_quality(svi, result, x, y, key=jax.random.key(1)))
+    """
+    if not standard_error > 0 or max_particles < 2:
+        raise ValueError(
+            f"standard_error={standard_error}, max_particles={max_particles}: the error of the ELBO is positive, and "
+            "it takes at least 2 particles to know it. Leave both at their defaults, or raise them."
+        )
+    params, kwargs = _params(svi, fit), {**kwargs, **svi.static_kwargs}
+    elbo_key, k_key = jax.random.split(key)
+    elbo, notes = _elbo(svi, params, args, kwargs, elbo_key, standard_error, max_particles), []
+    if not math.isfinite(elbo.value):
+        notes.append(
+            "The ELBO is not finite: some draw of the guide has no density under the model, or a parameter is NaN. "
+            "Look at the parameters, and at the support of each site of the guide."
+        )
+    r_hat = None if iterates is None else iterates.r_hat()
+    if iterates is not None and r_hat is None:
+        notes.append(f"Convergence is unknown: {len(iterates)} iterates were recorded, and it takes 100.")
+    k_hat = None
+    if pareto_k:
+        k_hat, reason = _pareto_k(svi, params, args, kwargs, k_key)
+        notes += [f"No Pareto k-hat: {reason}"] if reason else []
+    return FitQuality(
+        elbo=elbo,
+        pareto_k=k_hat,
+        r_hat=r_hat,
+        mcse=None if iterates is None else iterates.mcse(),
+        converged=None if iterates is None or r_hat is None else iterates.converged(),
+        notes=tuple(notes),
+    )
+
+
+def _params(svi: SVI, fit: Any) -> dict[str, Any]:
+    """Constrained parameters and mutable state, by name."""
+    if isinstance(fit, dict):
+        return fit
+    state = getattr(fit, "state", fit)
+    if not hasattr(state, "optim_state"):
+        raise TypeError(
+            f"fit_quality: fit is a {type(fit).__name__}. Pass the result of svi.run, an SVIState, or the dictionary "
+            "of parameters that svi.get_params returns."
+        )
+    if svi.constrain_fn is None:
+        raise ValueError(
+            "fit_quality: this SVI has not been initialized, so it does not know the constraints of its parameters. "
+            "Call svi.init(key, *args) first, or pass the dictionary of constrained parameters."
+        )
+    params = fit.params if hasattr(fit, "params") else svi.get_params(state)  # a result may hold averaged ones
+    return {**params, **(state.mutable_state or {})}
+
+
+def _of_one_particle(loss: ELBO) -> Any:
+    """The exact loss whose mean over draws is the objective, with as few particles as that allows."""
+    single = copy.copy(loss.base if isinstance(loss, RAD_ELBO) else loss)
+    if isinstance(single, (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)):
+        single.num_particles = 1
+    if hasattr(single, "sum_sites"):
+        single.sum_sites = True  # type: ignore[attr-defined]
+    return single
+
+
+def _elbo(
+    svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any, standard_error: float, max_particles: int
+) -> Estimate:
+    loss, chunk = _of_one_particle(svi.loss), min(_CHUNK, max_particles)
+
+    @jax.jit
+    def draw(keys: Any, params: Any) -> Any:
+        return jax.lax.map(lambda k: -loss.loss(k, params, svi.model, svi.guide, *args, **kwargs), keys)
+
+    def draws(number: int) -> np.ndarray:
+        return np.asarray(draw(jax.random.split(jax.random.fold_in(key, number), chunk), params), float)
+
+    found = draws(0)
+    with np.errstate(invalid="ignore"):
+        needed = found.var(ddof=1) / standard_error**2
+        needed = min(needed, max_particles) if np.isfinite(needed) else 0  # more draws do not make it finite
+        chunks = min(math.ceil(needed / chunk), max_particles // chunk)
+        found = np.concatenate([found, *(draws(i) for i in range(1, chunks))])
+        return Estimate(float(found.mean()), float(found.std(ddof=1) / math.sqrt(len(found))))
+
+
+def _pareto_k(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> tuple[float | None, str]:
+    """k-hat, or why there is none."""
+    reason = _no_importance_weights(svi, params, args, kwargs, key)
+    if reason:
+        return None, reason
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Not enough tail samples")
+            k_hat = psis_diagnostic(
+                key,
+                params,
+                svi.model,
+                svi.guide,
+                *args,
+                num_particles=_K_HAT_PARTICLES,
+                chunk_size=_CHUNK,
+                **kwargs,
+            )
+    except Exception as error:  # a diagnostic that NumPyro has not for this model must not lose the others
+        return None, f"numpyro.infer.psis_diagnostic does not work for this model and guide: {error!r}"
+    if not math.isfinite(k_hat):
+        return None, (
+            "the importance weights have no tail to fit. They are all equal, so that the guide is the posterior, or "
+            "not finite: then the guide reaches where the model has no density."
+        )
+    return float(k_hat), ""
+
+
+def _no_importance_weights(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> str:
+    """Why p(z, x) / q(z) is no importance weight here, empty if it is one."""
+    if getattr(svi.loss, "multi_sample_guide", False):
+        return "the guide proposes several samples at once, and importance weights belong to one."
+    guide_trace = trace(substitute(seed(svi.guide, key), data=params)).get_trace(*args, **kwargs)
+    model = substitute(replay(seed(svi.model, key), guide_trace), data=params)
+    model_trace = trace(model).get_trace(*args, **kwargs)
+    sites = [*model_trace.values(), *guide_trace.values()]
+    plates = {s["name"] for s in sites if s["type"] == "plate" and s["args"][1] < s["args"][0]}
+    if plates:
+        return (
+            f"the plate {', '.join(sorted(plates))} takes a minibatch, whose noise makes k-hat meaningless. Pass the "
+            "full data and a subsample_size of None."
+        )
+    latent = {n for n, s in model_trace.items() if s["type"] == "sample" and not s["is_observed"]}
+    missing = sorted(latent - guide_trace.keys())
+    if missing:
+        return f"the guide does not sample {', '.join(missing)} (summed over, or taken from the prior)."
+    drawn = [s["fn"] for s in guide_trace.values() if s["type"] == "sample" and not s["is_observed"]]
+    if all(_is_point(fn) for fn in drawn):
+        return "the guide is a point, not a distribution: there are no importance weights."
+    return ""
+
+
+def _is_point(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+# -- beside exact gradients --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shadow:
+    """Two runs of SVI, with randomized and with exact gradients, that share their keys; for each of several seeds.
+
+    :ivar randomized_losses: of each step, shape (seeds, steps).
+    :ivar exact_losses: of each step, shape (seeds, steps).
+    :ivar steps: the last step of each block of steps that is averaged over, shape (blocks,).
+    :ivar difference: of the ELBOs, randomized - exact, in nats, mean over a block and the seeds, shape (blocks,).
+    :ivar standard_error: of it, from the spread of the paired differences over seeds, shape (blocks,).
+    :ivar distance: between the unconstrained parameters at the end of the two runs, shape (seeds,).
+    :ivar travelled: by the parameters of the exact run, from its start to its end, shape (seeds,).
     """
 
-    mean: Any
-    count: Any
+    randomized_losses: np.ndarray
+    exact_losses: np.ndarray
+    steps: np.ndarray
+    difference: np.ndarray
+    standard_error: np.ndarray
+    distance: np.ndarray
+    travelled: np.ndarray
 
-    @classmethod
-    def start(cls, params: Any) -> IterateAverage:
-        """The mean of one iterate."""
-        mean = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), params)
-        return cls(mean, jnp.ones((), jnp.int32))
+    @property
+    def final(self) -> Estimate:
+        """Difference of the ELBOs in the last block of steps."""
+        return Estimate(float(self.difference[-1]), float(self.standard_error[-1]))
 
-    def update(self, params: Any) -> IterateAverage:
-        """The mean with one more iterate."""
-        count = self.count + 1
-        mean = jax.tree.map(lambda m, x: m + (x.astype(m.dtype) - m) / count.astype(m.dtype), self.mean, params)
-        return IterateAverage(mean, count)
+    def __str__(self) -> str:
+        seeds, steps = self.exact_losses.shape
+        return (
+            f"after {steps} steps the ELBO of randomized - exact gradients is {self.final} nats ({seeds} seeds); the "
+            f"parameters are apart by {np.mean(self.distance / self.travelled):.2g} of the way they went"
+        )
+
+
+def shadow(svi: SVI, rng_key: Any, num_steps: int, *args: Any, num_seeds: int = 4, **kwargs: Any) -> Shadow:
+    """Run SVI with the randomized ELBO and with its exact base, from the same start and on the same keys.
+
+    Both draw the same noise of the guide and the same minibatches, so their losses differ by what the codes did to the
+    parameters until then, and by nothing else. The exact run takes the memory that the randomized one saves: where that
+    is not there, compare on a smaller minibatch. Neither ``svi`` nor any state of it changes.
+
+    :param svi: an ``SVI`` whose loss is a ``RAD_ELBO``.
+    :param rng_key: JAX PRNG key, split into one for each seed.
+    :param num_steps: of each run.
+    :param args: arguments of model and guide, the same in every step.
+    :param num_seeds: pairs of runs, at least 2; two compilations serve them all.
+    :param kwargs: keyword arguments of model and guide.
+    :raises TypeError: if the loss is not a ``RAD_ELBO``.
+    :raises ValueError: for fewer than 2 seeds or no step.
+
+    Example::
+
+        print(shadow(svi, jax.random.key(0), 1000, x, y))
+    """
+    if not isinstance(svi.loss, RAD_ELBO):
+        raise TypeError(
+            f"shadow compares a randomized ELBO with its exact base, and the loss is a {type(svi.loss).__name__}, "
+            "whose gradients are exact. Pass an SVI with RAD_ELBO()."
+        )
+    if num_seeds < 2 or num_steps < 1:
+        raise ValueError(
+            f"num_seeds={num_seeds}, num_steps={num_steps}: an error takes at least 2 seeds, a run at least one step."
+        )
+    keys = jax.random.split(rng_key, num_seeds)
+    losses, starts, ends = zip(
+        *(_runs(svi, loss, keys, num_steps, args, kwargs) for loss in (svi.loss, svi.loss.base)), strict=True
+    )
+    blocks = np.array_split(np.arange(num_steps), min(_BLOCKS, num_steps))
+    gain = np.stack([(losses[1] - losses[0])[:, block].mean(1) for block in blocks])  # (blocks, seeds)
+    return Shadow(
+        randomized_losses=losses[0],
+        exact_losses=losses[1],
+        steps=np.asarray([block[-1] + 1 for block in blocks]),
+        difference=gain.mean(1),
+        standard_error=gain.std(1, ddof=1) / math.sqrt(num_seeds),
+        distance=np.linalg.norm(ends[0] - ends[1], axis=1),
+        travelled=np.linalg.norm(ends[1] - starts[1], axis=1),
+    )
+
+
+def _runs(
+    svi: SVI, loss: Any, keys: Any, num_steps: int, args: tuple, kwargs: dict
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses, and flattened parameters at start and end, of one run for each key: each of shape (keys, ...)."""
+    twin = SVI(svi.model, svi.guide, svi.optim, loss, **svi.static_kwargs)
+
+    @jax.jit
+    def run(state: Any) -> Any:
+        return jax.lax.scan(lambda s, _: twin.update(s, *args, **kwargs), state, None, length=num_steps)
+
+    def flat(state: Any) -> np.ndarray:
+        leaves = jax.device_get(jax.tree.leaves(twin.optim.get_params(state.optim_state)))
+        return np.concatenate([np.ravel(x).astype(float) for x in leaves])
+
+    rows = []
+    for key in keys:
+        start = twin.init(key, *args, **kwargs)
+        end, losses = run(start)
+        rows.append((np.asarray(losses, float), flat(start), flat(end)))
+    losses, starts, ends = (np.stack(column) for column in zip(*rows, strict=True))
+    return losses, starts, ends

@@ -1,4 +1,4 @@
-"""Convergence of iterates, quality of a fit and the shadow run, against processes and models known in closed form."""
+"""Convergence of iterates, against processes and models known in closed form."""
 
 import json
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from zscores import assert_unbiased
 
-from numpyro_rad.quality import IterateAverage, Iterates, effective_sample_size, split_r_hat
+from numpyro_rad.convergence import IterateAverage, Iterates, effective_sample_size, split_r_hat
 
 STEPS = 1200
 
