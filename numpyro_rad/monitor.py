@@ -81,7 +81,7 @@ def gradient_signal(decay: float = 0.99) -> optax.GradientTransformation:
             nonfinite=each(lambda x: jnp.zeros((), jnp.int32)),
         )
 
-    def update(updates: Any, state: GradientSignalState, params: Any = None) -> tuple[Any, GradientSignalState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, GradientSignalState]:
         wide = jax.tree.map(lambda g, m: g.astype(m.dtype), updates, state.mean)
         norms = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), wide)
         good = jax.tree.map(jnp.isfinite, norms)

@@ -199,7 +199,7 @@ def _no_importance_weights(svi: SVI, params: dict, args: tuple, kwargs: dict, ke
     model = substitute(replay(seed(svi.model, key), guide_trace), data=params)
     model_trace = trace(model).get_trace(*args, **kwargs)
     sites = [*model_trace.values(), *guide_trace.values()]
-    plates = {s["name"] for s in sites if s["type"] == "plate" and s["args"][1] < s["args"][0]}
+    plates = {s["name"] for s in sites if s["type"] == "plate" and (s["args"][1] or s["args"][0]) < s["args"][0]}
     if plates:
         return (
             f"the plate {', '.join(sorted(plates))} takes a minibatch, whose noise makes k-hat meaningless. Pass the "
