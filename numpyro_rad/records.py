@@ -138,6 +138,7 @@ class FitQuality:
     :ivar r_hat: the largest split R-hat of the iterates; None if no iterates were recorded.
     :ivar mcse: the largest Monte Carlo standard error of the mean iterate, relative to the spread of the iterates.
     :ivar converged: whether the iterates have converged by the rule of Dhaka et al. 2020; None if unknown.
+    :ivar notes: what could not be computed and why, in words.
     """
 
     elbo: Estimate
@@ -145,6 +146,7 @@ class FitQuality:
     r_hat: float | None
     mcse: float | None
     converged: bool | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

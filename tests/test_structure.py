@@ -23,8 +23,8 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
-    ("seeds", "solver", "records"),
-    ("_jax", "codecs"),
+    ("seeds", "solver", "records", "monitor"),
+    ("_jax", "codecs", "convergence"),
     ("rules",),
     ("graph",),
     ("elementwise", "plan"),
