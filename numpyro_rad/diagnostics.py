@@ -83,8 +83,8 @@ def gradient_variance(
         is None, as many as it takes for ``relative_error``.
     :param relative_error: standard error of the total variance, and of ρ, to be reached, relative to themselves.
     :param max_draws: at most so many replicates.
-    :param blocks: ``"site"`` for one block for each site of the guide (or each module), ``"parameter"`` for one for each
-        parameter array, or a function from the name of a parameter array (``"w_auto_loc"``) to the name of its block.
+    :param blocks: ``"site"`` for one block for each site of the guide (or each module), ``"parameter"`` for one for
+        each parameter array, or a function from the name of a parameter array (``"w_auto_loc"``) to the name of its block.
     :param key: a PRNG key for the draws; by default it is derived from that of the state, so that the same state gives
         the same result.
     :param costs: whether to measure time and memory of one gradient, ``"randomized"`` to leave out the exact one where
@@ -93,8 +93,8 @@ def gradient_variance(
     :return: variances, their standard errors over the replicates, and what follows from them; print it for a table.
         The interval of ρ is Fieller's, which needs streaming moments only and stays right where the denominator is
         noisy (it is then unbounded); standard errors of ratios are by linearization.
-    :raises ValueError: for fewer than 2 draws, if there are no parameters, if batches differ in shape, if ``svi`` is not
-        initialised, or if a gradient is not finite (its parameters are named).
+    :raises ValueError: for fewer than 2 draws, if there are no parameters, if batches differ in shape, if ``svi`` is
+        not initialised, or if a gradient is not finite (its parameters are named).
 
     Example::
 
@@ -364,7 +364,9 @@ def _check_shapes(pool: list[tuple]) -> None:
 
     for i, batch in enumerate(pool[1:]):
         if not isinstance(batch, (tuple, list)):
-            raise ValueError(f"batches[{i}] is not a tuple of arguments of model and guide: write batches=[(x, y), ...].")
+            raise ValueError(
+                f"batches[{i}] is not a tuple of arguments of model and guide: write batches=[(x, y), ...]."
+            )
         if shapes(tuple(batch)) != shapes(pool[0]):
             raise ValueError(
                 f"batches[{i}] has other shapes than the arguments: {shapes(tuple(batch))[0]}, not "

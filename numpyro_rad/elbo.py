@@ -134,7 +134,9 @@ class RAD_ELBO(Trace_ELBO):
     ) -> Any:
         """Negative ELBO and mutable state, as the base returns them; ``rng_key`` seeds the paths too."""
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
-        return self._randomized(path_key, partial(_loss_and_state, self.base), rng_key, param_map, model, guide, args, kwargs)
+        return self._randomized(
+            path_key, partial(_loss_and_state, self.base), rng_key, param_map, model, guide, args, kwargs
+        )
 
     def loss_with_keys(self, keys: NoiseKeys, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss with a key of its own for each source of noise, for instance to tell their variances apart.

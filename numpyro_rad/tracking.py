@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rad.diagnostics import GUIDE, NORM, PATH, Gradient, reduce_gradients
@@ -48,12 +49,12 @@ class Tracking:
     """How to watch a fit.
 
     :param interval: steps from one look to the next. A look costs about three gradients, so that 200 steps make 1.5 %.
-    :param rho_max: alarm if the codes add more than this times the variance of the exact gradient. At 0.5 a fit takes up
-        to half as many steps again.
+    :param rho_max: alarm if the codes add more than this times the variance of the exact gradient. At 0.5 a fit takes
+        up to half as many steps again.
     :param snr_min: alarm if squared norm / variance of the gradient of a site falls below this. Gradients of a fit that
         has converged are noise alone too, so that this alarm is recorded without a warning.
-    :param replan: a band (low, high) of ρ; outside of it, by more than chance, :attr:`Tracker.wants_replan` is true. None
-        for never.
+    :param replan: a band (low, high) of ρ; outside of it, by more than chance, :attr:`Tracker.wants_replan` is true.
+        None for never.
     :param on_alarm: ``"warn"`` for a :class:`TrackingWarning`, ``"record"`` to keep silent, or a function of an
         :class:`~numpyro_rad.records.Alarm`.
     :raises ValueError: for an option that makes no sense.
@@ -131,12 +132,12 @@ class Tracker:
         :param args: arguments of model and guide.
         :param kwargs: their keyword arguments.
         :param seconds: wall time since the fit began.
-        :param other: ``(args, kwargs)`` of another minibatch, of the same shapes, for the third gradient. Without it the
-            noise of minibatches that the caller draws is no part of what is measured; that of plates always is.
+        :param other: ``(args, kwargs)`` of another minibatch, of the same shapes, for the third gradient. Without it
+            the noise of minibatches that the caller draws is no part of what is measured; that of plates always is.
         :return: alarms that were not raised before.
         """
         kwargs = {} if kwargs is None else kwargs
-        if getattr(self.svi.loss, "planner", None) is not self._planner:
+        if self._is_replanned:
             self._start()  # what is known about another plan says nothing about this one
             self._issued -= {found for found in self._issued if found[0] == "rho"}
         if not self._names:
@@ -160,7 +161,7 @@ class Tracker:
         return self._issue(alarms)
 
     def diagnose(self, step: int, svi_state: Any, args: tuple, kwargs: dict | None, loss: Any) -> tuple[Alarm, ...]:
-        """Say where a loss that is NaN or infinite comes from.
+        """Say where a loss that is NaN or infinite comes from, the first time.
 
         :param step: the step that returned it.
         :param svi_state: the state before that step if it is at hand (the gradient is then that of the step), or after.
@@ -170,6 +171,9 @@ class Tracker:
         :return: alarms, one for the loss that names the arrays that are not finite among the arguments and among the
             parameters, and parameters whose gradient is not.
         """
+        if ("nonfinite", "loss") in self._issued:
+            return ()
+        self._issued.add(("nonfinite", "loss"))
         kwargs = {} if kwargs is None else kwargs
         data = _not_finite_in({**{f"args[{i}]": x for i, x in enumerate(args)}, **kwargs})
         params = _not_finite_in(self.svi.optim.get_params(svi_state.optim_state))
@@ -191,8 +195,9 @@ class Tracker:
         elif gradient:
             advice = "Look at the scales and supports of these sites; try a smaller learning rate or double precision."
         else:
-            found, advice = ["data, parameters and gradients are finite at this state"], (
-                "It takes these very draws: try stable_update, a smaller learning rate or double precision."
+            found, advice = (
+                ["data, parameters and gradients are finite at this state"],
+                ("It takes these very draws: try stable_update, a smaller learning rate or double precision."),
             )
         message = f"the loss of step {step} is {float(loss)}; {'; '.join(found)}. {advice}"
         return self._issue([Alarm(int(step), "nonfinite", ", ".join(gradient or params), message)])
@@ -208,9 +213,15 @@ class Tracker:
     @property
     def wants_replan(self) -> bool:
         """Whether ρ has left its band by more than chance, over at least 5 looks at the plan that is in use."""
-        return self.tracking.replan is not None and any(
-            name in self._judged and self._judged[name].is_positive() for name in ("above", "below")
+        return (
+            self.tracking.replan is not None
+            and not self._is_replanned
+            and any(name in self._judged and self._judged[name].is_positive() for name in ("above", "below"))
         )
+
+    @property
+    def _is_replanned(self) -> bool:
+        return getattr(self.svi.loss, "planner", None) is not self._planner
 
     @property
     def track(self) -> Track:
@@ -229,7 +240,7 @@ class Tracker:
         }
 
     def restore(self, data: dict[str, Any]) -> None:
-        """Go on where the tracker was that :meth:`to_dict` took apart.
+        """Go on where the tracker was that :meth:`to_dict` took apart; set the ELBO's planner (calibration) before.
 
         :raises ValueError: if ``data`` is not that of a tracker.
         """
@@ -240,16 +251,19 @@ class Tracker:
             judged = {name: _Running.from_dict(running) for name, running in data["judged"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this is not what Tracker.to_dict() returned: {error!r}") from error
+        self._start()
         self._names, self._issued, self._average, self._judged = track.names, issued, average, judged
         self._steps, self._rho, self._seconds = track.steps.tolist(), track.rho.tolist(), track.seconds.tolist()
         self._looks = [list(map(list, rows)) for rows in zip(*(x.tolist() for x in _columns(track)), strict=True)]
 
     def _not_finite(self, step: int, finite: np.ndarray) -> list[Alarm]:
-        bad = [n for n, good in zip(self._names, finite, strict=True) if not good and ("nonfinite", n) not in self._issued]
+        bad = [
+            n for n, good in zip(self._names, finite, strict=True) if not good and ("nonfinite", n) not in self._issued
+        ]
         self._issued.update(("nonfinite", name) for name in bad)
         message = (
-            f"at step {step} the gradient is not finite in {', '.join(bad)}. Look at the data, and at scales and supports "
-            "of these sites; try a smaller learning rate, clipped gradients or stable_update."
+            f"at step {step} the gradient is not finite in {', '.join(bad)}. Look at the data, and at scales and "
+            "supports of these sites; try a smaller learning rate, clipped gradients or stable_update."
         )
         return [Alarm(int(step), "nonfinite", ", ".join(bad), message)] if bad else []
 
@@ -271,8 +285,8 @@ class Tracker:
             self._issued.add(("rho", ""))
             message = (
                 f"the codes of the residuals add {self.rho:.2g} times the variance of the exact gradient (bound "
-                f"{options.rho_max:g}), averaged over the looks up to step {step}: training takes that much longer. Try a "
-                "larger memory_budget, more bits (codec=StochasticRound(bits=8)), or RAD_ELBO.calibrate at the present "
+                f"{options.rho_max:g}), averaged over the looks up to step {step}: training takes that much longer. Try "
+                "a larger memory_budget, more bits (codec=StochasticRound(bits=8)), or RAD_ELBO.calibrate at the present "
                 "parameters."
             )
             alarms.append(Alarm(int(step), "rho", "", message))
@@ -284,8 +298,8 @@ class Tracker:
             _, totals, norms = self._average.mean
             each = ", ".join(f"{self._names[i]} ({norms[i] / totals[i]:.1g})" for i in lost)
             message = (
-                f"the gradient is lost in its noise, squared norm / variance is below {options.snr_min:g}, in {each}. If "
-                "the loss has levelled off that is what convergence looks like. If not, try more particles, a larger "
+                f"the gradient is lost in its noise, squared norm / variance is below {options.snr_min:g}, in {each}. "
+                "If the loss has levelled off that is what convergence looks like. If not, try more particles, a larger "
                 "minibatch or a smaller learning rate."
             )
             alarms.append(Alarm(int(step), "signal", ", ".join(names), message))
@@ -333,7 +347,11 @@ class _Running:
 
     def to_dict(self) -> dict[str, Any]:
         numbers = [self.count, self.weight, self._squared_weights]
-        return {"weights": numbers, "sum": to_dict(np.asarray(self._sum)), "squares": to_dict(np.asarray(self._squares))}
+        return {
+            "weights": numbers,
+            "sum": to_dict(np.asarray(self._sum)),
+            "squares": to_dict(np.asarray(self._squares)),
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> _Running:
@@ -357,7 +375,7 @@ def _not_finite_in(tree: Any) -> list[str]:
     """Names of the floating-point arrays in a pytree that are not finite."""
     found = []
     for name, leaf in named_leaves(tree):
-        leaf = np.asarray(leaf) if hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else None
-        if leaf is not None and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) and not np.isfinite(leaf).all():
+        inexact = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)  # no keys, no integers
+        if inexact and not bool(jnp.isfinite(leaf).all()):
             found.append(name)
     return found
