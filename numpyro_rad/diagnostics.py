@@ -84,7 +84,7 @@ def gradient_variance(
     :param relative_error: standard error of the total variance, and of ρ, to be reached, relative to themselves.
     :param max_draws: at most so many replicates.
     :param blocks: ``"site"`` for one block for each site of the guide (or each module), ``"parameter"`` for one for
-        each parameter array, or a function from the name of a parameter array (``"w_auto_loc"``) to the name of its block.
+        each parameter array, or a function from the name of a parameter array (``"w_auto_loc"``) to that of its block.
     :param key: a PRNG key for the draws; by default it is derived from that of the state, so that the same state gives
         the same result.
     :param costs: whether to measure time and memory of one gradient, ``"randomized"`` to leave out the exact one where

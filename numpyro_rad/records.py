@@ -89,9 +89,9 @@ class GradientVariance:
     def __str__(self) -> str:
         """A table: one row for each block, variances with their standard errors, and what follows from them."""
         columns = ("minibatch", "guide", "path", "total", "squared_norm")
-        rows = [("block", "size", *columns)]
-        for block in (*self.blocks, self.total):
-            rows.append((block.name, str(block.size), *(str(getattr(block, column)) for column in columns)))
+        blocks = (*self.blocks, self.total)
+        rows = [[b.name, str(b.size), *(str(getattr(b, column)) for column in columns)] for b in blocks]
+        rows.insert(0, ["block", "size", *columns])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
@@ -101,7 +101,7 @@ class GradientVariance:
         predicted = "" if self.predicted_rho is None else f", predicted {self.predicted_rho:.3g}"
         lines += [
             f"rho = path / (minibatch + guide) = {self.rho} (95 %: {low:.3g} to {high:.3g}){predicted}",
-            f"signal to noise {self.signal_to_noise}, noise scale {self.noise_scale} gradients; {self.draws} replicates",
+            f"signal to noise {self.signal_to_noise}, noise scale {self.noise_scale} gradients, {self.draws} draws",
         ]
         for name, seconds in self.seconds.items():
             line = f"{name}: {seconds:.3g} s and {self.temporary_bytes[name] / 2**20:.3g} MiB for one gradient"

@@ -285,9 +285,9 @@ class Tracker:
             self._issued.add(("rho", ""))
             message = (
                 f"the codes of the residuals add {self.rho:.2g} times the variance of the exact gradient (bound "
-                f"{options.rho_max:g}), averaged over the looks up to step {step}: training takes that much longer. Try "
-                "a larger memory_budget, more bits (codec=StochasticRound(bits=8)), or RAD_ELBO.calibrate at the present "
-                "parameters."
+                f"{options.rho_max:g}), averaged over the looks up to step {step}: training takes that much longer. "
+                "Try a larger memory_budget, more bits (codec=StochasticRound(bits=8)), or RAD_ELBO.calibrate at the "
+                "present parameters."
             )
             alarms.append(Alarm(int(step), "rho", "", message))
         lost = np.atleast_1d(self._judged["signal"].is_positive())
@@ -299,8 +299,8 @@ class Tracker:
             each = ", ".join(f"{self._names[i]} ({norms[i] / totals[i]:.1g})" for i in lost)
             message = (
                 f"the gradient is lost in its noise, squared norm / variance is below {options.snr_min:g}, in {each}. "
-                "If the loss has levelled off that is what convergence looks like. If not, try more particles, a larger "
-                "minibatch or a smaller learning rate."
+                "If the loss has levelled off that is what convergence looks like. If not, try more particles, a "
+                "larger minibatch or a smaller learning rate."
             )
             alarms.append(Alarm(int(step), "signal", ", ".join(names), message))
         return alarms
