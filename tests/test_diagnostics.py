@@ -50,7 +50,7 @@ def linear_parts(size=None, codec=None):
     """Closed forms for the gradient z + (n / size) A_m' (A_m z - b_m), z = loc + SPREAD eps.
 
     Minibatches are drawn without replacement, n points and `size` of them: the chance of one is size / n, of a pair
-    size (size - 1) / (n (n - 1)). What is coded is the misfit A_m z - b_m; only its variance is averaged by draws.
+    size (size - 1) / (n (n - 1)). What is coded is the misfit A_m z - b_m, and z in the prior; only their variance is averaged by draws.
     """
     a, b, loc = np.asarray(A, np.float64), np.asarray(B, np.float64), np.full(SIZE, START)
     size = size or POINTS
@@ -63,11 +63,13 @@ def linear_parts(size=None, codec=None):
     path = 0.0
     if codec is not None:
         rng = np.random.default_rng(7)
-        rows = np.stack([rng.permutation(POINTS)[:size] for _ in range(4000)])
-        z = loc + SPREAD * rng.standard_normal((4000, SIZE))
+        rows = np.stack([rng.permutation(POINTS)[:size] for _ in range(2000)])
+        z = loc + SPREAD * rng.standard_normal((2000, SIZE))
 
         def added(rows, z):
-            return codec.variance_along(A[rows] @ z - B[rows], scale * jnp.sqrt((A[rows] ** 2).sum(1)))
+            along = jax.vmap(codec.variance_along, (None, 0))
+            of_misfit = along(A[rows] @ z - B[rows], scale * A[rows].T)  # errors of a codec may be correlated
+            return of_misfit.sum() + along(z, jnp.eye(SIZE)).sum()
 
         path = float(jnp.mean(jax.jit(jax.vmap(added))(rows, z)))
     return {

@@ -206,6 +206,7 @@ def test_the_wish_for_a_new_plan():
         Tracker(svi, Tracking(replan=band, on_alarm="record")) for band in ((1e-4, 50.0), (1e-6, 1e-4), (50.0, 60.0))
     )
     for tracker in (inside, above, below):
+        tracker._gradient = inside._gradient  # compiled once
         looks(tracker, state, 4)
         assert not tracker.wants_replan  # too early to say
         looks(tracker, state, 20)
@@ -221,8 +222,7 @@ def test_the_wish_for_a_new_plan():
 # Runs
 
 
-def run(svi, state, steps, tracker=None, start=0):
-    update = jax.jit(svi.update)
+def run(update, state, steps, tracker=None, start=0):
     losses = []
     for step in range(start, start + steps):
         state, loss = update(state, A, B)
@@ -234,8 +234,9 @@ def run(svi, state, steps, tracker=None, start=0):
 
 def test_training_does_not_notice():
     svi, state = initialised(RAD_ELBO(codec=COARSE))
-    alone, losses = run(svi, state, 6)
-    watched, also = run(svi, state, 6, Tracker(svi, Tracking(on_alarm="record")))
+    update = jax.jit(svi.update)
+    alone, losses = run(update, state, 6)
+    watched, also = run(update, state, 6, Tracker(svi, Tracking(on_alarm="record")))
     assert losses == also
     assert_equal_trees(jax.random.key_data(watched.rng_key), jax.random.key_data(alone.rng_key))
     assert_equal_trees(watched.optim_state, alone.optim_state)
@@ -244,15 +245,14 @@ def test_training_does_not_notice():
 def test_a_restored_tracker_goes_on():
     svi, state = initialised(RAD_ELBO(codec=SampleAxis(0.02)))
     options = Tracking(on_alarm="record", replan=(1e-6, 1e-3))
-    whole = Tracker(svi, options)
-    middle, _ = run(svi, state, 4, whole)
+    whole, update = Tracker(svi, options), jax.jit(svi.update)
+    middle, _ = run(update, state, 4, whole)
     saved = json.loads(json.dumps(whole.to_dict()))
-    run(svi, middle, 8, whole, 4)
+    run(update, middle, 8, whole, 4)
 
-    again, _ = initialised(RAD_ELBO(codec=SampleAxis(0.02)))
-    resumed = Tracker(again, options)
+    resumed = Tracker(svi, options)
     resumed.restore(saved)
-    run(again, middle, 8, resumed, 4)
+    run(update, middle, 8, resumed, 4)
     assert json.dumps(resumed.to_dict()) == json.dumps(whole.to_dict())
     assert resumed.wants_replan and whole.wants_replan
     assert looks(resumed, middle, 1) == []  # the alarm of rho was issued before
