@@ -35,7 +35,7 @@ LAYERS = (
     ("explain",),
     ("elbo", "figures", "report"),
     ("diagnostics", "archive"),
-    ("tracking", "quality"),
+    ("tracking", "quality", "batches", "checkpoints"),
     ("svi",),
     ("__init__",),
     ("__main__",),
