@@ -23,7 +23,7 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
-    ("seeds", "solver", "records"),
+    ("seeds", "solver", "records", "charts"),
     ("_jax", "codecs"),
     ("rules",),
     ("graph",),
@@ -33,9 +33,9 @@ LAYERS = (
     ("linearize", "planner"),
     ("transform", "calibration"),
     ("explain",),
-    ("elbo", "figures", "report"),
-    ("diagnostics", "archive"),
-    ("tracking", "quality"),
+    ("elbo", "figures", "verdict"),
+    ("diagnostics", "archive", "sections"),
+    ("tracking", "quality", "report"),
     ("svi",),
     ("__init__",),
     ("__main__",),
