@@ -75,14 +75,15 @@ class Explanation:
                 "x".join(map(str, r.shape)) or "scalar",
                 r.dtype,
                 r.decision,
-                _size(r.exact_bytes),
-                _size(r.stored_bytes),
+                size_text(r.exact_bytes),
+                size_text(r.stored_bytes),
                 f"{r.relative_variance:.1e}" if r.relative_variance else "0",
             )
             for r in self.rows
         ]
         ratio = self.exact_bytes / self.stored_bytes if self.stored_bytes else float("inf")
-        total = ("total", "", "", "", "", f"{ratio:.1f}x less", _size(self.exact_bytes), _size(self.stored_bytes), "")
+        sizes = size_text(self.exact_bytes), size_text(self.stored_bytes)
+        total = ("total", "", "", "", "", f"{ratio:.1f}x less", *sizes, "")
         text = _aligned([header, *body], total, right={6, 7, 8})
         if self.defaults:
             text.append(
@@ -118,7 +119,7 @@ def _prediction(predicted: Prediction) -> str:
     return text + "."
 
 
-def _size(n_bytes: int) -> str:
+def size_text(n_bytes: int) -> str:
     """A size for people; never 0 for what is not."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n_bytes >= scale:
@@ -212,12 +213,12 @@ class Comparison:
                 *(
                     cell
                     for decision, size, variance in zip(d.decisions, d.stored_bytes, d.relative_variance, strict=True)
-                    for cell in (decision or "-", _size(size), f"{variance:.1e}" if variance else "0")
+                    for cell in (decision or "-", size_text(size), f"{variance:.1e}" if variance else "0")
                 ),
             )
             for d in self.rows
         ]
-        totals = [cell for plan in self.plans for cell in ("", _size(plan.stored_bytes), "")]
+        totals = [cell for plan in self.plans for cell in ("", size_text(plan.stored_bytes), "")]
         text = _aligned([header, *body], ("total", "", "", "", *totals), right={5, 6, 8, 9})
         for name, plan in zip(("First", "Second"), self.plans, strict=True):
             told = _prediction(plan.predicted) if plan.predicted is not None else "nothing is predicted."
