@@ -146,7 +146,7 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
     """
     plan, names = plan_of(target, args, argnums, kwargs)
     names = [site_name(name) for name in names] if _is_elbo(target) else names
-    return _explained(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True)))
+    return explained(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True)))
 
 
 def plan_of(target: Any, args: tuple, argnums: int | Sequence[int], kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
@@ -166,7 +166,8 @@ def _is_elbo(target: Any) -> bool:
     return hasattr(target, "loss_with_keys")
 
 
-def _explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
+def explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
+    """The explanation of a plan; ``labels`` are the sites of its tangent inputs."""
     rows = tuple(_rows(plan, labels))
     exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
     return Explanation(
@@ -246,7 +247,7 @@ def compare(a: Explanation | Plan, b: Explanation | Plan) -> Comparison:
                 f"compare needs two results of explain, or two plans, got {type(plan).__name__}. Pass "
                 "explain(elbo, ...) for each ELBO."
             )
-    first, second = (_explained(p, {}) if isinstance(p, Plan) else p for p in (a, b))
+    first, second = (explained(p, {}) if isinstance(p, Plan) else p for p in (a, b))
     if first.program != second.program:
         raise ValueError(
             f"compare: these are plans of different programs (fingerprints {first.program} and {second.program}). The "

@@ -33,9 +33,10 @@ LAYERS = (
     ("linearize", "planner"),
     ("transform", "calibration"),
     ("explain",),
+    ("elbo", "figures", "verdict"),
     ("diagnostics", "archive", "sections"),
     ("tracking", "quality", "report", "batches", "checkpoints"),
-    ("results",),
+    ("results", "steps"),
     ("svi",),
     ("__init__",),
     ("__main__",),
@@ -44,7 +45,7 @@ LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
 
 JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
 MAY_USE_JAX_INTERNALS = {"_jax"}
-MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "results", "svi"}
+MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "results", "steps", "svi"}
 
 
 def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:
