@@ -62,22 +62,22 @@ class Batches:
     """
 
     def __init__(self, source: Any, most: int, epoch: int = 0, index: int = 0) -> None:
-        if not callable(source) and not hasattr(source, "__iter__") or isinstance(source, (str, bytes, Mapping)):
+        if (not callable(source) and not hasattr(source, "__iter__")) or isinstance(source, (str, bytes, Mapping)):
             raise TypeError(
-                f"batches={type(source).__name__}: an iterable of batches is expected (a list of tuples, an array whose "
-                "rows are batches, a data loader, a generator), or a function from the number of an epoch to one."
+                f"batches={type(source).__name__}: an iterable of batches is expected (a list of tuples, an array "
+                "whose rows are batches, a data loader, a generator), or a function epoch -> iterable."
             )
         self._source, self._most, self._start = source, most, (epoch, index)
         self._queue: queue.Queue = queue.Queue(_AHEAD)
         self._closed = threading.Event()
-        self._next: list[Batch] = []
+        self._next: list[Batch | BaseException] = []
         self._ended = False
         # settings of JAX that hold for the calling thread alone
         self._settings = bool(jax.config.jax_enable_x64), jax.config.jax_default_device  # type: ignore
         self._thread = threading.Thread(target=self._produce, name="numpyro_rad-batches", daemon=True)
         self._thread.start()
         try:
-            self.first: Batch = self._take(lambda: False)  # for shapes; it may be one that is passed over
+            self.first: Batch = self.next()  # type: ignore
         except BaseException:
             self.close()
             raise
@@ -90,13 +90,16 @@ class Batches:
 
     def next(self, give_up: Callable[[], bool] = lambda: False) -> Batch | None:
         """The next batch; None when there are no more, or when ``give_up()`` while waiting for one."""
-        return self._next.pop(0) if self._next else self._take(give_up)
+        item = self._next.pop(0) if self._next else self._take(give_up)
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
     def peek(self, n: int) -> list[Batch]:
-        """The next batches, up to ``n`` of them, which stay the next ones."""
-        while len(self._next) < n and (batch := self._take(lambda: False)) is not None:
-            self._next.append(batch)
-        return self._next[:n]
+        """The next batches, up to ``n`` of them, which stay the next ones; errors wait for their turn."""
+        while len(self._next) < n and (item := self._take(lambda: False)) is not None:
+            self._next.append(item)
+        return [x for x in self._next[:n] if isinstance(x, Batch)]
 
     def close(self) -> None:
         """End the thread; one that hangs inside of the source is left to it."""
@@ -114,8 +117,6 @@ class Batches:
                     return None
                 continue
             self._ended = item is None or isinstance(item, BaseException)
-            if isinstance(item, BaseException):
-                raise item
             return item
         return None
 
@@ -170,7 +171,7 @@ class Batches:
 
     def _epoch(self, epoch: int) -> Iterable:
         again = hasattr(self._source, "__iter__")
-        iterable = self._source if again else self._source(epoch)
+        iterable: Any = self._source if again else self._source(epoch)
         if not hasattr(iterable, "__iter__") or isinstance(iterable, (str, bytes, Mapping)):
             raise TypeError(
                 f"batches({epoch}) returned {type(iterable).__name__}: the function has to return an iterable of "
@@ -205,7 +206,7 @@ def _on_device(item: Any, epoch: int, index: int) -> Batch:
     else:
         args = tuple(item) if isinstance(item, (tuple, list)) else (item,)
     name = Batch(epoch, index, (), {}).name
-    if len(args) == 1 and isinstance(args[0], (str, bytes)) or not (args or kwargs):
+    if (len(args) == 1 and isinstance(args[0], (str, bytes))) or not (args or kwargs):
         raise TypeError(
             f"batches: {name} is {item!r}. A batch is a tuple (arguments of model and guide), a dictionary (keyword "
             "arguments) or one array."
@@ -215,7 +216,7 @@ def _on_device(item: Any, epoch: int, index: int) -> Batch:
 
 def _leaf(x: Any, name: str) -> Any:
     """An array on the device; strings, flags and whole numbers (sizes) stay as they are and are compiled in."""
-    if isinstance(x, jax.Array) or isinstance(x, (str, bytes, bool, int)) and not isinstance(x, np.generic):
+    if isinstance(x, jax.Array) or (isinstance(x, (str, bytes, bool, int)) and not isinstance(x, np.generic)):
         return x
     if not (isinstance(x, (float, complex)) or hasattr(x, "__array__")):
         return x

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _PREFIX = "array"
@@ -227,10 +228,10 @@ def from_host(arrays: Sequence[np.ndarray], like: Any) -> Any:
 
 def _placed(x: np.ndarray, like: Any) -> Any:
     if _is_key(like):
-        return jax.random.wrap_key_data(jax.numpy.asarray(x), impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(like))
     one = not isinstance(like, jax.Array) or len(like.sharding.device_set) == 1
-    return jax.numpy.asarray(x) if one else jax.device_put(x, like.sharding)
+    return jnp.asarray(x) if one else jax.device_put(x, like.sharding)
 
 
 def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -634,6 +634,7 @@ def _with_paths(graph: Graph, path: Path = ()) -> list[tuple[Path, Graph]]:
 
 
 def codec_from(fields: dict[str, Any]) -> Codec:
+    """The codec of which a name and fields were saved."""
     kinds = {kind.__name__: kind for kind in (StochasticRound, SampledRound, SampleAxis, RandomProjection)}
     return kinds[fields.pop("name")](**fields)
 

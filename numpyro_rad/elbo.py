@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from numpyro.handlers import seed
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.elbo import ELBO
+from numpyro.primitives import Messenger
 
 from numpyro_rad import _jax, decision
 from numpyro_rad.calibration import Calibration, Calibrator
@@ -37,7 +38,8 @@ class NoiseKeys(NamedTuple):
     All are JAX PRNG keys, typed or raw, and independent of one another. A pytree, so ``jax.vmap`` maps over it.
 
     :ivar guide: noise of the guide's samples, and whatever else model and guide draw (dropout, ...).
-    :ivar minibatch: indices that ``numpyro.plate(..., subsample_size=...)`` draws.
+    :ivar minibatch: indices that ``numpyro.plate(..., subsample_size=...)`` draws; None to draw them from the guide's
+        key, as ``loss`` does. The program is then that of ``loss`` too, so plans and calibrations for it stay valid.
     :ivar path: the codes of the residuals; the value of the loss does not depend on it.
     """
 
@@ -132,7 +134,9 @@ class RAD_ELBO(Trace_ELBO):
     ) -> Any:
         """Negative ELBO and mutable state, as the base returns them; ``rng_key`` seeds the paths too."""
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
-        return self._randomized(path_key, self._loss_and_state, rng_key, param_map, model, guide, args, kwargs)
+        return self._randomized(
+            path_key, partial(_loss_and_state, self.base), rng_key, param_map, model, guide, args, kwargs
+        )
 
     def loss_with_keys(self, keys: NoiseKeys, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss with a key of its own for each source of noise, for instance to tell their variances apart.
@@ -148,8 +152,7 @@ class RAD_ELBO(Trace_ELBO):
                 NoiseKeys(guide_key, minibatch_key, path), params, model, guide, x, y))
             draws = jax.vmap(gradient, (None, 0))(params, jax.random.split(key, 100))  # path noise alone
         """
-        base, model, guide = _with_minibatch_key(self.base, keys.minibatch, model, guide)
-        return self._randomized(keys.path, base.loss, keys.guide, param_map, model, guide, args, kwargs)
+        return loss_by_keys(self, keys, param_map, None, model, guide, args, kwargs)
 
     def plan(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
@@ -169,12 +172,19 @@ class RAD_ELBO(Trace_ELBO):
         :param svi: the ``SVI`` that this ELBO is the loss of.
         :param svi_state: its state.
         :param args: arguments of model and guide, as in ``svi.update``.
+        :raises ValueError: if there is no parameter.
         :raises BudgetError: if no plan meets the budget.
         """
+        if not jax.tree.leaves(svi.get_params(svi_state)):
+            raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
         params, options = svi.get_params(svi_state), {**kwargs, **svi.static_kwargs}
         operands = (svi_state.rng_key, params, svi.model, svi.guide, args, options, svi_state.mutable_state)
         taken, _ = self._closure(*operands)
         return taken.plan, taken.names
+
+    def plan_of_step(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> Plan:
+        """The plan of the gradient in one ``svi.update``; its parameters."""
+        return self.plan_of_update(svi, svi_state, *args, **kwargs)[0]
 
     def calibrate(
         self, svi: SVI, svi_state: Any, *args: Any, batches: Sequence[tuple] = (), draws: int = 3, **kwargs: Any
@@ -297,18 +307,13 @@ class RAD_ELBO(Trace_ELBO):
             rng_key, mutable, args, kwargs = others
             if not jax.tree.leaves(mutable):
                 return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
-            return self._loss_and_state(rng_key, {**params, **mutable}, model, guide, *args, **kwargs)
+            return _loss_and_state(self.base, rng_key, {**params, **mutable}, model, guide, *args, **kwargs)
 
         others = (rng_key, mutable, args, kwargs)
         try:
             return Closure(loss, param_map, self.planner, others), others
         except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
             return Closure(lambda params: loss(params, others), param_map, self.planner), None
-
-    def _loss_and_state(self, *operands: Any, **options: Any) -> Any:
-        """The base's loss and mutable state, of which only the former is differentiated."""
-        result = self.base.loss_with_mutable_state(*operands, **options)
-        return {**result, "mutable_state": jax.lax.stop_gradient(result["mutable_state"])}
 
     def _randomized(
         self,
@@ -334,6 +339,70 @@ class RAD_ELBO(Trace_ELBO):
             if not _jax.is_traced(value):
                 return value
         return randomized(run, self.planner, seed, param_map)
+
+
+def loss_by_keys(
+    elbo: ELBO, keys: NoiseKeys, param_map: Any, mutable: Any, model: Any, guide: Any, args: tuple, kwargs: dict
+) -> Any:
+    """The loss of any ELBO, as ``svi.update`` takes it, with a key of its own for each source of noise.
+
+    :param elbo: a ``RAD_ELBO``, or another one, for which the key of the paths has no meaning.
+    :param mutable: the mutable state, or None.
+    """
+    base = elbo.base if isinstance(elbo, RAD_ELBO) else elbo
+    if keys.minibatch is not None:
+        base, model, guide = _with_minibatch_key(base, keys.minibatch, model, guide)
+    exact: Any = base.loss
+    if jax.tree.leaves(mutable):
+        param_map, exact = {**param_map, **jax.lax.stop_gradient(mutable)}, partial(_loss_and_state, base)
+    if isinstance(elbo, RAD_ELBO):
+        result = elbo._randomized(keys.path, exact, keys.guide, param_map, model, guide, args, kwargs)
+    else:
+        result = exact(keys.guide, param_map, model, guide, *args, **kwargs)
+    return result["loss"] if jax.tree.leaves(mutable) else result
+
+
+def training_keys(rng_key: Any) -> NoiseKeys:
+    """The keys with which :func:`loss_by_keys` does what ``loss`` does under one key."""
+    return NoiseKeys(rng_key, None, jax.random.fold_in(rng_key, _PATH_TAG))
+
+
+def draws_minibatches(svi: SVI, param_map: Any, mutable: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether a plate of model or guide draws a minibatch.
+
+    Plates in the body of a ``numpyro.contrib.control_flow.scan`` do not count: they draw from the guide's key.
+    """
+    watch = _PlateWatch()
+    base = svi.loss.base if isinstance(svi.loss, RAD_ELBO) else svi.loss
+    both = partial(watch.run, svi.model), partial(watch.run, svi.guide)
+
+    def loss(params: Any) -> Any:
+        keys = NoiseKeys(jax.random.key(0), None, None)
+        return loss_by_keys(base, keys, params, mutable, *both, args, kwargs)
+
+    jax.eval_shape(loss, param_map)
+    return watch.found
+
+
+class _PlateWatch(Messenger):
+    """Notices plates that draw a minibatch."""
+
+    found = False
+
+    def run(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return fn(*args, **kwargs)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate":
+            size, subsample_size = msg["args"]
+            self.found = self.found or subsample_size not in (None, size)
+
+
+def _loss_and_state(base: ELBO, *operands: Any, **options: Any) -> Any:
+    """The base's loss and mutable state, of which only the former is differentiated."""
+    result = base.loss_with_mutable_state(*operands, **options)
+    return {**result, "mutable_state": jax.lax.stop_gradient(result["mutable_state"])}
 
 
 def _signs(key: Any, tree: Any) -> Any:

@@ -66,7 +66,7 @@ class GradientVariance:
     :ivar predicted_rho: what the plan predicted for it; None where nothing is predicted.
     :ivar signal_to_noise: squared norm of the mean gradient / total variance.
     :ivar noise_scale: total variance / squared norm (McCandlish et al. 2018), in gradients of this size.
-    :ivar draws: independent replicates of four gradients each.
+    :ivar draws: independent replicates, of up to four gradients each.
     :ivar seconds: for "exact" and "randomized", seconds of one gradient; empty if not measured.
     :ivar temporary_bytes: for the same, temporary memory of one compiled gradient.
     :ivar efficiency: for the same, 1 / (variance x seconds) relative to "exact"; empty if not measured.
@@ -85,6 +85,33 @@ class GradientVariance:
     temporary_bytes: dict[str, int]
     efficiency: dict[str, float]
     memory_efficiency: dict[str, float]
+
+    def __str__(self) -> str:
+        """A table: one row for each block, variances with their standard errors, and what follows from them."""
+        columns = ("minibatch", "guide", "path", "total", "squared_norm")
+        rows = [("block", "size", *columns)]
+        for block in (*self.blocks, self.total):
+            rows.append((block.name, str(block.size), *(str(getattr(block, column)) for column in columns)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ]
+        low, high = self.rho_interval
+        predicted = "" if self.predicted_rho is None else f", predicted {self.predicted_rho:.3g}"
+        lines += [
+            f"rho = path / (minibatch + guide) = {self.rho} (95 %: {low:.3g} to {high:.3g}){predicted}",
+            f"signal to noise {self.signal_to_noise}, noise scale {self.noise_scale} gradients; {self.draws} replicates",
+        ]
+        for name, seconds in self.seconds.items():
+            line = f"{name}: {seconds:.3g} s and {self.temporary_bytes[name] / 2**20:.3g} MiB for one gradient"
+            if name in self.efficiency:
+                line += (
+                    f"; relative to exact, 1 / (variance x seconds) is {self.efficiency[name]:.3g} and "
+                    f"1 / (variance x bytes) {self.memory_efficiency[name]:.3g}"
+                )
+            lines.append(line)
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)

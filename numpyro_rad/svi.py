@@ -243,6 +243,9 @@ class _Fixed:
     def next_few(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
         return []
 
+    def samples(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+        return [self.first]
+
 
 class _Varying:
     """A batch for every step, behind arguments that stay."""
@@ -250,7 +253,6 @@ class _Varying:
     def __init__(self, reader: Batches, args: tuple, kwargs: dict[str, Any]) -> None:
         self._reader, self._args, self._kwargs = reader, args, kwargs
         self.first = self.last = self._joined(reader.first)
-        self.before_last = None
         self.position = (reader.first.epoch, 0)
         self.name = reader.first.name
 
@@ -259,11 +261,20 @@ class _Varying:
         if batch is None:
             return None
         self.position, self.name = (batch.epoch, batch.index + 1), batch.name
-        self.before_last, self.last = self.last, self._joined(batch)
+        self.last = self._joined(batch)
         return self.last
 
     def next_few(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
         return [self._joined(batch) for batch in self._reader.peek(n)]
+
+    def samples(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+        """Up to ``n`` of the present batch and the next ones, all of the usual size if there are any.
+
+        They follow from the position alone, so a run that is resumed looks at the same ones.
+        """
+        there = [self.last, *self.next_few(n)]
+        usual = [given for given in there if _same_shapes(given, self.first)]
+        return usual[:n] or [self.last]
 
     def _joined(self, batch: Batch) -> tuple[tuple, dict[str, Any]]:
         twice = sorted(set(self._kwargs) & set(batch.kwargs))
@@ -308,7 +319,9 @@ class _Fit:
         self.diagnosed = self.stopped = self.interrupted = False
         self.stopped_at: int | None = None
         self.ending = "all steps were taken"
-        tracking = svi.tracking
+        tracking = (
+            None if options["forward_mode_differentiation"] else svi.tracking
+        )  # its gradients are of reverse mode
         self.interval = _INTERVAL if tracking is None else tracking.interval
         self.tracker = None if tracking is None else Tracker(svi, tracking)
         self.iterates = Iterates(max(1, num_steps // _ITERATES))
@@ -410,15 +423,18 @@ class _Fit:
 
     def _landed(self, step: int, last: Any, given: Any, name: str) -> None:
         """Wait for a call; look at a loss that is not finite while its batch is known."""
-        if not np.isfinite(np.asarray(last)) and not self.diagnosed and not self.options["stable_update"]:
-            self.diagnosed = True
-            self._diagnose(step, given, name, float(last))
+        loss = float(last)
+        if name and not np.isfinite(loss):
+            self._diagnose(step, given, name, loss)
 
     def _flush(self, losses: Any, bar: Any, seconds: float) -> None:
         """Fetch losses, remember iterates, move the progress bar."""
         if not self.used:
             return
         new = np.asarray(losses)[: self.used].copy()
+        bad = np.flatnonzero(~np.isfinite(new))
+        if len(bad) and not self.feed.name:
+            self._diagnose(self.step - self.used + 1 + int(bad[0]), self.feed.first, "", float(new[bad[0]]))
         self.fetched.append(new)
         self.pace = int(np.clip(self.used * _CHUNK_SECONDS / max(seconds, 1e-9), 1, 8 * self.pace))
         if self.sketches:
@@ -445,15 +461,14 @@ class _Fit:
     # -- what happens between steps --------------------------------------------------------------------------------
 
     def _look(self, callbacks: tuple, stop: Stop | None) -> None:
-        args, kwargs = self.feed.last
         if self.tracker is not None:
-            other = getattr(self.feed, "before_last", None)
-            found = self.tracker.look(self.step, self.state, args, kwargs, seconds=self.seconds, other=other)
-            self.alarms += found
+            (args, kwargs), *others = self.feed.samples(2)
+            other = others[0] if others else None
+            self.alarms += self.tracker.look(self.step, self.state, args, kwargs, seconds=self.seconds, other=other)
             if np.isfinite(self.losses[-1]):
                 self.last_good, self.last_good_step = self._copy(), self.step
             if self.tracker.wants_replan:
-                self._replan(args, kwargs)
+                self._replan()
         if callbacks:
             track = None if self.tracker is None else self.tracker.track
             seen = Look(self.step, self._copy(), float(self.losses[-1]), self.losses, track, tuple(self.alarms))
@@ -467,13 +482,17 @@ class _Fit:
                 why = "the iterates had converged" if isinstance(stop, str) else "the rule said so"
                 self.ending = f"stopped after step {self.step}: {why}"
 
-    def _replan(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _replan(self) -> None:
         """Measure variances at the current state, plan again, compile again."""
         elbo = self.svi.loss
         if not isinstance(elbo, RAD_ELBO):
             return
+        (args, kwargs), *others = self.feed.samples(_CALIBRATION_DRAWS)
+        more = [a for a, k in others if not k]
         try:
-            self.svi._measured = elbo.calibrate(self.svi, self.state, *args, draws=_CALIBRATION_DRAWS, **kwargs)
+            self.svi._measured = elbo.calibrate(
+                self.svi, self.state, *args, batches=more, draws=_CALIBRATION_DRAWS, **kwargs
+            )
         except ValueError as error:  # a gradient that is not finite; the tracker tells of that
             self.alarms.append(Alarm(self.step, "replan", "", f"No new plan was made: {error}"))
             return
@@ -487,14 +506,29 @@ class _Fit:
         self.alarms.append(Alarm(self.step, "replan", "", message))
 
     def _diagnose(self, step: int, given: tuple[tuple, dict[str, Any]], name: str, loss: float) -> None:
-        """Say where a loss that is not finite comes from, from the last state before it."""
-        if self.tracker is not None and self.last_good is not None:
-            found = self.tracker.diagnose(step, self.last_good, *given, loss)
-            of = f" ({name})" if name else ""
+        """Say, once, where a loss that is not finite comes from."""
+        if self.diagnosed or self.options["stable_update"]:
+            return
+        self.diagnosed = True
+        of = f" It was {name}." if name else ""
+        if self.tracker is not None:
+            found = self.tracker.diagnose(step, self._state_before(step), *given, loss)
             self.alarms += [dataclasses.replace(a, message=a.message + of) for a in found]
         else:
-            message = f"The loss is {loss}{f' with {name}' if name else ''}. Look at the data and the learning rate."
+            message = f"The loss is {loss}. Look at the data and the learning rate.{of}"
             self.alarms.append(Alarm(step, "nonfinite", "", message))
+
+    def _state_before(self, step: int) -> Any:
+        """The state before a step: the last good one, and the same steps from there on if their batches are known."""
+        state, at = jax.tree.map(jnp.copy, self.last_good), self.last_good_step
+        if self.feed.name:
+            return state
+        losses = self.steps.buffer(state, *self.feed.first)
+        while at < step - 1:
+            n = min(self.steps.most, step - 1 - at)
+            state, losses, _ = self.steps(state, losses, 0, n, *self.feed.first)
+            at += n
+        return state
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -531,11 +565,11 @@ class _Fit:
         self.alarms = [from_dict(Alarm, a) for a in meta["alarms"]]
         self.iterates = Iterates.restore(meta["iterates"])
         self.plans, self.stopped, self.diagnosed = meta["plans"], meta["stopped"], meta["diagnosed"]
-        if self.tracker is not None and meta["tracker"] is not None:
-            self.tracker.restore(meta["tracker"])
         if isinstance(elbo, RAD_ELBO) and meta["calibration"] is not None:
             self.svi._measured = Calibration.from_dict(meta["calibration"])
             elbo.planner = dataclasses.replace(elbo.planner, calibration=self.svi._measured)
+        if self.tracker is not None and meta["tracker"] is not None:
+            self.tracker.restore(meta["tracker"])  # it watches the plan of the planner that is there
 
     # -- the result ------------------------------------------------------------------------------------------------
 
