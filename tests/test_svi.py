@@ -18,7 +18,7 @@ from models import PROBLEMS, logistic, network_regression, wave
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
-from numpyro_rad import RAD_ELBO, BudgetError, Keep
+from numpyro_rad import RAD_ELBO, BudgetError
 from numpyro_rad.records import FitRecord
 from numpyro_rad.svi import RAD_SVI
 from numpyro_rad.tracking import Tracking
@@ -103,7 +103,7 @@ def test_with_a_progress_bar_too(capsys):
     assert "loss" in shown and "ρ" in shown and "residuals" in shown
 
 
-def test_nothing_that_happens_on_the_way_changes_a_number(tmp_path):
+def test_nothing_that_happens_on_the_way_changes_a_number():
     key, seen = jax.random.key(KEY), []
     plain = small().run(key, 50, X, Y, progress_bar=False)
     for tracking in (quiet(1), quiet(13)):
@@ -111,11 +111,7 @@ def test_nothing_that_happens_on_the_way_changes_a_number(tmp_path):
             key, 50, X, Y, progress_bar=False, callbacks=[seen.append], stop=lambda *_: False
         )
         assert same_run(watched, plain)
-    assert [look.step for look in seen][-4:] == [13, 26, 39, 48][:3] + [39] or [look.step for look in seen][-3:] == [
-        13,
-        26,
-        39,
-    ]
+    assert [look.step for look in seen][-3:] == [13, 26, 39]
 
 
 def test_a_run_goes_on_from_a_state_with_a_fresh_object():
@@ -233,15 +229,15 @@ def test_plans_by_price_are_calibrated_once_for_each_fit():
     plan = first.record.plan
     assert 0 < plan.stored_bytes <= 2**18 < plan.exact_bytes
     assert max(held for _, held, _ in plan.timeline) <= 1.001 * plan.stored_bytes
-    assert small(RAD_ELBO(Keep())) if False else small().run(jax.random.key(0), 2, X, Y, progress_bar=False).record.plan
 
 
 def test_a_band_of_rho_replans():
-    tracking = quiet(5, replan=(1e6, 2e6))  # any ρ is far below
-    svi = small(RAD_ELBO(codec=None), tracking=tracking)
-    result = svi.run(jax.random.key(0), 100, X, Y, progress_bar=False)
+    tracking = quiet(2, replan=(1e6, 2e6))  # any ρ is far below
+    svi = small(RAD_ELBO(added_variance=0.1), tracking=tracking)
+    result = svi.run(jax.random.key(0), 20, X, Y, progress_bar=False)
     replans = [a for a in result.alarms if a.kind == "replan"]
-    assert replans or result.track.path.sum() == 0
+    assert replans and "measured again" in replans[0].message
+    assert len(result.losses) == 20
 
 
 # -- callbacks, stopping, Ctrl-C ---------------------------------------------------------------------------------------
@@ -332,13 +328,11 @@ def test_nan_in_the_data_is_named():
     y = Y.copy()
     y[5] = np.nan
     svi = small(tracking=quiet(10))
-    result = svi.run(jax.random.key(0), 30, X, y, progress_bar=False)
+    options = {"progress_bar": False, "init_state": svi.init(jax.random.key(0), X, Y)}
+    result = svi.run(jax.random.key(0), 30, X, y, **options)
     (alarm,) = [a for a in result.alarms if "loss" in a.message][:1]
     assert alarm.kind == "nonfinite" and "args[1]" in alarm.message and alarm.step == 1
-    expected = SVI(linear, AutoNormal(linear), optax.adam(1e-2), RAD_ELBO()).run(
-        jax.random.key(0), 30, X, y, progress_bar=False
-    )
-    assert same(result.losses, expected.losses)  # it goes on, as SVI does
+    assert same(result.losses, SVI.run(svi, jax.random.key(0), 30, X, y, **options).losses)  # it goes on, as SVI does
 
 
 def test_a_fit_that_diverges_is_diagnosed_at_the_step_before():
@@ -353,12 +347,11 @@ def test_a_fit_that_diverges_is_diagnosed_at_the_step_before():
 
 
 def test_stable_update_does_not_take_bad_steps():
-    y = np.full_like(Y, np.nan)
-    result = small(tracking=None).run(jax.random.key(0), 10, X, y, progress_bar=False, stable_update=True)
-    expected = SVI(linear, AutoNormal(linear), optax.adam(1e-2), RAD_ELBO()).run(
-        jax.random.key(0), 10, X, y, progress_bar=False, stable_update=True
-    )
-    assert same_run(result, expected) and all(np.isfinite(x).all() for x in words(result.params))
+    y, svi = np.full_like(Y, np.nan), small()
+    options = {"progress_bar": False, "stable_update": True, "init_state": svi.init(jax.random.key(0), X, Y)}
+    result = svi.run(jax.random.key(0), 10, X, y, **options)
+    assert same_run(result, SVI.run(svi, jax.random.key(0), 10, X, y, **options))
+    assert all(np.isfinite(x).all() for x in words(result.params)) and not result.alarms
 
 
 def test_no_steps():
