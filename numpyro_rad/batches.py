@@ -23,6 +23,8 @@ import numpy as np
 
 _AHEAD = 2  # batches that wait on the device
 
+_STRUCTURE = "its structure"
+
 _POLL_SECONDS = 0.1  # how soon a closed reader and an interrupted run notice
 
 
@@ -233,7 +235,8 @@ def _check(batch: Batch, reference: Batch) -> None:
     found, expected = _outline(batch), _outline(reference)
     if found == expected:
         return
-    where = next((k for k in (*expected, *found) if found.get(k) != expected.get(k)), "")
+    entries = [k for k in (*expected, *found) if k != _STRUCTURE]  # they say more than the structure
+    where = next(k for k in (*entries, _STRUCTURE) if found.get(k) != expected.get(k))
     raise ValueError(
         f"batches: {batch.name} differs from {reference.name} in {where}: expected "
         f"{expected.get(where, 'nothing there')}, got {found.get(where, 'nothing there')}. Batches may differ in size "
@@ -249,4 +252,4 @@ def _outline(batch: Batch) -> dict[str, str]:
         where = ("argument " if part.idx == 0 else "keyword argument ") + jax.tree_util.keystr(tuple(path))
         array = hasattr(leaf, "dtype")
         outline[where] = f"{leaf.dtype} of {leaf.ndim} axes" if array else type(leaf).__name__
-    return {**outline, "its structure": str(treedef)}
+    return {**outline, _STRUCTURE: str(treedef)}

@@ -318,6 +318,7 @@ class _Fit:
         self.alarms: list[Alarm] = []
         self.diagnosed = self.stopped = self.interrupted = False
         self.stopped_at: int | None = None
+        self.saved: int | None = None  # the step of the newest checkpoint
         self.ending = "all steps were taken"
         tracking = (
             None if options["forward_mode_differentiation"] else svi.tracking
@@ -534,6 +535,8 @@ class _Fit:
 
     def _save(self) -> None:
         assert self.store is not None
+        if self.step == self.saved:
+            return
         elbo = self.svi.loss
         calibration = elbo.planner.calibration if isinstance(elbo, RAD_ELBO) else None
         meta = {
@@ -553,6 +556,8 @@ class _Fit:
         except CheckpointError as error:  # the fit itself is well: nothing of it is to be lost
             warnings.warn(f"{error} The run goes on without it.", stacklevel=4)
             self.alarms.append(Alarm(self.step, "checkpoint", "", str(error)))
+        else:
+            self.saved = self.step
 
     def _restore(self, snapshot: Snapshot) -> None:
         assert self.store is not None
@@ -560,7 +565,7 @@ class _Fit:
         check_same_run(self.store.folder, meta["fingerprint"], self.fingerprint)
         *leaves, losses = snapshot.arrays
         self.state = from_host(leaves, self.state)
-        self.step, self.fetched = snapshot.step, [losses]
+        self.step, self.fetched, self.saved = snapshot.step, [losses], snapshot.step
         self.begun -= meta["seconds"]
         self.alarms = [from_dict(Alarm, a) for a in meta["alarms"]]
         self.iterates = Iterates.restore(meta["iterates"])

@@ -45,7 +45,9 @@ def run(steps, folder=None, key=0, svi=None, every=7, data=(X, Y), **options):
 
 
 def same_run(a, b):
-    pairs = zip(jax.tree.leaves((a.params, a.state, a.losses)), jax.tree.leaves((b.params, b.state, b.losses)))
+    pairs = zip(
+        jax.tree.leaves((a.params, a.state, a.losses)), jax.tree.leaves((b.params, b.state, b.losses)), strict=True
+    )
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
