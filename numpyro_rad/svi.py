@@ -583,7 +583,9 @@ class _Fit:
         svi = self.svi
         result = RAD_SVIRunResult(svi.get_params(self.state), self.state, jnp.asarray(self.losses))
         params = jax.tree.leaves(svi.optim.get_params(self.state.optim_state))
-        plan = self.steps.plan
+        plan, (args, kwargs) = self.steps.plan, self.feed.last
+        if plan is None and params and isinstance(svi.loss, RAD_ELBO):  # all steps were taken before it was resumed
+            plan = svi.loss.plan_of_update(svi, self.state, *args, **kwargs)
         result.record = FitRecord(
             title=results.title(svi),
             created=self.created,
@@ -598,7 +600,7 @@ class _Fit:
             track=None if self.tracker is None else self.tracker.track,
         )
         result.interrupted, result.stopped_at, result.iterates = self.interrupted, self.stopped_at, self.iterates
-        result.svi, (result.args, result.kwargs) = svi, self.feed.last
+        result.svi, result.args, result.kwargs = svi, args, kwargs
         return result
 
     def _told(self, stop: Stop | None) -> dict[str, str]:

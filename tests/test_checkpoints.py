@@ -142,6 +142,12 @@ def test_an_error_of_the_source_loses_nothing(tmp_path):
     assert same_run(run(11, tmp_path, data=(), batches=shuffled), run(11, data=(), batches=shuffled))
 
 
+def test_without_orbax(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match=r"numpyro_rad\[checkpoint\]"):
+        run(7, tmp_path)
+
+
 def test_wrong_options():
     with pytest.raises(ValueError, match="every=0"):
         Checkpoint("folder", every=0)
