@@ -253,3 +253,73 @@ def _outline(batch: Batch) -> dict[str, str]:
         array = hasattr(leaf, "dtype")
         outline[where] = f"{leaf.dtype} of {leaf.ndim} axes" if array else type(leaf).__name__
     return {**outline, _STRUCTURE: str(treedef)}
+
+
+def word(x: Any) -> str:
+    """An argument in words that are the same in another process."""
+    if hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return repr(x) if isinstance(x, (str, bytes, bool, int, float)) else type(x).__name__
+
+
+def words(tree: Any) -> dict[str, str]:
+    """Entries of a pytree, by name, in words."""
+    entries, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): word(x) for path, x in entries}
+
+
+# -- where arguments come from -----------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """The same arguments for every step."""
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.first = self.last = args, kwargs
+        self.position = (0, 0)
+        self.name = ""
+
+    def next(self, give_up: Any) -> tuple[tuple, dict[str, Any]]:
+        return self.first
+
+    def next_few(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+        return []
+
+    def samples(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+        return [self.first]
+
+
+class Varying:
+    """A batch for every step, behind arguments that stay."""
+
+    def __init__(self, reader: Batches, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._reader, self._args, self._kwargs = reader, args, kwargs
+        self.first = self.last = self._joined(reader.first)
+        self.position = (reader.first.epoch, 0)
+        self.name = reader.first.name
+
+    def next(self, give_up: Any) -> tuple[tuple, dict[str, Any]] | None:
+        batch = self._reader.next(give_up)
+        if batch is None:
+            return None
+        self.position, self.name = (batch.epoch, batch.index + 1), batch.name
+        self.last = self._joined(batch)
+        return self.last
+
+    def next_few(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+        return [self._joined(batch) for batch in self._reader.peek(n)]
+
+    def samples(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+        """Up to ``n`` of the present batch and the next ones, all of the usual size if there are any.
+
+        They follow from the position alone, so a run that is resumed looks at the same ones.
+        """
+        there = [self.last, *self.next_few(n)]
+        usual = [given for given in there if words(given) == words(self.first)]
+        return usual[:n] or [self.last]
+
+    def _joined(self, batch: Batch) -> tuple[tuple, dict[str, Any]]:
+        twice = sorted(set(self._kwargs) & set(batch.kwargs))
+        if twice:
+            raise TypeError(f"run: {', '.join(twice)} is given both to run and by {batch.name}. Leave out one.")
+        return (*self._args, *batch.args), {**self._kwargs, **batch.kwargs}

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_rad.batches import word
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.plan import Plan
 
@@ -207,16 +208,4 @@ def _hashable(x: Any) -> Any:
 def _outline(args: tuple, kwargs: dict[str, Any]) -> str:
     """Arguments in words that are the same in another process."""
     entries, _ = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    return "; ".join(f"{jax.tree_util.keystr(path)}: {_words(x)}" for path, x in entries)
-
-
-def _words(x: Any) -> str:
-    if hasattr(x, "dtype"):
-        return f"{x.dtype}{list(x.shape)}"
-    return repr(x) if isinstance(x, (str, bytes, bool, int, float)) else type(x).__name__
-
-
-def outline(tree: Any) -> dict[str, str]:
-    """Entries of a pytree, by name, in words."""
-    entries, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): _words(x) for path, x in entries}
+    return "; ".join(f"{jax.tree_util.keystr(path)}: {word(x)}" for path, x in entries)

@@ -37,6 +37,7 @@ LAYERS = (
     ("diagnostics", "archive", "sections"),
     ("tracking", "quality", "report", "batches", "checkpoints"),
     ("results", "steps"),
+    ("loop",),
     ("svi",),
     ("__init__",),
     ("__main__",),
@@ -45,7 +46,7 @@ LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
 
 JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
 MAY_USE_JAX_INTERNALS = {"_jax"}
-MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "results", "steps", "svi"}
+MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "results", "svi"}
 
 
 def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:
