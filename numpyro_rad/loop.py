@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 
 from numpyro_rad import results
-from numpyro_rad.batches import Fixed
+from numpyro_rad.batches import Fixed, words
 from numpyro_rad.calibration import Calibration
 from numpyro_rad.checkpoints import Checkpoint, CheckpointError, Snapshot, Store, check_same_run, from_host, to_host
 from numpyro_rad.elbo import RAD_ELBO
