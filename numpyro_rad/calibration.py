@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +76,27 @@ class Calibration:
         """The variance of the exact gradient, or its squared norm where guide and minibatch draw nothing."""
         negligible = 1e-9 * self.gradient_norm**2
         return self.gradient_variance if self.gradient_variance > negligible else max(self.gradient_norm**2, 1e-30)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as what ``json.dumps`` takes; :meth:`from_dict` gives the same to the bit."""
+        codecs = [{"name": type(c).__name__, **dataclasses.asdict(c)} for c in self.codecs]
+        added = [[list(path), list(variances)] for path, variances in self.added.items()]
+        return {**vars(self), "codecs": codecs, "added": added}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """The calibration that :meth:`to_dict` took apart.
+
+        :raises ValueError: if ``data`` is not from there.
+        """
+        try:
+            codecs = tuple(decision.codec_from(dict(fields)) for fields in data["codecs"])
+            added = {tuple(path): tuple(variances) for path, variances in data["added"]}
+            return cls(**{**data, "codecs": codecs, "added": added})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"this is not what Calibration.to_dict() gave: {error!r}. Calibrate again if it is lost."
+            ) from error
 
     def predicted(self, plan: Plan) -> float:
         """Variance that the codes of a plan add, relative to that of the exact gradient."""

@@ -589,7 +589,7 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
     try:
         program = saved["program"]
         kept = [tuple(path) for path in saved["kept"]]
-        coded = {tuple(e["path"]): _codec_from(dict(e["codec"])) for e in saved["encoded"]}
+        coded = {tuple(e["path"]): codec_from(dict(e["codec"])) for e in saved["encoded"]}
         segments = {tuple(e["path"]): e["segments"] for e in saved["segments"]}
         predicted = None if saved["predicted"] is None else Prediction(**saved["predicted"])
     except (KeyError, TypeError, ValueError) as error:
@@ -633,7 +633,8 @@ def _with_paths(graph: Graph, path: Path = ()) -> list[tuple[Path, Graph]]:
     return found
 
 
-def _codec_from(fields: dict[str, Any]) -> Codec:
+def codec_from(fields: dict[str, Any]) -> Codec:
+    """The codec of which a name and fields were saved."""
     kinds = {kind.__name__: kind for kind in (StochasticRound, SampledRound, SampleAxis, RandomProjection)}
     return kinds[fields.pop("name")](**fields)
 

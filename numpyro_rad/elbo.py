@@ -166,13 +166,25 @@ class RAD_ELBO(Trace_ELBO):
         taken, _ = self._closure(rng_key, param_map, model, guide, args, kwargs)
         return taken.plan, taken.names
 
-    def plan_of_step(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> Plan:
-        """The plan of the gradient in one ``svi.update``; its parameters."""
+    def plan_of_update(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[Plan, list]:
+        """The plan of one ``svi.update``, and the names of the arrays that it differentiates in order.
+
+        :param svi: the ``SVI`` that this ELBO is the loss of.
+        :param svi_state: its state.
+        :param args: arguments of model and guide, as in ``svi.update``.
+        :raises ValueError: if there is no parameter.
+        :raises BudgetError: if no plan meets the budget.
+        """
         if not jax.tree.leaves(svi.get_params(svi_state)):
             raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
-        options = {**kwargs, **svi.static_kwargs}
-        operands = (svi_state.rng_key, svi.get_params(svi_state), svi.model, svi.guide, args, options)
-        return self._closure(*operands, svi_state.mutable_state)[0].plan
+        params, options = svi.get_params(svi_state), {**kwargs, **svi.static_kwargs}
+        operands = (svi_state.rng_key, params, svi.model, svi.guide, args, options, svi_state.mutable_state)
+        taken, _ = self._closure(*operands)
+        return taken.plan, taken.names
+
+    def plan_of_step(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> Plan:
+        """The plan of the gradient in one ``svi.update``; its parameters."""
+        return self.plan_of_update(svi, svi_state, *args, **kwargs)[0]
 
     def calibrate(
         self, svi: SVI, svi_state: Any, *args: Any, batches: Sequence[tuple] = (), draws: int = 3, **kwargs: Any

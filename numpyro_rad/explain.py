@@ -75,14 +75,15 @@ class Explanation:
                 "x".join(map(str, r.shape)) or "scalar",
                 r.dtype,
                 r.decision,
-                _size(r.exact_bytes),
-                _size(r.stored_bytes),
+                size_text(r.exact_bytes),
+                size_text(r.stored_bytes),
                 f"{r.relative_variance:.1e}" if r.relative_variance else "0",
             )
             for r in self.rows
         ]
         ratio = self.exact_bytes / self.stored_bytes if self.stored_bytes else float("inf")
-        total = ("total", "", "", "", "", f"{ratio:.1f}x less", _size(self.exact_bytes), _size(self.stored_bytes), "")
+        sizes = size_text(self.exact_bytes), size_text(self.stored_bytes)
+        total = ("total", "", "", "", "", f"{ratio:.1f}x less", *sizes, "")
         text = _aligned([header, *body], total, right={6, 7, 8})
         if self.defaults:
             text.append(
@@ -118,7 +119,7 @@ def _prediction(predicted: Prediction) -> str:
     return text + "."
 
 
-def _size(n_bytes: int) -> str:
+def size_text(n_bytes: int) -> str:
     """A size for people; never 0 for what is not."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n_bytes >= scale:
@@ -145,7 +146,7 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
     """
     plan, names = plan_of(target, args, argnums, kwargs)
     names = [site_name(name) for name in names] if _is_elbo(target) else names
-    return _explained(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True)))
+    return explained(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True)))
 
 
 def plan_of(target: Any, args: tuple, argnums: int | Sequence[int], kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
@@ -165,7 +166,8 @@ def _is_elbo(target: Any) -> bool:
     return hasattr(target, "loss_with_keys")
 
 
-def _explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
+def explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
+    """The explanation of a plan; ``labels`` are the sites of its tangent inputs."""
     rows = tuple(_rows(plan, labels))
     exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
     return Explanation(
@@ -212,12 +214,12 @@ class Comparison:
                 *(
                     cell
                     for decision, size, variance in zip(d.decisions, d.stored_bytes, d.relative_variance, strict=True)
-                    for cell in (decision or "-", _size(size), f"{variance:.1e}" if variance else "0")
+                    for cell in (decision or "-", size_text(size), f"{variance:.1e}" if variance else "0")
                 ),
             )
             for d in self.rows
         ]
-        totals = [cell for plan in self.plans for cell in ("", _size(plan.stored_bytes), "")]
+        totals = [cell for plan in self.plans for cell in ("", size_text(plan.stored_bytes), "")]
         text = _aligned([header, *body], ("total", "", "", "", *totals), right={5, 6, 8, 9})
         for name, plan in zip(("First", "Second"), self.plans, strict=True):
             told = _prediction(plan.predicted) if plan.predicted is not None else "nothing is predicted."
@@ -245,7 +247,7 @@ def compare(a: Explanation | Plan, b: Explanation | Plan) -> Comparison:
                 f"compare needs two results of explain, or two plans, got {type(plan).__name__}. Pass "
                 "explain(elbo, ...) for each ELBO."
             )
-    first, second = (_explained(p, {}) if isinstance(p, Plan) else p for p in (a, b))
+    first, second = (explained(p, {}) if isinstance(p, Plan) else p for p in (a, b))
     if first.program != second.program:
         raise ValueError(
             f"compare: these are plans of different programs (fingerprints {first.program} and {second.program}). The "

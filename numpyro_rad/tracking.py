@@ -137,9 +137,7 @@ class Tracker:
         :return: alarms that were not raised before.
         """
         kwargs = {} if kwargs is None else kwargs
-        if self._is_replanned:
-            self._start()  # what is known about another plan says nothing about this one
-            self._issued -= {found for found in self._issued if found[0] == "rho"}
+        self._forget_other_plans()
         if not self._names:
             self._names = tuple(name for name, _ in named_leaves(self.svi.optim.get_params(svi_state.optim_state)))
         keys = self._keys(svi_state.rng_key)
@@ -159,6 +157,11 @@ class Tracker:
             alarms += self._judge(step, look)
         self._rho.append(self.rho)
         return self._issue(alarms)
+
+    def _forget_other_plans(self) -> None:
+        if self._is_replanned:
+            self._start()  # what is known about another plan says nothing about this one
+            self._issued -= {found for found in self._issued if found[0] == "rho"}
 
     def diagnose(self, step: int, svi_state: Any, args: tuple, kwargs: dict | None, loss: Any) -> tuple[Alarm, ...]:
         """Say where a loss that is NaN or infinite comes from, the first time.
@@ -232,6 +235,7 @@ class Tracker:
 
     def to_dict(self) -> dict[str, Any]:
         """All that :meth:`restore` needs, for ``json.dumps``."""
+        self._forget_other_plans()
         return {
             "track": to_dict(self.track),
             "issued": sorted(map(list, self._issued)),

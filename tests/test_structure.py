@@ -23,7 +23,7 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
-    ("seeds", "solver", "records", "monitor"),
+    ("seeds", "solver", "records", "monitor", "charts"),
     ("_jax", "codecs", "convergence"),
     ("rules",),
     ("graph",),
@@ -33,9 +33,11 @@ LAYERS = (
     ("linearize", "planner"),
     ("transform", "calibration"),
     ("explain",),
-    ("elbo", "figures", "report"),
-    ("diagnostics", "archive"),
-    ("tracking", "quality"),
+    ("elbo", "figures", "verdict"),
+    ("diagnostics", "archive", "sections"),
+    ("tracking", "quality", "report", "batches", "checkpoints"),
+    ("results", "steps"),
+    ("loop",),
     ("svi",),
     ("__init__",),
     ("__main__",),
@@ -44,7 +46,7 @@ LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
 
 JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
 MAY_USE_JAX_INTERNALS = {"_jax"}
-MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "svi"}
+MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "results", "svi"}
 
 
 def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:

@@ -1,0 +1,449 @@
+"""The loop of ``RAD_SVI.run``: steps, and what happens between them.
+
+A call of the compiled loop takes steps until something is due (a look at the noise, a checkpoint, a fetch of losses).
+Nothing of that depends on the clock but how many steps a call takes, which changes no number; what is done at a step
+depends on its number alone, so that a run that is resumed does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import signal
+import threading
+import time
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from numpyro_rad import results
+from numpyro_rad.batches import Fixed, words
+from numpyro_rad.calibration import Calibration
+from numpyro_rad.checkpoints import Checkpoint, CheckpointError, Snapshot, Store, check_same_run, from_host, to_host
+from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.explain import size_text
+from numpyro_rad.quality import Iterates
+from numpyro_rad.records import Alarm, FitRecord, Track, from_dict, to_dict
+from numpyro_rad.results import RAD_SVIRunResult
+from numpyro_rad.steps import Steps, split
+from numpyro_rad.tracking import Tracker
+
+CALIBRATION_DRAWS = 3
+
+_INTERVAL = 100  # steps between two callbacks where nothing is tracked
+
+_CHUNK_SECONDS = 0.2  # between two looks of the host: the progress bar moves, Ctrl-C is noticed
+
+_IN_FLIGHT = 2  # calls that are handed to the device before the first one has to be done
+
+_ITERATES = 1000  # that are remembered of a run, at most
+
+Stop = str | Callable[[int, np.ndarray], bool]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Look:
+    """What a callback of ``RAD_SVI.run`` gets.
+
+    :ivar step: steps taken.
+    :ivar state: the state of SVI after them, a copy that may be kept.
+    :ivar loss: of the last step.
+    :ivar losses: of all steps.
+    :ivar track: noise of the gradient so far, None if it is not tracked.
+    :ivar alarms: what was noticed so far.
+    """
+
+    step: int
+    state: Any
+    loss: float
+    losses: np.ndarray
+    track: Track | None
+    alarms: tuple[Alarm, ...]
+
+
+class Fit:
+    """A run: its state, what happened so far, and what is to be done between steps."""
+
+    def __init__(
+        self,
+        svi: Any,
+        state: Any,
+        num_steps: int,
+        feed: Any,
+        options: dict[str, bool],
+        store: Store | None,
+        checkpoint: Checkpoint | None,
+        snapshot: Snapshot | None,
+    ) -> None:
+        self.svi, self.num_steps, self.feed, self.options = svi, num_steps, feed, options
+        self.store, self.checkpoint = store, checkpoint
+        self.begun, self.created = time.perf_counter(), results.now()
+        self.state = jax.tree.map(jnp.copy, state)  # steps are given their memory
+        self.step, self.used, self.pace = 0, 0, 1
+        self.fetched: list[np.ndarray] = []
+        self.alarms: list[Alarm] = []
+        self.diagnosed = self.stopped = self.interrupted = False
+        self.stopped_at: int | None = None
+        self.saved: int | None = None  # the step of the newest checkpoint
+        self.ending = "all steps were taken"
+        tracking = (
+            None if options["forward_mode_differentiation"] else svi.tracking
+        )  # its gradients are of reverse mode
+        self.interval = _INTERVAL if tracking is None else tracking.interval
+        self.tracker = None if tracking is None else Tracker(svi, tracking)
+        self.iterates = Iterates(max(1, num_steps // _ITERATES))
+        self.sketches: list[tuple[int, Any]] = []
+        self._sketch = jax.jit(lambda optim_state: Iterates.sketch(svi.optim.get_params(optim_state)))
+        self.plans: dict[str, dict[str, Any]] = {}
+        self.fingerprint = fingerprint(svi, self.state, options, feed.first) if store is not None else {}
+        if snapshot is not None:
+            self._restore(snapshot)
+        self.steps = self._new_steps()
+        self.last_good = self._copy() if self.tracker is not None else None
+        self.last_good_step = self.step
+
+    def _new_steps(self) -> Steps:
+        update = self.svi.stable_update if self.options["stable_update"] else self.svi.update
+        forward = self.options["forward_mode_differentiation"]
+        fixed = isinstance(self.feed, Fixed)
+        return Steps(self.svi, partial(update, forward_mode_differentiation=forward), fixed, self.plans)
+
+    def _copy(self) -> Any:
+        return jax.tree.map(jnp.copy, self.state)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Of all steps whose losses were fetched."""
+        if len(self.fetched) != 1:
+            self.fetched = [np.concatenate(self.fetched) if self.fetched else np.zeros(0, np.float32)]
+        return self.fetched[0]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def go(self, progress_bar: bool, callbacks: tuple, stop: Stop | None) -> None:
+        """Take the steps."""
+        if self.stopped and stop is not None:
+            self.stopped_at = self.step
+            return
+        losses = self.steps.buffer(self.state, *self.feed.first)
+        flying: deque = deque()
+        flushed = time.perf_counter()
+        bar = tqdm.tqdm(total=self.num_steps, initial=self.step, disable=not progress_bar)
+        with bar, _deferred_interrupt() as asked:
+            while self.step < self.num_steps and self.stopped_at is None:
+                try:
+                    given = None if asked.is_set() else self.feed.next(asked.is_set)
+                except BaseException:  # of the source of the batches: what was done until then is saved
+                    self._flush(losses, bar, 1.0)
+                    if self.store is not None:
+                        self._save()
+                    raise
+                if given is None:
+                    break
+                n = self._steps_until_something()
+                self.state, losses, last = self.steps(self.state, losses, self.used, n, *given)
+                n = min(n, self.steps.most)
+                self.step, self.used = self.step + n, self.used + n
+                if self.iterates.wants(self.step):
+                    self.sketches.append((self.step, self._sketch(self.state.optim_state)))
+                flying.append((self.step, last, given, self.feed.name))
+                while len(flying) > _IN_FLIGHT:
+                    self._landed(*flying.popleft())
+                looks = self.step % self.interval == 0
+                saves = self.checkpoint is not None and self.step % self.checkpoint.every == 0
+                late = time.perf_counter() - flushed > _CHUNK_SECONDS
+                if looks or saves or late or self.used == losses.size or self.step == self.num_steps:
+                    while flying:
+                        self._landed(*flying.popleft())
+                    self._flush(losses, bar, time.perf_counter() - flushed)
+                    if looks:
+                        self._look(callbacks, stop)
+                    if saves and self.step < self.num_steps:
+                        self._save()
+                    flushed = time.perf_counter()
+            while flying:
+                self._landed(*flying.popleft())
+            self._flush(losses, bar, time.perf_counter() - flushed)
+            self._end(asked)
+            if self.store is not None:
+                self._save()
+
+    def _end(self, asked: threading.Event) -> None:
+        """Say why the run ended before its last step, if it did."""
+        if self.step == self.num_steps or self.stopped_at is not None:
+            return
+        if asked.is_set():
+            self.interrupted, self.ending = True, f"interrupted after step {self.step}"
+        else:
+            self.stopped_at, self.ending = self.step, f"the batches ended after step {self.step}"
+
+    def _steps_until_something(self) -> int:
+        """How many steps the next call takes."""
+        if not isinstance(self.feed, Fixed):
+            return 1
+        every = [self.interval, self.iterates.stride]
+        every += [self.checkpoint.every] if self.checkpoint is not None else []
+        until = min(e - self.step % e for e in every)
+        return max(1, min(until, self.num_steps - self.step, self.steps.most - self.used, self.pace))
+
+    def _landed(self, step: int, last: Any, given: Any, name: str) -> None:
+        """Wait for a call; look at a loss that is not finite while its batch is known."""
+        loss = float(last)
+        if name and not np.isfinite(loss):
+            self._diagnose(step, given, name, loss)
+
+    def _flush(self, losses: Any, bar: Any, seconds: float) -> None:
+        """Fetch losses, remember iterates, move the progress bar."""
+        if not self.used:
+            return
+        new = np.asarray(losses)[: self.used].copy()
+        bad = np.flatnonzero(~np.isfinite(new))
+        if len(bad) and not self.feed.name:
+            self._diagnose(self.step - self.used + 1 + int(bad[0]), self.feed.first, "", float(new[bad[0]]))
+        self.fetched.append(new)
+        self.pace = int(np.clip(self.used * _CHUNK_SECONDS / max(seconds, 1e-9), 1, 8 * self.pace))
+        if self.sketches:
+            first = self.step - self.used + 1
+            steps = np.array([s for s, _ in self.sketches])
+            self.iterates.record(steps, np.stack([np.asarray(x) for _, x in self.sketches]), new[steps - first])
+            self.sketches = []
+        bar.update(self.used)
+        self.used = 0
+        if not bar.disable:
+            bar.set_postfix_str(self._postfix(new), refresh=False)
+
+    def _postfix(self, new: np.ndarray) -> str:
+        valid = new[np.isfinite(new)] if self.options["stable_update"] else new
+        parts = [f"loss {valid.mean() if len(valid) else np.nan:.4g}"]
+        if self.tracker is not None and self.tracker.rho is not None and np.isfinite(self.tracker.rho):
+            parts.append(f"ρ {self.tracker.rho:.2g}")
+        if self.steps.plan is not None:
+            parts.append(f"residuals {size_text(self.steps.plan[0].stored_bytes)}")
+        elif self.steps.temporary_bytes is not None:
+            parts.append(f"temporary {size_text(self.steps.temporary_bytes)}")
+        return ", ".join(parts)
+
+    # -- what happens between steps --------------------------------------------------------------------------------
+
+    def _look(self, callbacks: tuple, stop: Stop | None) -> None:
+        if self.tracker is not None:
+            (args, kwargs), *others = self.feed.samples(2)
+            other = others[0] if others else None
+            self.alarms += self.tracker.look(self.step, self.state, args, kwargs, seconds=self.seconds, other=other)
+            if np.isfinite(self.losses[-1]):
+                self.last_good, self.last_good_step = self._copy(), self.step
+            if self.tracker.wants_replan:
+                self._replan()
+        if callbacks:
+            track = None if self.tracker is None else self.tracker.track
+            seen = Look(self.step, self._copy(), float(self.losses[-1]), self.losses, track, tuple(self.alarms))
+            for callback in callbacks:
+                if callback(seen) is True:
+                    self.stopped_at, self.ending = self.step, f"a callback ended it after step {self.step}"
+        if stop is not None and self.stopped_at is None:
+            done = self.iterates.converged() if isinstance(stop, str) else stop(self.step, self.losses)
+            if done:
+                self.stopped, self.stopped_at = True, self.step
+                why = "the iterates had converged" if isinstance(stop, str) else "the rule said so"
+                self.ending = f"stopped after step {self.step}: {why}"
+
+    def _replan(self) -> None:
+        """Measure variances at the current state, plan again, compile again."""
+        elbo = self.svi.loss
+        if not isinstance(elbo, RAD_ELBO):
+            return
+        (args, kwargs), *others = self.feed.samples(CALIBRATION_DRAWS)
+        more = [a for a, k in others if not k]
+        try:
+            self.svi._measured = elbo.calibrate(
+                self.svi, self.state, *args, batches=more, draws=CALIBRATION_DRAWS, **kwargs
+            )
+        except ValueError as error:  # a gradient that is not finite; the tracker tells of that
+            self.alarms.append(Alarm(self.step, "replan", "", f"No new plan was made: {error}"))
+            return
+        self.plans = {}
+        before = self.steps.plan
+        self.steps = self._new_steps()
+        now, _ = elbo.plan_of_update(self.svi, self.state, *args, **kwargs)
+        sizes = f"{size_text(now.stored_bytes)} of residuals are stored"
+        sizes += f", before it were {size_text(before[0].stored_bytes)}" if before is not None else ""
+        message = f"Variances were measured again and a new plan was made: {sizes}."
+        self.alarms.append(Alarm(self.step, "replan", "", message))
+
+    def _diagnose(self, step: int, given: tuple[tuple, dict[str, Any]], name: str, loss: float) -> None:
+        """Say, once, where a loss that is not finite comes from."""
+        if self.diagnosed or self.options["stable_update"]:
+            return
+        self.diagnosed = True
+        of = f" It was {name}." if name else ""
+        if self.tracker is not None:
+            found = self.tracker.diagnose(step, self._state_before(step), *given, loss)
+            self.alarms += [dataclasses.replace(a, message=a.message + of) for a in found]
+        else:
+            message = f"The loss is {loss}. Look at the data and the learning rate.{of}"
+            self.alarms.append(Alarm(step, "nonfinite", "", message))
+
+    def _state_before(self, step: int) -> Any:
+        """The state before a step: the last good one, and the same steps from there on if their batches are known."""
+        state, at = jax.tree.map(jnp.copy, self.last_good), self.last_good_step
+        if self.feed.name:
+            return state
+        losses = self.steps.buffer(state, *self.feed.first)
+        while at < step - 1:
+            n = min(self.steps.most, step - 1 - at)
+            state, losses, _ = self.steps(state, losses, 0, n, *self.feed.first)
+            at += n
+        return state
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        assert self.store is not None
+        if self.step == self.saved:
+            return
+        elbo = self.svi.loss
+        calibration = elbo.planner.calibration if isinstance(elbo, RAD_ELBO) else None
+        meta = {
+            "fingerprint": self.fingerprint,
+            "position": list(self.feed.position),
+            "seconds": self.seconds,
+            "alarms": to_dict(self.alarms),
+            "tracker": None if self.tracker is None else self.tracker.to_dict(),
+            "iterates": self.iterates.to_dict(),
+            "calibration": None if calibration is None else calibration.to_dict(),
+            "plans": self.plans,
+            "stopped": self.stopped,
+            "diagnosed": self.diagnosed,
+        }
+        try:
+            self.store.save(Snapshot(self.step, [*to_host(self.state), self.losses], meta))
+        except CheckpointError as error:  # the fit itself is well: nothing of it is to be lost
+            warnings.warn(f"{error} The run goes on without it.", stacklevel=4)
+            self.alarms.append(Alarm(self.step, "checkpoint", "", str(error)))
+        else:
+            self.saved = self.step
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        assert self.store is not None
+        meta, elbo = snapshot.meta, self.svi.loss
+        check_same_run(self.store.folder, meta["fingerprint"], self.fingerprint)
+        *leaves, losses = snapshot.arrays
+        self.state = from_host(leaves, self.state)
+        self.step, self.fetched, self.saved = snapshot.step, [losses], snapshot.step
+        self.begun -= meta["seconds"]
+        self.alarms = [from_dict(Alarm, a) for a in meta["alarms"]]
+        self.iterates = Iterates.restore(meta["iterates"])
+        self.plans, self.stopped, self.diagnosed = meta["plans"], meta["stopped"], meta["diagnosed"]
+        if isinstance(elbo, RAD_ELBO) and meta["calibration"] is not None:
+            self.svi._measured = Calibration.from_dict(meta["calibration"])
+            elbo.planner = dataclasses.replace(elbo.planner, calibration=self.svi._measured)
+        if self.tracker is not None and meta["tracker"] is not None:
+            self.tracker.restore(meta["tracker"])  # it watches the plan of the planner that is there
+
+    # -- the result ------------------------------------------------------------------------------------------------
+
+    def result(self, stop: Stop | None) -> RAD_SVIRunResult:
+        """What there is now."""
+        svi = self.svi
+        result = RAD_SVIRunResult(svi.get_params(self.state), self.state, jnp.asarray(self.losses))
+        params = jax.tree.leaves(svi.optim.get_params(self.state.optim_state))
+        plan, (args, kwargs) = self.steps.plan, self.feed.last
+        if plan is None and params and isinstance(svi.loss, RAD_ELBO):  # all steps were taken before it was resumed
+            plan = svi.loss.plan_of_update(svi, self.state, *args, **kwargs)
+        result.record = FitRecord(
+            title=results.title(svi),
+            created=self.created,
+            versions=results.versions(),
+            options=self._told(stop),
+            num_steps=self.step,
+            num_params=sum(x.size for x in params),
+            seconds=self.seconds,
+            losses=self.losses,
+            alarms=tuple(self.alarms),
+            plan=None if plan is None else results.plan_record(*plan, self.steps.temporary_bytes),
+            track=None if self.tracker is None else self.tracker.track,
+        )
+        result.interrupted, result.stopped_at, result.iterates = self.interrupted, self.stopped_at, self.iterates
+        result.svi, result.args, result.kwargs = svi, args, kwargs
+        return result
+
+    def _told(self, stop: Stop | None) -> dict[str, str]:
+        told = {
+            "ELBO": results.described(self.svi.loss),
+            "tracking": "off" if self.svi.tracking is None else repr(self.svi.tracking),
+            "steps asked for": str(self.num_steps),
+            "ending": self.ending,
+        }
+        told |= {k: "yes" for k, on in self.options.items() if on}
+        told |= {"batches": f"{self.feed.position[0] + 1} epochs"} if not isinstance(self.feed, Fixed) else {}
+        told |= {"stop": stop if isinstance(stop, str) else "a rule of the caller"} if stop is not None else {}
+        told |= {"checkpoint": str(self.checkpoint.folder)} if self.checkpoint is not None else {}
+        return told
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """The event that Ctrl-C sets while this runs; a second one raises as ever."""
+    asked = threading.Event()
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield asked  # somebody else decides what Ctrl-C means
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def fingerprint(svi: Any, state: Any, options: dict[str, bool], given: tuple[tuple, dict[str, Any]]) -> dict[str, Any]:
+    """What has to be the same for a run to be the same one."""
+    args, kwargs = given
+    key = b"".join(x.tobytes() for x in to_host(state.rng_key))
+    installed = results.versions()
+    return {
+        "parameters": words(svi.optim.get_params(state.optim_state)),
+        "state of the optimizer": words((state.optim_state, state.mutable_state)),
+        "ELBO": results.described(svi.loss),
+        "options": dict(options),
+        "rng_key": f"{zlib.crc32(key):08x}",
+        "arguments": words((args, kwargs)),
+        "program": _program(svi, state, args, kwargs),
+        "versions": ", ".join(f"{k} {installed[k]}" for k in ("numpyro_rad", "jax", "jaxlib", "numpyro", "device")),
+    }
+
+
+def _program(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+    """Hash of the compiled loss, whatever is stored for its gradient."""
+
+    def text(traced: bool) -> str:
+        arrays, merge = split(args, kwargs, traced)
+
+        def loss(state: Any, arrays: list[Any]) -> Any:
+            args, kwargs = merge(arrays)
+            return svi.evaluate(state, *args, **kwargs)
+
+        return jax.jit(loss).lower(state, arrays).as_text()
+
+    try:
+        program = text(True)
+    except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
+        program = text(False)
+    return hashlib.sha256(program.encode()).hexdigest()[:16]

@@ -1,0 +1,464 @@
+"""What a report says after its verdict: sections of sentences, tables and figures, whatever they are rendered as."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from numpyro_rad import charts
+from numpyro_rad.charts import Bar, Curve
+from numpyro_rad.explain import size_text
+from numpyro_rad.records import BlockVariance, Estimate, FitRecord, GradientVariance, PlanRecord, PlanRow, Track
+from numpyro_rad.verdict import SOURCES, rho_of, shares
+
+MAX_ROWS, MAX_BARS = 200, 16
+"""Of a table and of a figure; what is left out is added up in a last line."""
+
+LOOKS_AVERAGED = 10
+"""Single looks at the noise of a gradient are averaged over a tenth of them before they are drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    :ivar title: what it is.
+    :ivar header: names of its columns, units included.
+    :ivar rows: its cells.
+    :ivar text_columns: how many columns, from the left, are text; the others are numbers.
+    :ivar folded: whether to show it only on demand, where that can be done.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
+    folded: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A section of a report; ``figures`` draw themselves when they are called."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Callable[[], str], ...] = ()
+
+
+def sections(record: FitRecord) -> tuple[Section, ...]:
+    """The sections that there are numbers for."""
+    parts = (_loss, _noise, _noise_over_time, _plan, _quality, _alarms, _settings)
+    return tuple(s for part in parts for s in part(record))
+
+
+def summary(record: FitRecord) -> tuple[tuple[str, str], ...]:
+    """The main figures of a fit: names and values."""
+    found = [("steps", f"{record.num_steps:,}"), ("parameters", f"{record.num_params:,}")]
+    if math.isfinite(record.seconds):
+        found.append(("wall time", seconds_text(record.seconds)))
+    finite = np.isfinite(record.losses)
+    if finite.any():
+        mean, error = charts.mean_and_error(np.asarray(record.losses, float)[-max(2, len(record.losses) // 20) :])
+        found.append(("loss at the end", str(Estimate(_six(mean), error)) if math.isfinite(error) else number(mean)))
+    rho = rho_of(record)
+    if rho is not None:
+        found.append(("ρ", number(rho[0])))
+    if record.plan is not None and record.plan.stored_bytes:
+        ratio = record.plan.exact_bytes / record.plan.stored_bytes
+        found.append(("residuals", f"{size_text(record.plan.stored_bytes)} ({ratio:.1f}x less)"))
+    if record.quality is not None and record.quality.pareto_k is not None:
+        found.append(("k-hat", number(record.quality.pareto_k)))
+    return tuple(found)
+
+
+# -- numbers as text ---------------------------------------------------------------------------------------------------
+
+
+def number(x: float | None) -> str:
+    """Three digits, and six where a number is large."""
+    if x is None or math.isnan(x):
+        return "–"
+    return f"{x:,.0f}" if 1e3 <= abs(x) < 1e9 else f"{x:.3g}"
+
+
+def estimate(x: Estimate) -> str:
+    """An estimate and its standard error."""
+    return f"{number(x.value)} ± {x.standard_error:.1g}" if math.isfinite(x.standard_error) else number(x.value)
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 90:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _six(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+def _loss(record: FitRecord) -> Iterator[Section]:
+    losses = np.asarray(record.losses, float)
+    if not np.isfinite(losses).any():
+        return
+    figures = [partial(_loss_figure, "Loss", losses, 0)]
+    if len(losses) >= 40:
+        figures.append(partial(_loss_figure, "Loss, second half of the run", losses, len(losses) // 2))
+    rows = []
+    for name, start, stop in (("first", 0.0, 0.05), ("middle", 0.475, 0.525), ("last", 0.95, 1.0)):
+        part = losses[int(start * len(losses)) : max(int(stop * len(losses)), int(start * len(losses)) + 1)]
+        mean, error = charts.mean_and_error(part)
+        spread = float(np.std(part[np.isfinite(part)])) if np.isfinite(part).any() else math.nan
+        rows.append((f"{name} 5 % of the steps", number(mean), number(error), number(spread)))
+    text = (
+        "The loss is the negative ELBO, estimated anew in each step. The line is its mean over bins of steps, the dark "
+        "band two Monte Carlo standard errors of that mean; the pale band holds nine in ten of the single losses.",
+    )
+    table = Table("Loss", ("when", "mean (nats)", "standard error", "spread of single losses"), tuple(rows))
+    yield Section("Loss", text, (table,), tuple(figures))
+
+
+def _loss_figure(title: str, losses: np.ndarray, start: int) -> str:
+    means = charts.binned(losses[start:])
+    edges = np.append(means.x, len(losses) - start + 1)
+    low, high = _quantiles(losses[start:], means.x, edges)
+    x = means.x + start
+    shown = [
+        Curve("nine in ten single losses", "grey", x, np.full(len(x), np.nan), (low, high)),
+        Curve(
+            "mean ± 2 standard errors",
+            "blue",
+            x,
+            means.mean,
+            (means.mean - 2 * np.nan_to_num(means.error), means.mean + 2 * np.nan_to_num(means.error)),
+        ),
+    ]
+    finite = means.mean[np.isfinite(means.mean)]
+    told = f"From {number(float(finite[0]))} to {number(float(finite[-1]))}." if len(finite) else "No finite loss."
+    return charts.curves(title, f"Running mean of the loss with its error. {told}", shown, ("step", "loss (nats)"))
+
+
+def _quantiles(y: np.ndarray, x: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """5 % and 95 % quantiles of the finite numbers in the bins around ``x``."""
+    bounds = np.round(np.concatenate([[0], (x[1:] + x[:-1]) / 2, [len(y)]])).astype(int)
+    low, high = np.full(len(x), np.nan), np.full(len(x), np.nan)
+    for i in range(len(x)):
+        part = y[bounds[i] : bounds[i + 1]]
+        part = part[np.isfinite(part)]
+        if len(part):
+            low[i], high[i] = np.quantile(part, [0.05, 0.95])
+    return low, high
+
+
+# -- noise of the gradient ---------------------------------------------------------------------------------------------
+
+_COLOURS = {"minibatch": "blue", "guide": "green", "path": "red"}
+
+
+def _noise(record: FitRecord) -> Iterator[Section]:
+    measured = record.gradient_variance
+    if measured is None:
+        return
+    low, high = measured.rho_interval
+    predicted = f"; the plan predicted {number(measured.predicted_rho)}" if measured.predicted_rho is not None else ""
+    text = (
+        "The variance of the gradient, tr Cov(g), split by the law of total variance: what minibatches add, what the "
+        f"guide's samples add, and what the codes of residuals (the path) add. From {measured.draws:,} draws.",
+        f"ρ = path / (minibatch + guide) = {estimate(measured.rho)}, 95 % interval {number(low)} to "
+        f"{number(high)}{predicted}. Signal-to-noise ratio {estimate(measured.signal_to_noise)}; gradient noise scale "
+        f"{estimate(measured.noise_scale)} gradients of this size.",
+        "The estimates are unbiased, so a small variance may come out negative; figures draw such a part as nothing.",
+    )
+    figures = (partial(_totals_figure, measured), partial(_blocks_figure, measured))
+    tables = (_variance_table(measured), *_efficiency_table(measured))
+    yield Section("Where the noise comes from", text, tables, figures if measured.blocks else figures[:1])
+
+
+def _totals_figure(measured: GradientVariance) -> str:
+    total = measured.total
+    shown = [
+        Bar(f"{label}: {estimate(getattr(total, name))}", _alone(total, name), getattr(total, name).standard_error)
+        for name, label in SOURCES
+    ]
+    described = "; ".join(bar.label for bar in shown)
+    legend = [(label, _COLOURS[name]) for name, label in SOURCES]
+    return charts.bars("Variance of the whole gradient", described, shown, legend, "variance, tr Cov(g)", share=False)
+
+
+def _alone(block: BlockVariance, wanted: str) -> tuple[float, ...]:
+    return tuple(getattr(block, name).value if name == wanted else 0.0 for name, _ in SOURCES)
+
+
+def _blocks_figure(measured: GradientVariance) -> str:
+    blocks = sorted(measured.blocks, key=lambda b: _largest(b.total.value))
+    scale = sum(max(b.total.value, 0.0) for b in blocks if math.isfinite(b.total.value)) or 1.0
+    shown = []
+    for b in blocks[:MAX_BARS]:
+        parts = tuple(getattr(b, name).value / scale for name, _ in SOURCES)
+        shown.append(Bar(f"{b.name} ({shares(b)['path']:.0%} path)", parts, b.total.standard_error / scale))
+    rest = blocks[MAX_BARS:]
+    if rest:
+        parts = tuple(sum(_finite(getattr(b, name).value) for b in rest) / scale for name, _ in SOURCES)
+        shown.append(Bar(f"{len(rest)} others", parts))
+    described = "Share of each block of parameters in the total variance, split by source; the largest first."
+    legend = [(label, _COLOURS[name]) for name, label in SOURCES]
+    return charts.bars(
+        "Variance by block of parameters", described, shown, legend, "share of the total variance", share=False
+    )
+
+
+def _variance_table(measured: GradientVariance) -> Table:
+    blocks = sorted(measured.blocks, key=lambda b: _largest(b.total.value))
+    rows = [_variance_row(b) for b in (measured.total, *blocks[:MAX_ROWS])]
+    if len(blocks) > MAX_ROWS:
+        rest = blocks[MAX_ROWS:]
+        sums = (number(sum(_finite(getattr(b, name).value) for b in rest)) for name in ("minibatch", "guide", "path"))
+        total = number(sum(_finite(b.total.value) for b in rest))
+        rows.append((f"{len(rest)} others", f"{sum(b.size for b in rest):,}", *sums, total, ""))
+    header = ("block", "parameters", "minibatch", "guide", "path", "total", "‖mean gradient‖²")
+    return Table("Variance by block (± standard error)", header, tuple(rows), folded=len(rows) > 12)
+
+
+def _variance_row(b: BlockVariance) -> tuple[str, ...]:
+    return (b.name, f"{b.size:,}", *map(estimate, (b.minibatch, b.guide, b.path, b.total, b.squared_norm)))
+
+
+def _efficiency_table(measured: GradientVariance) -> Iterator[Table]:
+    names = list(dict.fromkeys([*measured.seconds, *measured.temporary_bytes]))
+    if not names:
+        return
+    rows = []
+    for name in names:
+        size = measured.temporary_bytes.get(name)
+        rows.append(
+            (
+                name,
+                seconds_text(measured.seconds[name]) if name in measured.seconds else "–",
+                size_text(size) if size is not None else "–",
+                number(measured.efficiency.get(name)),
+                number(measured.memory_efficiency.get(name)),
+            )
+        )
+    header = ("gradient", "time", "temporary memory", "1 / (variance x time)", "1 / (variance x memory)")
+    yield Table("Cost of one gradient; efficiencies relative to the exact one", header, tuple(rows))
+
+
+def _noise_over_time(record: FitRecord) -> Iterator[Section]:
+    track = record.track
+    if track is None or not len(track.steps):
+        return
+    text = (
+        "Looked at during the fit, at intervals. Single looks are noisy, so the curves are running averages over a "
+        "tenth of them. The path is what codes of residuals add; the rest is minibatches and the guide's samples.",
+    )
+    figures = (partial(_sources_figure, track), partial(_rho_figure, track), partial(_signal_figure, track))
+    yield Section("Noise during the fit", text, (_track_table(track),), figures)
+
+
+def _averaged(y: np.ndarray) -> np.ndarray:
+    """Running averages over a tenth of the looks, of what is finite."""
+    width = max(1, len(y) // LOOKS_AVERAGED)
+    good = np.isfinite(y)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(good, y, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(good)])
+    stop = np.arange(1, len(y) + 1)
+    start = np.maximum(stop - width, 0)
+    n = counts[stop] - counts[start]
+    return np.where(n > 0, (sums[stop] - sums[start]) / np.maximum(n, 1), np.nan)
+
+
+def _thin(x: np.ndarray, *series: np.ndarray) -> list[np.ndarray]:
+    kept = charts.decimated(np.column_stack([x, *series]))
+    return [kept[:, i] for i in range(kept.shape[1])]
+
+
+def _sources_figure(track: Track) -> str:
+    path, total = (np.asarray(y, float).sum(1) for y in (track.path, track.total))
+    steps, path, rest = _thin(np.asarray(track.steps, float), _averaged(path), _averaged(total - path))
+    shown = [
+        Curve("minibatches and guide", "blue", steps, np.where(rest > 0, rest, np.nan)),
+        Curve("codes of residuals (path)", "red", steps, np.where(path > 0, path, np.nan), dash="5 3"),
+    ]
+    described = (
+        f"At the end {number(float(rest[-1]))} from minibatches and guide, {number(float(path[-1]))} from codes."
+    )
+    return charts.curves("Variance over time", described, shown, ("step", "variance, tr Cov(g)"), log=True)
+
+
+def _rho_figure(track: Track) -> str:
+    steps, rho = _thin(np.asarray(track.steps, float), np.asarray(track.rho, float))
+    described = "Path variance over all other variance; above the dotted line at 1 the codes are the larger part."
+    labels = ("step", "ρ = path / rest")
+    return charts.curves("ρ over time", described, [Curve("ρ", "red", steps, rho)], labels, from_zero=True, level=1.0)
+
+
+def _signal_figure(track: Track) -> str:
+    norm, total = (_averaged(np.asarray(y, float).sum(1)) for y in (track.squared_norm, track.total))
+    ratio = np.where((norm > 0) & (total > 0), norm / np.where(total > 0, total, 1.0), np.nan)
+    steps, ratio = _thin(np.asarray(track.steps, float), ratio)
+    described = "Squared norm of the mean gradient over its variance. It falls towards 0 near an optimum."
+    shown = [Curve("signal-to-noise ratio", "green", steps, ratio)]
+    return charts.curves("Signal-to-noise ratio over time", described, shown, ("step", "‖mean‖² / variance"), log=True)
+
+
+def _track_table(track: Track) -> Table:
+    """Means over the last half of the looks, by parameter."""
+    half = len(track.steps) // 2
+    means = [_mean(np.asarray(y, float)[half:]) for y in (track.path, track.total, track.squared_norm)]
+    order = sorted(range(len(track.names)), key=lambda i: _largest(float(means[1][i])))
+    rows = []
+    for i in order[:MAX_ROWS]:
+        path, total, norm = (float(m[i]) for m in means)
+        rho = path / (total - path) if total - path > 0 else math.nan
+        rows.append(
+            (track.names[i], number(path), number(total), number(rho), number(norm / total if total > 0 else math.nan))
+        )
+    if len(order) > MAX_ROWS:
+        path, total = (number(float(sum(m[i] for i in order[MAX_ROWS:]))) for m in means[:2])
+        rows.append((f"{len(order) - MAX_ROWS} others", path, total, "", ""))
+    header = ("parameter", "path", "total", "ρ", "signal-to-noise")
+    return Table("Mean over the last half of the looks", header, tuple(rows), folded=True)
+
+
+def _mean(y: np.ndarray) -> np.ndarray:
+    """Mean of the finite numbers of each column; NaN without any."""
+    good = np.isfinite(y)
+    return np.where(good.any(0), np.where(good, y, 0.0).sum(0) / np.maximum(good.sum(0), 1), np.nan)
+
+
+def _largest(x: float) -> float:
+    """A sort key: the largest first, NaN before everything."""
+    return -math.inf if math.isnan(x) else -x
+
+
+def _finite(x: float) -> float:
+    return x if math.isfinite(x) else 0.0
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(record: FitRecord) -> Iterator[Section]:
+    plan = record.plan
+    if plan is None:
+        return
+    ratio = plan.exact_bytes / plan.stored_bytes if plan.stored_bytes else math.inf
+    less = f" ({ratio:.1f} times less)" if math.isfinite(ratio) else ""
+    text = [
+        f"Between the two sweeps of a gradient, {size_text(plan.stored_bytes)} are stored in place of "
+        f"{size_text(plan.exact_bytes)}{less}."
+    ]
+    if plan.temporary_bytes is not None:
+        text.append(f"The compiled step takes {size_text(plan.temporary_bytes)} of temporary memory.")
+    if plan.added_seconds is not None:
+        text.append(f"Predicted added time: {number(plan.added_seconds)} x that of the exact step.")
+    if plan.added_variance is not None:
+        text.append(f"Predicted added variance: {number(plan.added_variance)} x that of the exact gradient.")
+    tables = (_decisions_table(plan), *([_rows_table(plan)] if plan.rows else []))
+    figures = (partial(_timeline_figure, plan),) if len(plan.timeline) > 1 else ()
+    yield Section("Memory", (" ".join(text),), tables, figures)
+
+
+def _timeline_figure(plan: PlanRecord) -> str:
+    rows = charts.decimated(np.array(plan.timeline, float))
+    unit, scale = _unit(float(rows[:, 1:].max()))
+    shown = [
+        Curve("all stored exactly", "grey", rows[:, 0], rows[:, 2] / scale, dash="5 3"),
+        Curve("this plan", "blue", rows[:, 0], rows[:, 1] / scale),
+    ]
+    peaks = [size_text(int(rows[:, c].max())) for c in (1, 2)]
+    described = f"Peak {peaks[0]} by this plan, {peaks[1]} if all residuals were stored exactly."
+    labels = ("forward sweep 0 to 1, backward sweep 1 to 2", f"bytes held ({unit})")
+    return charts.curves("Bytes held between the sweeps", described, shown, labels, from_zero=True)
+
+
+def _unit(n_bytes: float) -> tuple[str, float]:
+    return next(((u, s) for u, s in (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10)) if n_bytes >= s), ("B", 1.0))
+
+
+def _decisions_table(plan: PlanRecord) -> Table:
+    by: dict[str, list[PlanRow]] = {}
+    for row in plan.rows:
+        by.setdefault(row.decision.split(", segment ")[0], []).append(row)
+    rows = sorted(by.items(), key=lambda item: -sum(r.exact_bytes for r in item[1]))
+    cells = [(name, f"{len(found):,}", *_bytes(found)) for name, found in rows]
+    return Table("What becomes of the residuals", ("decision", "residuals", "exact", "stored"), tuple(cells[:30]))
+
+
+def _bytes(rows: Sequence[PlanRow]) -> tuple[str, str]:
+    return size_text(sum(r.exact_bytes for r in rows)), size_text(sum(r.stored_bytes for r in rows))
+
+
+def _rows_table(plan: PlanRecord) -> Table:
+    """Residuals, the noisiest first and then by their exact bytes."""
+    order = sorted(plan.rows, key=lambda r: (_largest(r.relative_variance), -r.exact_bytes))
+    cells = [
+        (
+            r.line or "?",
+            r.site,
+            r.operation,
+            r.decision,
+            "x".join(map(str, r.shape)) or "scalar",
+            size_text(r.exact_bytes),
+            size_text(r.stored_bytes),
+            f"{r.relative_variance:.1e}" if r.relative_variance else "0",
+        )
+        for r in order[:MAX_ROWS]
+    ]
+    rest = order[MAX_ROWS:]
+    if rest:
+        cells.append((f"{len(rest):,} others", "", "", "", "", *_bytes(rest), f"≤ {rest[0].relative_variance:.1e}"))
+    header = ("where", "site", "read by", "decision", "shape", "exact", "stored", "rel. variance")
+    return Table("Plan, the noisiest residuals first", header, tuple(cells), text_columns=5, folded=True)
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def _quality(record: FitRecord) -> Iterator[Section]:
+    quality = record.quality
+    if quality is None:
+        return
+    converged = {None: "unknown", True: "yes", False: "no"}[quality.converged]
+    rows = (
+        ("ELBO (nats)", estimate(quality.elbo), "evaluated exactly; higher is better"),
+        ("Pareto k-hat", number(quality.pareto_k), "at most 0.7: expectations under the guide can be trusted"),
+        ("largest split R-hat of the iterates", number(quality.r_hat), "near 1: they move about one place"),
+        ("largest relative MCSE of the mean iterate", number(quality.mcse), "small: their average is precise"),
+        ("converged (Dhaka et al. 2020)", converged, "by the two numbers above"),
+    )
+    text = (
+        "R-hat and MCSE are those of the optimizer's iterates. R-hat and effective sample size of independent draws "
+        "from the guide, which other tools may show, say nothing about the fit.",
+    )
+    yield Section("Quality of the fit", text, (Table("Quality", ("what", "value", "how to read it"), rows, 3),))
+
+
+def _alarms(record: FitRecord) -> Iterator[Section]:
+    if not record.alarms:
+        return
+    rows = [(f"{a.step:,}", a.kind, a.site, a.message) for a in record.alarms[:MAX_ROWS]]
+    if len(record.alarms) > MAX_ROWS:
+        rows.append(("", f"{len(record.alarms) - MAX_ROWS:,} later ones", "", ""))
+    yield Section("Alarms", (), (Table("Alarms", ("step", "kind", "site", "message"), tuple(rows), 4, len(rows) > 12),))
+
+
+def _settings(record: FitRecord) -> Iterator[Section]:
+    pairs = (("Options", record.options), ("Versions", record.versions))
+    tables = [
+        Table(title, ("name", "value"), tuple((str(k), str(v)) for k, v in found.items()), 2, folded=True)
+        for title, found in pairs
+        if found
+    ]
+    if tables:
+        yield Section("Settings", (), tuple(tables))

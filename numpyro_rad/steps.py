@@ -1,0 +1,211 @@
+"""``Steps``: ``svi.update`` compiled once for each size of the arguments, as a loop that takes any number of steps.
+
+How many steps one call takes is an operand of the compiled loop, so the numbers of a run do not depend on where it is
+cut into calls. The plan that is compiled in is kept: the solver may stop at its time limit, and a run that is resumed
+has to use the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_rad.batches import word
+from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.plan import Plan
+
+CAPACITY = 1024
+"""Losses that are collected on the device before they have to be fetched."""
+
+_ALL_ARRAYS, _NO_ARRAYS = True, False
+
+
+class Steps:
+    """Compiled steps of one run.
+
+    :param svi: the ``SVI``.
+    :param update: ``(svi_state, *args, **kwargs) -> (svi_state, loss)``.
+    :param fixed: whether arguments are the same for the whole run. If the model looks at their numbers they are then
+        compiled in, as ``SVI.run`` does.
+    :param plans: saved plans by signature of the arguments, of a run that goes on; new ones are added.
+    :ivar temporary_bytes: temporary memory of the largest compiled step, None where the compiler does not say.
+    :ivar plan: the plan of the first one and the names of what it differentiates, None for other ELBOs than RAD's.
+    """
+
+    def __init__(self, svi: Any, update: Any, fixed: bool, plans: dict[str, dict[str, Any]]) -> None:
+        self._svi, self._update, self._fixed, self.plans = svi, update, fixed, plans
+        self.temporary_bytes: int | None = None
+        self.plan: tuple[Plan, list[str]] | None = None
+        self._loops = True
+        self._loss_dtype: Any = None
+        self._compiled: dict[Any, Any] = {}
+
+    @property
+    def most(self) -> int:
+        """Steps that one call may take."""
+        return CAPACITY if self._loops else 1
+
+    def buffer(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> jax.Array:
+        """Room for the losses."""
+        if self._loss_dtype is None:
+            loss, _ = self._traced(lambda *a, **k: self._svi.evaluate(state, *a, **k), args, kwargs)
+            self._loss_dtype = getattr(loss, "dtype", jnp.result_type(float))
+        return jnp.zeros(CAPACITY, self._loss_dtype)
+
+    def _traced(self, f: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """Shapes of ``f(*args, **kwargs)`` and whether arrays could be traced."""
+        for traced in (_ALL_ARRAYS, _NO_ARRAYS):
+            arrays, merge = split(args, kwargs, traced)
+
+            def call(arrays: list[Any], merge: Any = merge) -> Any:
+                args, kwargs = merge(arrays)
+                return f(*args, **kwargs)
+
+            try:
+                return jax.eval_shape(call, arrays), traced
+            except (TypeError, jax.errors.JAXTypeError):
+                if not self._fixed or not traced:
+                    raise
+        raise AssertionError  # the second pass returns or raises
+
+    def __call__(
+        self, state: Any, losses: jax.Array, start: int, n: int, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Any, jax.Array, Any]:
+        """Take ``n`` steps; ``state`` and ``losses`` are given up to them.
+
+        :return: the state, the buffer with losses from ``start`` on, and the last loss.
+        """
+        signature = _signature(state, args, kwargs)
+        if signature not in self._compiled:
+            self._compiled[signature] = self._compile(state, losses, args, kwargs)
+        if not self._loops:
+            n = 1
+        return self._compiled[signature](state, losses, np.int32(start), np.int32(n), args, kwargs)
+
+    # -- compilation -----------------------------------------------------------------------------------------------
+
+    def _compile(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
+        with self._pinned(state, args, kwargs) as pinned:
+            try:
+                return self._lowered(state, losses, args, kwargs)
+            except ValueError:
+                if not pinned:
+                    raise
+        self.plans[_outline(args, kwargs)] = {}  # the program that is differentiated here is another: planned in place
+        return self._lowered(state, losses, args, kwargs)
+
+    def _lowered(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The compiled step: arguments traced if the model allows that, a loop if the optimizer does."""
+        choices = [(loops, traced) for loops in (True, False) for traced in (_ALL_ARRAYS, _NO_ARRAYS)]
+        choices = [c for c in choices if c[0] <= self._loops and (self._fixed or c[1])]
+        first = None
+        for loops, traced in choices:
+            arrays, merge = split(args, kwargs, traced)
+            step = jax.jit(self._step(merge, loops), donate_argnums=(0, 1))
+            try:
+                lowered = step.lower(state, losses, np.int32(0), np.int32(1), arrays)
+            except (TypeError, jax.errors.JAXTypeError) as error:
+                first = first if first is not None else error
+                continue
+            self._loops = loops
+            leaves = [x for x in jax.tree.leaves((state, arrays)) if isinstance(x, jax.Array)]
+            alone = all(len(x.sharding.device_set) == 1 for x in leaves)
+            return self._callable(lowered.compile(), step if not alone else None, traced)
+        assert first is not None
+        raise first
+
+    def _callable(self, compiled: Any, jitted: Any, traced: bool) -> Any:
+        """The compiled step, or the jitted one where shardings may change after a step."""
+        sizes = compiled.memory_analysis()
+        if sizes is not None:
+            self.temporary_bytes = max(self.temporary_bytes or 0, int(sizes.temp_size_in_bytes))
+        runs = compiled if jitted is None else jitted
+
+        def call(state: Any, losses: Any, start: Any, n: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return runs(state, losses, start, n, split(args, kwargs, traced)[0])
+
+        return call
+
+    def _step(self, merge: Any, loops: bool) -> Any:
+        def advance(state: Any, losses: Any, start: Any, n: Any, arrays: list[Any]) -> Any:
+            args, kwargs = merge(arrays)
+
+            def body(i: Any, carry: Any) -> Any:
+                state, losses, _ = carry
+                state, loss = self._update(state, *args, **kwargs)
+                loss = loss.astype(losses.dtype)
+                return state, losses.at[start + i].set(loss), loss
+
+            carry = state, losses, jnp.zeros((), losses.dtype)
+            return jax.lax.fori_loop(0, n, body, carry) if loops else body(0, carry)
+
+        return advance
+
+    @contextlib.contextmanager
+    def _pinned(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[bool]:
+        """Have the ELBO use the plan for these arguments, which is made where there is none."""
+        elbo = self._svi.loss
+        if not isinstance(elbo, RAD_ELBO) or not jax.tree.leaves(state.optim_state):
+            yield False
+            return
+        outline, before, plan = _outline(args, kwargs), elbo.planner, None
+        if outline not in self.plans:
+            plan = self._planned(state, args, kwargs)
+            self.plans[outline] = plan[0].to_dict()
+        saved = self.plans[outline]
+        if saved:
+            pinned = {"plan": saved, "codec": None, "memory_budget": None, "added_variance": None, "exact": False}
+            elbo.planner = dataclasses.replace(before, **pinned)
+        try:
+            if self.plan is None:
+                self.plan = plan or self._planned(state, args, kwargs)
+            yield bool(saved)
+        finally:
+            elbo.planner = before
+
+    def _planned(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
+        with warnings.catch_warnings():
+            if self.plans:  # the last batch of an epoch is smaller than those of the calibration, which is no mistake
+                warnings.filterwarnings("ignore", "the calibration was made for another program")
+            return self._svi.loss.plan_of_update(self._svi, state, *args, **kwargs)
+
+
+def split(args: tuple, kwargs: dict[str, Any], traced: bool) -> tuple[list[Any], Any]:
+    """The arrays among arguments (none if they are not to be traced), and what puts arguments together again."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    taken = [traced and hasattr(x, "dtype") for x in leaves]
+    rest = [None if on else x for x, on in zip(leaves, taken, strict=True)]
+
+    def merge(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        return treedef.unflatten([next(given) if on else x for x, on in zip(rest, taken, strict=True)])
+
+    return [x for x, on in zip(leaves, taken, strict=True) if on], merge
+
+
+def _signature(state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a compiled step depends on: structures, shapes, and the values of what is no array."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    kinds = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else _hashable(x) for x in leaves)
+    return jax.tree.structure(state), treedef, kinds
+
+
+def _hashable(x: Any) -> Any:
+    try:
+        hash(x)
+    except TypeError:
+        return type(x), id(x)
+    return type(x), x
+
+
+def _outline(args: tuple, kwargs: dict[str, Any]) -> str:
+    """Arguments in words that are the same in another process."""
+    entries, _ = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    return "; ".join(f"{jax.tree_util.keystr(path)}: {word(x)}" for path, x in entries)

@@ -1,0 +1,186 @@
+"""``RAD_SVI``: NumPyro's ``SVI`` whose ``run`` plans, tracks its noise, reads batches, saves, resumes and reports.
+
+``update`` is NumPyro's. What is new is the loop around it: one compiled function takes any number of steps, and between
+two calls of it losses are fetched, the noise of the gradient is looked at and checkpoints are written. Nothing of that
+changes a number: parameters and losses are those of ``SVI.run`` with the same key, bit for bit those of its compiled
+loop (``progress_bar=False``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer.svi import SVI, SVIState
+
+from numpyro_rad import _jax
+from numpyro_rad.batches import Batches, Fixed, Varying, words
+from numpyro_rad.calibration import Calibration
+from numpyro_rad.checkpoints import Checkpoint, Snapshot, Store
+from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.loop import CALIBRATION_DRAWS, Fit, Look, Stop
+from numpyro_rad.results import RAD_SVIRunResult
+from numpyro_rad.tracking import Tracking
+
+_DEFAULT_TRACKING = Tracking()
+
+
+class RAD_SVI(SVI):
+    """Stochastic variational inference in little memory that watches itself: a drop-in for ``numpyro.infer.SVI``.
+
+    :param model: as for ``SVI``.
+    :param guide: as for ``SVI``.
+    :param optim: as for ``SVI``.
+    :param loss: an ELBO, by default ``RAD_ELBO()``. Those of NumPyro work too; they have no path noise to track.
+    :param tracking: how ``run`` measures the noise of the gradient, None not to.
+    :param calibrate: whether to measure what codes add to the variance before the first step
+        (:meth:`RAD_ELBO.calibrate`). None: where plans are chosen by price, with ``memory_budget`` or
+        ``added_variance``, and no calibration was given.
+    :param static_kwargs: as for ``SVI``.
+
+    Example::
+
+        svi = RAD_SVI(model, guide, optax.adam(1e-3), RAD_ELBO(memory_budget="256MiB"))
+        result = svi.run(jax.random.key(0), 10_000, x, y)
+        result.report("fit.html")
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Any,
+        optim: Any,
+        loss: Any = None,
+        *,
+        tracking: Tracking | None = _DEFAULT_TRACKING,
+        calibrate: bool | None = None,
+        **static_kwargs: Any,
+    ) -> None:
+        super().__init__(model, guide, optim, RAD_ELBO() if loss is None else loss, **static_kwargs)
+        self.tracking, self.calibrate = tracking, calibrate
+        self._measured: Calibration | None = None  # by this object, so it is measured anew for another fit
+
+    def init(self, rng_key: Any, *args: Any, init_params: Any = None, **kwargs: Any) -> SVIState:
+        """The initial state, as in ``SVI``; with ``RAD_ELBO`` it also calibrates, if that is wanted, and plans.
+
+        :raises BudgetError: if no plan meets the budget.
+        """
+        state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        elbo, params = self.loss, self.optim.get_params(state.optim_state)
+        if isinstance(elbo, RAD_ELBO) and jax.tree.leaves(params) and not _jax.is_traced((state, args, kwargs)):
+            self._calibrate(state, args, kwargs)
+            elbo.plan_of_update(self, state, *args, **kwargs)
+        return state
+
+    def _calibrate(self, state: SVIState, args: tuple, kwargs: dict[str, Any], batches: Sequence[tuple] = ()) -> None:
+        """Measure variances where that is wanted and nobody else has."""
+        elbo = self.loss
+        if not isinstance(elbo, RAD_ELBO) or self.calibrate is False:
+            return
+        planner = elbo.planner
+        if self.calibrate is None and planner.memory_budget is None and planner.added_variance is None:
+            return
+        if planner.calibration is None or planner.calibration is self._measured:
+            self._measured = elbo.calibrate(self, state, *args, batches=batches, draws=CALIBRATION_DRAWS, **kwargs)
+
+    def run(
+        self,
+        rng_key: Any,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        forward_mode_differentiation: bool = False,
+        init_state: Any = None,
+        init_params: Any = None,
+        batches: Any = None,
+        callbacks: Sequence[Callable[[Look], Any]] = (),
+        stop: Stop | None = None,
+        checkpoint: Checkpoint | str | Path | None = None,
+        **kwargs: Any,
+    ) -> RAD_SVIRunResult:
+        """Fit, as ``SVI.run`` does: the same parameters, state and losses.
+
+        Ctrl-C ends the run after the steps that are under way and returns what there is; a second one raises.
+
+        :param rng_key: JAX PRNG key.
+        :param num_steps: steps to take, those of a resumed run included.
+        :param args: arguments of model and guide; with ``batches`` they come before those of the batch.
+        :param progress_bar: whether to show loss, ρ and memory while running.
+        :param stable_update: whether a step with a NaN or infinite result is not taken.
+        :param forward_mode_differentiation: for NumPyro's own ELBOs.
+        :param init_state: state to go on from, that of an earlier result.
+        :param init_params: initial values of parameters.
+        :param batches: one batch for each step: an iterable, read again for every epoch if it can be, or a function
+            ``epoch -> iterable``. A batch is a tuple (arguments), a dictionary (keyword arguments) or one array, of
+            NumPy or JAX; an iterator that ends, ends the run. Batches are read ahead on a thread. They may differ in
+            size, not in structure, dtype or number of axes. Whole numbers and strings in them are compiled in.
+        :param callbacks: functions of a :class:`Look`, called whenever the noise is looked at (every
+            ``tracking.interval`` steps, 100 without tracking); one that returns ``True`` ends the run.
+        :param stop: ``"converged"`` to stop by the convergence of the iterates
+            (:meth:`numpyro_rad.quality.Iterates.converged`), or a function ``(step, losses) -> bool``. It is asked when
+            callbacks are called.
+        :param checkpoint: where to save the run. If there is a checkpoint of it, the run goes on from there, to the
+            same bits as if it had never ended; batches have to come in the same order again, since they are read from
+            the beginning of the epoch and passed over.
+        :param kwargs: keyword arguments of model and guide.
+        :return: result with the fields ``params``, ``state`` and ``losses``.
+        :raises ValueError: for fewer than one step, and for batches that change or of which there are none.
+        :raises BudgetError: if no plan meets the budget.
+        :raises CheckpointError: for a checkpoint of another run, a damaged one and a folder that cannot be written.
+
+        Example::
+
+            loader = lambda epoch: batches_of(x, y, 256, seed=epoch)
+            result = svi.run(key, 20_000, batches=loader, stop="converged", checkpoint="fit")
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}: at least one step is needed.")
+        if not (stop is None or stop == "converged" or callable(stop)):
+            raise ValueError(f'stop={stop!r}: "converged" or a function (step, losses) -> bool is expected.')
+        if isinstance(checkpoint, (str, Path)):
+            checkpoint = Checkpoint(checkpoint)
+        options = {"stable_update": stable_update, "forward_mode_differentiation": forward_mode_differentiation}
+        with contextlib.ExitStack() as stack:
+            store = stack.enter_context(Store(checkpoint)) if checkpoint is not None else None
+            snapshot = store.newest() if store is not None else None
+            done = _steps_of(snapshot, num_steps, store)
+            args, kwargs = jax.tree.map(_on_device, (args, kwargs))
+            if batches is None:
+                feed: Any = Fixed(args, kwargs)
+            else:
+                position = snapshot.meta["position"] if snapshot is not None else (0, 0)
+                reader = stack.enter_context(Batches(batches, num_steps - done, *position))
+                feed = Varying(reader, args, kwargs)
+            state, args, kwargs = init_state, *feed.first
+            if state is None or self.constrain_fn is None:
+                fresh = SVI.init(self, rng_key, *args, init_params=init_params, **kwargs)
+                state = fresh if state is None else state
+            if snapshot is None:
+                more = [a for a, k in feed.next_few(CALIBRATION_DRAWS)[1:] if not k and words(a) == words(args)]
+                if init_state is None or self._measured is None:
+                    self._calibrate(state, args, kwargs, more)
+            fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot)
+            fit.go(progress_bar, tuple(callbacks), stop)
+            return fit.result(stop)
+
+
+def _steps_of(snapshot: Snapshot | None, num_steps: int, store: Store | None) -> int:
+    done = snapshot.step if snapshot is not None else 0
+    if done > num_steps:
+        assert store is not None
+        raise ValueError(
+            f"num_steps={num_steps}, but the checkpoint in {store.folder} has {done} steps already. Ask for more steps "
+            "in all, or choose another folder."
+        )
+    return done
+
+
+def _on_device(x: Any) -> Any:
+    """Arrays of NumPy on the device, once for all steps; those that JAX has no dtype for stay."""
+    return jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biufcV" else x

@@ -1,0 +1,232 @@
+"""Runs that are saved, killed, resumed: the same bits as without; and checkpoints that are damaged or of others."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_rad import RAD_ELBO
+from numpyro_rad.calibration import Calibration
+from numpyro_rad.checkpoints import Checkpoint, CheckpointError
+from numpyro_rad.codecs import SampleAxis, StochasticRound
+from numpyro_rad.svi import RAD_SVI
+from numpyro_rad.tracking import Tracking
+
+X = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float32)
+Y = X.sum(1)
+
+
+def model(x, y=None, scale=0.5):
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    numpyro.sample("y", dist.Normal(x @ w, scale).to_event(1), obs=y)
+
+
+def fit(optimizer=None, loss=None, **options):
+    options = {"tracking": Tracking(10, on_alarm="record"), **options}
+    return RAD_SVI(model, AutoNormal(model), optimizer or optax.adam(1e-2), loss, **options)
+
+
+def run(steps, folder=None, key=0, svi=None, every=7, data=(X, Y), **options):
+    checkpoint = None if folder is None else Checkpoint(folder, every)
+    svi = fit() if svi is None else svi
+    return svi.run(jax.random.PRNGKey(key), steps, *data, progress_bar=False, checkpoint=checkpoint, **options)
+
+
+def same_run(a, b):
+    pairs = zip(
+        jax.tree.leaves((a.params, a.state, a.losses)), jax.tree.leaves((b.params, b.state, b.losses)), strict=True
+    )
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def shuffled(epoch):
+    order = np.random.default_rng(epoch).permutation(60)
+    return [(X[order[i : i + 25]], Y[order[i : i + 25]]) for i in (0, 25, 50)]
+
+
+def test_a_run_that_is_asked_for_more_steps_goes_on(tmp_path):
+    whole = run(40)
+    first = run(15, tmp_path)
+    assert len(first.losses) == 15
+    rest = run(40, tmp_path)
+    assert same_run(rest, whole)
+    assert rest.track.steps.tolist() == [10, 20, 30, 40]
+    assert np.array_equal(rest.track.total, whole.track.total)
+    assert same_run(run(40, tmp_path), whole)  # nothing is left to do
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["35", "40"]
+    with pytest.raises(ValueError, match="has 40 steps already"):
+        run(30, tmp_path)
+
+
+def test_batches_go_on_where_they_were(tmp_path):
+    whole = run(11, data=(), batches=shuffled)
+    for steps in (4, 6, 11):
+        found = run(steps, tmp_path, data=(), batches=shuffled)
+    assert same_run(found, whole)
+
+
+def test_the_newest_that_can_be_read_is_used(tmp_path):
+    whole = run(40)
+    run(20, tmp_path)
+    for file in (tmp_path / "20").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="that of step 20 in .* is damaged .* goes on from step 14"):
+        found = run(40, tmp_path)
+    assert same_run(found, whole)
+    assert (tmp_path / "broken-20").exists() and (tmp_path / "40").exists()
+
+
+def test_nothing_that_can_be_read(tmp_path):
+    run(7, tmp_path)
+    shutil.rmtree(tmp_path / "7" / "arrays")
+    with pytest.raises(CheckpointError, match=f"none of the 1 checkpoints in {tmp_path} can be read"):
+        run(40, tmp_path)
+
+
+def test_checkpoints_of_another_run(tmp_path):
+    run(7, tmp_path)
+    wrong = {
+        "state of the optimizer": lambda: run(9, tmp_path, svi=fit(optax.sgd(1e-2))),
+        "rng_key": lambda: run(9, tmp_path, key=1),
+        "arguments": lambda: run(9, tmp_path, data=(X[:40], Y[:40])),
+        "ELBO": lambda: run(9, tmp_path, svi=fit(loss=RAD_ELBO(codec=StochasticRound(2)))),
+        "options": lambda: run(9, tmp_path, stable_update=True),
+        "program": lambda: run(9, tmp_path, scale=0.25),
+    }
+    for what, attempt in wrong.items():
+        with pytest.raises(CheckpointError, match=f"{tmp_path} belongs to another run; they differ in.*{what}"):
+            attempt()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.raises(CheckpointError, match=f"{file}/inner cannot be written.*No step was taken"):
+        run(7, file / "inner")
+
+
+def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path, monkeypatch):
+    from numpyro_rad.checkpoints import Store
+
+    def full(self, snapshot):
+        raise CheckpointError(f"checkpoint: step {snapshot.step} could not be written.")
+
+    monkeypatch.setattr(Store, "save", full)
+    with pytest.warns(UserWarning, match="could not be written\\. The run goes on"):
+        found = run(20, tmp_path)
+    assert same_run(found, run(20)) and {a.kind for a in found.alarms} == {"checkpoint"}
+
+
+def test_an_error_of_the_source_loses_nothing(tmp_path):
+    def broken(epoch):
+        yield from shuffled(epoch)
+        if epoch == 1:
+            raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        run(11, tmp_path, data=(), batches=broken, every=100)
+    assert (tmp_path / "6").exists()
+    assert same_run(run(11, tmp_path, data=(), batches=shuffled), run(11, data=(), batches=shuffled))
+
+
+def test_without_orbax(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match=r"numpyro_rad\[checkpoint\]"):
+        run(7, tmp_path)
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match="every=0"):
+        Checkpoint("folder", every=0)
+    with pytest.raises(TypeError, match="folder=3"):
+        Checkpoint(3)
+
+
+def test_calibrations_survive_json():
+    made = Calibration("ab", 0.1, 1 / 3, (StochasticRound(4), SampleAxis(0.1)), {(1, 2): (0.1, 1e-30)}, 3)
+    again = Calibration.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again == made
+    with pytest.raises(ValueError, match="Calibrate again"):
+        Calibration.from_dict({"program": "ab"})
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+STEPS = 3000
+
+PROGRAM = """
+import sys
+import numpy as np
+sys.path.insert(0, {tests!r})
+from test_checkpoints import Checkpoint, jax, long_run
+result = long_run(Checkpoint(sys.argv[1], 40))
+np.savez(sys.argv[2], *jax.tree.leaves(result.params), losses=result.losses)
+"""
+
+
+def long_run(checkpoint=None):
+    tracking = Tracking(50, replan=(1e6, 2e6), on_alarm="record")  # any ρ is far below: it plans again and again
+    svi = fit(loss=RAD_ELBO(added_variance=0.1), tracking=tracking)
+    return svi.run(jax.random.key(5), STEPS, batches=shuffled, progress_bar=False, checkpoint=checkpoint)
+
+
+def start(folder, out):
+    program = PROGRAM.format(tests=str(Path(__file__).parent))
+    cache = {"DIR": str(out) + ".cache", "MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "0"}  # for speed alone
+    names = {"DIR": "JAX_COMPILATION_CACHE_DIR"}
+    env = {names.get(k, f"JAX_PERSISTENT_CACHE_{k}"): v for k, v in cache.items()}
+    return subprocess.Popen([sys.executable, "-c", program, str(folder), str(out)], env={**os.environ, **env})
+
+
+def kill_and_resume(tmp_path, kills, seed):
+    """Kill a run so many times, each time some while after it wrote a new checkpoint; then let it end."""
+    rng = np.random.default_rng(seed)
+    folder, out = tmp_path / "fit", tmp_path / "killed.npz"
+    for _ in range(kills):
+        before = set(folder.glob("[0-9]*"))
+        process = start(folder, out)
+        while process.poll() is None and not set(folder.glob("[0-9]*")) - before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+    assert start(folder, out).wait() == 0
+    killed, whole = np.load(out), long_run()
+    assert np.array_equal(killed["losses"], whole.losses) and len(whole.losses) == STEPS
+    leaves = jax.tree.leaves(whole.params)
+    assert all(np.array_equal(killed[f"arr_{i}"], x) for i, x in enumerate(leaves))
+
+
+def test_kill_and_resume(tmp_path):
+    kill_and_resume(tmp_path, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_kill_and_resume_twenty_times(tmp_path):
+    kill_and_resume(tmp_path, 20, seed=1)
+
+
+def test_ctrl_c_saves(tmp_path):
+    stop_at = iter([False, True])
+
+    def interrupt(look):
+        if next(stop_at, False):
+            signal.raise_signal(signal.SIGINT)
+
+    half = run(100, tmp_path, every=1000, callbacks=[interrupt])
+    assert half.interrupted and 20 <= len(half.losses) < 100
+    assert same_run(run(100, tmp_path), run(100))

@@ -1,0 +1,394 @@
+"""``RAD_SVI.run`` against ``SVI.run``: the same numbers, whatever is watched, saved or shown on the way."""
+
+import copy
+import os
+import pickle
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from models import PROBLEMS, logistic, network_regression, wave
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+
+from numpyro_rad import RAD_ELBO, BudgetError
+from numpyro_rad.records import FitRecord
+from numpyro_rad.svi import RAD_SVI
+from numpyro_rad.tracking import Tracking
+
+KEY = 3
+
+
+def words(tree):
+    """Leaves as NumPy arrays, typed keys as their words."""
+    leaves = jax.tree.leaves(tree)
+    typed = [isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+    return [np.asarray(jax.random.key_data(x) if on else x) for x, on in zip(leaves, typed, strict=True)]
+
+
+def same(a, b):
+    a, b = words(a), words(b)
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in zip(a, b, strict=True)
+    )
+
+
+def same_run(a, b):
+    return same((a.params, a.state, a.losses), (b.params, b.state, b.losses))
+
+
+def quiet(interval=7, **options):
+    return Tracking(interval=interval, on_alarm="record", **options)
+
+
+def linear(x, y=None):
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
+    with numpyro.plate("points", x.shape[0]):
+        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+X = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+Y = (X @ np.array([1.0, -2.0, 0.5], np.float32)).astype(np.float32)
+
+
+def small(loss=None, **options):
+    options = {"tracking": None, **options}
+    return RAD_SVI(linear, AutoNormal(linear), optax.adam(1e-2), loss, **options)
+
+
+# -- the numbers are those of SVI --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "hierarchy", "linear model"])
+@pytest.mark.parametrize("loss", [Trace_ELBO, RAD_ELBO], ids=lambda x: x.__name__)
+def test_it_gives_what_svi_gives(name, loss):
+    p, steps = PROBLEMS[name](), 40
+    key = jax.random.PRNGKey(KEY)
+    expected = SVI(p.model, p.guide, p.optimizer, loss()).run(key, steps, *p.args, progress_bar=False, **p.kwargs)
+    svi = RAD_SVI(p.model, p.guide, p.optimizer, loss(), tracking=quiet(15))
+    found = svi.run(key, steps, *p.args, progress_bar=False, **p.kwargs)
+    assert same_run(found, expected)
+    params, state, losses = found
+    assert losses.shape == (steps,) and params is found.params and state is found.state
+
+
+@pytest.mark.parametrize(
+    ("guide", "optimizer", "loss"),
+    [
+        (AutoDelta, numpyro.optim.Adam(1e-2), Trace_ELBO()),
+        (AutoMultivariateNormal, optax.chain(optax.clip(1.0), optax.sgd(1e-3)), RAD_ELBO()),
+        (AutoNormal, numpyro.optim.Momentum(1e-4, 0.9), RAD_ELBO(base=TraceMeanField_ELBO(num_particles=3))),
+    ],
+)
+def test_guides_optimizers_and_elbos(guide, optimizer, loss):
+    key = jax.random.key(KEY)
+    expected = SVI(linear, guide(linear), optimizer, loss).run(key, 20, X, Y, progress_bar=False)
+    found = RAD_SVI(linear, guide(linear), optimizer, loss, tracking=quiet()).run(key, 20, X, Y, progress_bar=False)
+    assert same_run(found, expected)
+
+
+def test_with_a_progress_bar_too(capsys):
+    expected = SVI(linear, AutoNormal(linear), optax.adam(1e-2), RAD_ELBO()).run(jax.random.key(KEY), 30, X, Y)
+    capsys.readouterr()
+    found = small(tracking=quiet(10)).run(jax.random.key(KEY), 30, X, Y)
+    shown = capsys.readouterr().err
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    assert "loss" in shown and "ρ" in shown and "residuals" in shown
+
+
+def test_nothing_that_happens_on_the_way_changes_a_number():
+    key, seen = jax.random.key(KEY), []
+    plain = small().run(key, 50, X, Y, progress_bar=False)
+    for tracking in (quiet(1), quiet(13)):
+        watched = small(tracking=tracking).run(
+            key, 50, X, Y, progress_bar=False, callbacks=[seen.append], stop=lambda *_: False
+        )
+        assert same_run(watched, plain)
+    assert [look.step for look in seen][-3:] == [13, 26, 39]
+
+
+def test_a_run_goes_on_from_a_state_with_a_fresh_object():
+    key = jax.random.key(KEY)
+    whole = small().run(key, 30, X, Y, progress_bar=False)
+    half = small().run(key, 12, X, Y, progress_bar=False)
+    rest = small().run(key, 18, X, Y, progress_bar=False, init_state=half.state)
+    assert same((rest.params, rest.state), (whole.params, whole.state))
+    assert same(np.concatenate([half.losses, rest.losses]), whole.losses)
+    assert same(half.state, small().run(key, 12, X, Y, progress_bar=False).state)  # nothing of it was given away
+
+
+def test_update_evaluate_and_get_params_are_those_of_svi():
+    svi, plain = small(RAD_ELBO()), SVI(linear, AutoNormal(linear), optax.adam(1e-2), RAD_ELBO())
+    state, expected = svi.init(jax.random.key(0), X, Y), plain.init(jax.random.key(0), X, Y)
+    assert same(svi.update(state, X, Y), plain.update(expected, X, Y))
+    assert same(svi.stable_update(state, X, Y), plain.stable_update(expected, X, Y))
+    assert same(svi.evaluate(state, X, Y), plain.evaluate(expected, X, Y))
+    assert same(svi.get_params(state), plain.get_params(expected))
+    states = jax.vmap(lambda key: svi.init(key, X, Y))(jax.random.split(jax.random.key(0), 3))
+    assert jax.tree.leaves(states.optim_state)[1].shape[0] == 3
+
+
+def with_memory(x, y=None):
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
+    mean = numpyro.primitives.mutable("mean", {"count": jnp.zeros(())})
+    mean["count"] = mean["count"] + 1.0
+    numpyro.sample("y", dist.Normal(x @ w, 0.5).to_event(1), obs=y)
+
+
+def test_mutable_state():
+    key, guide = jax.random.key(KEY), AutoNormal(with_memory)
+    expected = SVI(with_memory, guide, optax.adam(1e-2), RAD_ELBO()).run(key, 20, X, Y, progress_bar=False)
+    svi = RAD_SVI(with_memory, guide, optax.adam(1e-2), tracking=quiet())
+    found = svi.run(key, 20, X, Y, progress_bar=False)
+    assert same_run(found, expected)
+    assert found.state.mutable_state["mean"]["count"] == 20 + 1  # once for init
+
+
+def test_forward_mode_is_for_exact_elbos():
+    key, options = jax.random.key(KEY), {"progress_bar": False, "forward_mode_differentiation": True}
+    expected = SVI(linear, AutoNormal(linear), optax.adam(1e-2), Trace_ELBO()).run(key, 10, X, Y, **options)
+    assert same_run(small(Trace_ELBO(), tracking=quiet(3)).run(key, 10, X, Y, **options), expected)
+    with pytest.raises(NotImplementedError, match="no forward mode"):
+        small().run(key, 10, X, Y, **options)
+
+
+def looks_at_data(labels, y):
+    levels = numpyro.sample("levels", dist.Normal(0.0, 1.0).expand([len(np.unique(labels))]).to_event(1))
+    numpyro.sample("y", dist.Normal(levels[labels], 1.0).to_event(1), obs=y)
+
+
+def test_a_model_that_looks_at_its_data():
+    key, data = jax.random.key(KEY), (np.arange(12) % 3, np.arange(12.0))
+    guide = AutoNormal(looks_at_data)
+    expected = SVI(looks_at_data, guide, optax.adam(1e-2), RAD_ELBO()).run(key, 10, *data, progress_bar=False)
+    found = RAD_SVI(looks_at_data, guide, optax.adam(1e-2), tracking=quiet(4)).run(key, 10, *data, progress_bar=False)
+    assert same_run(found, expected)
+
+
+def test_an_optimizer_whose_state_changes_its_structure():
+    calls = []
+
+    def update(grads, state, params=None):
+        calls.append(1)
+        return jax.tree.map(lambda g: -1e-3 * g, grads), {"seen": grads}
+
+    optimizer = optax.GradientTransformation(lambda params: {}, update)
+    key = jax.random.key(KEY)
+    expected = SVI(linear, AutoNormal(linear), optimizer, Trace_ELBO()).run(key, 10, X, Y)
+    svi = RAD_SVI(linear, AutoNormal(linear), optimizer, Trace_ELBO(), tracking=None)
+    assert same_run(svi.run(key, 10, X, Y, progress_bar=False), expected)
+
+
+def test_static_arguments():
+    key = jax.random.key(KEY)
+    p = PROBLEMS["linear model"]()
+    expected = SVI(logistic, p.guide, p.optimizer, RAD_ELBO(), batch_size=100).run(key, 10, *p.args, progress_bar=False)
+    found = RAD_SVI(logistic, p.guide, p.optimizer, batch_size=100, tracking=quiet(5)).run(
+        key, 10, *p.args, progress_bar=False
+    )
+    assert same_run(found, expected)
+
+
+# -- planning ----------------------------------------------------------------------------------------------------------
+
+
+def deep(x, y):
+    return network_regression(x, y, hidden=(32, 32), scale=0.1)
+
+
+def test_a_budget_that_nothing_meets_is_told_by_init():
+    x, y = wave(4096, 8)
+    svi = RAD_SVI(deep, AutoNormal(deep), optax.adam(1e-3), RAD_ELBO(memory_budget=10), calibrate=False)
+    with pytest.raises(BudgetError):
+        svi.init(jax.random.key(0), x, y)
+    with pytest.raises(BudgetError):
+        svi.run(jax.random.key(0), 5, x, y, progress_bar=False)
+
+
+def test_plans_by_price_are_calibrated_once_for_each_fit():
+    x, y = wave(4096, 8)
+    svi = RAD_SVI(
+        deep, AutoNormal(deep, init_scale=0.05), optax.adam(1e-3), RAD_ELBO(memory_budget="256KiB"), tracking=None
+    )
+    first = svi.run(jax.random.key(0), 5, x, y, progress_bar=False)
+    measured = svi.loss.planner.calibration
+    assert measured is not None
+    again = svi.run(jax.random.key(0), 5, x, y, progress_bar=False)
+    assert svi.loss.planner.calibration is not measured
+    assert same_run(first, again)
+    kept = svi.loss.planner.calibration
+    svi.run(jax.random.key(0), 5, x, y, progress_bar=False, init_state=again.state)
+    assert svi.loss.planner.calibration is kept
+    plan = first.record.plan
+    assert 0 < plan.stored_bytes <= 2**18 < plan.exact_bytes
+    assert max(held for _, held, _ in plan.timeline) <= 1.001 * plan.stored_bytes
+
+
+def test_a_band_of_rho_replans():
+    tracking = quiet(2, replan=(1e6, 2e6))  # any ρ is far below
+    svi = small(RAD_ELBO(added_variance=0.1), tracking=tracking)
+    result = svi.run(jax.random.key(0), 20, X, Y, progress_bar=False)
+    replans = [a for a in result.alarms if a.kind == "replan"]
+    assert replans and "measured again" in replans[0].message
+    assert len(result.losses) == 20
+
+
+# -- callbacks, stopping, Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def test_callbacks_see_the_run_and_may_end_it():
+    seen = []
+
+    def watch(look):
+        seen.append(look)
+        return look.step >= 20
+
+    result = small(tracking=quiet(10)).run(jax.random.key(0), 100, X, Y, progress_bar=False, callbacks=[watch])
+    assert [look.step for look in seen] == [10, 20]
+    assert result.stopped_at == 20 and len(result.losses) == 20 and not result.interrupted
+    assert seen[0].loss == seen[1].losses[9] and seen[1].track.steps.tolist() == [10, 20]
+    assert np.isfinite(words(seen[0].state.optim_state)[1]).all()  # still there
+
+
+def test_a_rule_stops():
+    result = small().run(
+        jax.random.key(0), 1000, X, Y, progress_bar=False, stop=lambda step, losses: losses[-1] < losses[0] / 2
+    )
+    assert result.stopped_at == len(result.losses) < 1000
+    with pytest.raises(ValueError, match="converged"):
+        small().run(jax.random.key(0), 10, X, Y, stop="when it is done")
+
+
+def test_it_stops_when_the_iterates_have_converged():
+    svi = RAD_SVI(linear, AutoNormal(linear), optax.adam(5e-2), tracking=None)
+    result = svi.run(jax.random.key(0), 20_000, X, Y, progress_bar=False, stop="converged")
+    assert result.stopped_at is not None and result.stopped_at < 20_000
+    assert result.iterates.converged()
+    late = result.losses[-200:].mean()
+    longer = svi.run(jax.random.key(1), 3000, X, Y, progress_bar=False, init_state=result.state)
+    spread = longer.losses.std() / np.sqrt(200)
+    assert abs(longer.losses[-2000:].mean() - late) < 5 * spread
+
+
+def interrupt_when(condition):
+    """Send this process what Ctrl-C sends once a condition holds."""
+
+    def wait():
+        while not condition():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_ctrl_c_returns_what_there_is():
+    started = threading.Event()
+    thread = interrupt_when(started.is_set)
+    result = small(tracking=quiet(10)).run(
+        jax.random.key(0), 100_000_000, X, Y, progress_bar=False, callbacks=[lambda look: started.set()]
+    )
+    thread.join()
+    assert result.interrupted and result.stopped_at is None
+    n = len(result.losses)
+    assert 10 <= n < 100_000_000
+    assert same(result.losses[:10], small().run(jax.random.key(0), 10, X, Y, progress_bar=False).losses)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_raises():
+    hanging = threading.Event()
+
+    def hang(look):
+        hanging.set()
+        time.sleep(30)
+
+    threads = [interrupt_when(hanging.is_set)]
+    first = time.monotonic()
+    threads.append(interrupt_when(lambda: hanging.is_set() and time.monotonic() > first + 1.5))
+    with pytest.raises(KeyboardInterrupt):
+        small(tracking=quiet(10)).run(jax.random.key(0), 1000, X, Y, progress_bar=False, callbacks=[hang])
+    for thread in threads:
+        thread.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_nan_in_the_data_is_named():
+    y = Y.copy()
+    y[5] = np.nan
+    svi = small(tracking=quiet(10))
+    options = {"progress_bar": False, "init_state": svi.init(jax.random.key(0), X, Y)}
+    result = svi.run(jax.random.key(0), 30, X, y, **options)
+    (alarm,) = [a for a in result.alarms if "loss" in a.message][:1]
+    assert alarm.kind == "nonfinite" and "args[1]" in alarm.message and alarm.step == 1
+    assert same(result.losses, SVI.run(svi, jax.random.key(0), 30, X, y, **options).losses)  # it goes on, as SVI does
+
+
+def test_a_fit_that_diverges_is_diagnosed_at_the_step_before():
+    svi = RAD_SVI(linear, AutoNormal(linear), optax.sgd(10.0), tracking=quiet(1000))
+    result = svi.run(jax.random.key(0), 50, X, Y, progress_bar=False)
+    first = int(np.flatnonzero(~np.isfinite(result.losses))[0]) + 1
+    alarm = result.alarms[0]
+    assert alarm.kind == "nonfinite" and alarm.step == first > 1
+    without = RAD_SVI(linear, AutoNormal(linear), optax.sgd(10.0), tracking=None)
+    (plain,) = without.run(jax.random.key(0), 50, X, Y, progress_bar=False).alarms
+    assert (plain.kind, plain.step) == ("nonfinite", first)
+
+
+def test_stable_update_does_not_take_bad_steps():
+    y, svi = np.full_like(Y, np.nan), small()
+    options = {"progress_bar": False, "stable_update": True, "init_state": svi.init(jax.random.key(0), X, Y)}
+    result = svi.run(jax.random.key(0), 10, X, y, **options)
+    assert same_run(result, SVI.run(svi, jax.random.key(0), 10, X, y, **options))
+    assert all(np.isfinite(x).all() for x in words(result.params)) and not result.alarms
+
+
+def test_no_steps():
+    with pytest.raises(ValueError, match="num_steps=0"):
+        small().run(jax.random.key(0), 0, X, Y)
+
+
+# -- the result --------------------------------------------------------------------------------------------------------
+
+
+def test_the_result_reports(tmp_path):
+    result = small(tracking=quiet(10)).run(jax.random.key(0), 40, X, Y, progress_bar=False)
+    record = result.record
+    assert isinstance(record, FitRecord)
+    assert record.num_steps == 40 and record.num_params == 6 and record.title == "linear with AutoNormal"
+    assert record.track is result.track and result.track.steps.tolist() == [10, 20, 30, 40]
+    assert np.array_equal(record.losses, result.losses)
+    for name in ("fit.html", "fit.md", "fit.txt"):
+        assert result.report(tmp_path / name).stat().st_size > 1000
+    assert result.report(format="markdown").startswith("# linear with AutoNormal")
+    with pytest.raises(ValueError, match="html"):
+        result.report(format="pdf")
+    result.save(tmp_path / "fit.json")
+    assert (tmp_path / "fit.json").stat().st_size > 1000
+
+
+def test_results_and_objects_are_copied_and_pickled():
+    svi = small(tracking=quiet(10))
+    result = svi.run(jax.random.PRNGKey(0), 20, X, Y, progress_bar=False)
+    for again in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert same_run(again, result) and again.record.title == result.record.title
+    assert result.svi is svi and same(result.args, (X, Y))
+    other = copy.deepcopy(svi)
+    assert same_run(other.run(jax.random.PRNGKey(0), 20, X, Y, progress_bar=False), result)
+    assert pickle.loads(pickle.dumps(RAD_SVI(linear, linear_guide, numpyro.optim.Adam(1e-2)))).tracking == Tracking()
+
+
+def linear_guide(x, y=None):
+    loc = numpyro.param("loc", jnp.zeros(x.shape[1]))
+    numpyro.sample("w", dist.Normal(loc, 0.1).to_event(1))
