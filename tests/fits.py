@@ -135,7 +135,9 @@ def plan(rows, relative_variance):
         exact = 2**20 // (1 + i % 5)
         stored = exact // share if share else 0
         variance = relative_variance * (1 + i % 4) if share == 7 else 0.0
-        made.append(PlanRow(f"model.py:{20 + i}", LAYERS[i % 7], "dot_general", (1024, 256), decision, exact, stored, variance))
+        made.append(
+            PlanRow(f"model.py:{20 + i}", LAYERS[i % 7], "dot_general", (1024, 256), decision, exact, stored, variance)
+        )
     stored, exact = (sum(getattr(r, f) for r in made) for f in ("stored_bytes", "exact_bytes"))
     steps = np.linspace(0, 1, 13)
     up = [(t, b * stored, b * exact) for a in steps[:-1] for t, b in ((a, a), (a, a + 1 / 12))]
