@@ -34,7 +34,7 @@ svg .grid{stroke:var(--line);stroke-width:.7}
 svg .axis{stroke:var(--soft);stroke-width:1}
 svg .error{stroke:var(--ink);stroke-width:1.3}
 svg .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
-svg .band{stroke:none;opacity:.25}
+svg .band{stroke:none;opacity:.25}svg .pale{opacity:.4}
 .blue{stroke:var(--blue);fill:var(--blue)}.green{stroke:var(--green);fill:var(--green)}
 .red{stroke:var(--red);fill:var(--red)}.grey{stroke:var(--grey);fill:var(--grey)}
 """
@@ -135,7 +135,7 @@ def curves(
     parts.append(
         f'<text text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{escape(labels[1])}</text>'
     )
-    keys = [(c.label, c.colour if np.isfinite(c.y).any() else f"band {c.colour}", c.dash) for c in shown]
+    keys = [(c.label, c.colour if np.isfinite(c.y).any() else f"pale {c.colour}", c.dash) for c in shown]
     return _figure(title, description, parts, HEIGHT, keys)
 
 
