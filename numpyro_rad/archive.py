@@ -156,8 +156,8 @@ class _Draws:
             if "log_likelihood" in wanted:
                 found["log_likelihood"] = {n: sites[n]["fn"].log_prob(sites[n]["value"]) for n in self.observed}
             if "posterior_predictive" in wanted:
-                fixed = {n: s for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
-                model = uncondition(seed(substitute(replay(self.model, fixed), values), predictive_key))
+                fixed = {n: s["value"] for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+                model = uncondition(seed(substitute(self.model, {**values, **fixed}), predictive_key))
                 again = trace(model).get_trace(*self.args, **self.kwargs)
                 found["posterior_predictive"] = {n: again[n]["value"] for n in self.observed}
         return found

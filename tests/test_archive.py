@@ -153,7 +153,7 @@ def test_minibatches_of_plates_become_the_data():
         a = numpyro.sample("a", dist.Normal(0, 2))
         with numpyro.plate("points", len(x), subsample_size=5) as index:
             local = numpyro.sample("local", dist.Normal(a, 1))
-            numpyro.sample("y", dist.Normal(local, 0.4), obs=y[index])
+            numpyro.sample("y", dist.Normal(local, 0.4), obs=jnp.asarray(y)[index])
 
     svi, result = fitted(model, AutoNormal(model), X, Y, steps=20)
     data = to_arviz(svi, result, X, Y, key=KEY, num_samples=6)
