@@ -18,7 +18,7 @@ import pytest
 from flax import linen
 from numpyro.contrib.module import flax_module, random_flax_module
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, log_likelihood
-from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.primitives import mutable
 from zscores import assert_unbiased
 
@@ -178,8 +178,12 @@ def mixture(y):
 def test_discrete_sites_of_the_model_are_drawn_given_the_rest():
     pytest.importorskip("funsor")
     y = np.concatenate([np.full(10, -3.0), np.full(4, 3.0), np.zeros(2)]).astype(np.float32)
-    guide = AutoDelta(mixture, init_loc_fn=numpyro.infer.init_to_value(values={"means": jnp.array([-3.0, 3.0])}))
-    svi, params = prepared(mixture, guide, y, elbo=TraceEnum_ELBO(max_plate_nesting=1))
+    at = jnp.array([-3.0, 3.0])
+
+    def guide(y):
+        numpyro.sample("means", dist.Delta(numpyro.param("at", at), event_dim=1))
+
+    svi, params = SVI(mixture, guide, optax.adam(0.1), TraceEnum_ELBO(max_plate_nesting=1)), {"at": at}
     data = to_arviz(svi, params, y, key=KEY, num_samples=600, batch_size=200)
     z, means = data["posterior"]["z"].values[0], data["posterior"]["means"].values[0]
     joint = np.stack([np.log(p) + dist.Normal(means[:1, [i]], 1).log_prob(y)[0] for i, p in enumerate((0.7, 0.3))])
