@@ -230,8 +230,8 @@ def test_modules_as_parameters_and_as_random_sites(tmp_path):
         data = to_arviz(svi, params, X[:, None], Y[:, None], key=KEY, num_samples=5)
         data.to_netcdf(str(tmp_path / f"{model.__name__}.nc"))
         assert np.isfinite(data["sample_stats"]["lp"].values).all()
-    assert "net.Dense_0.kernel" in data["posterior"]
-    assert data["posterior"]["net.Dense_0.kernel"].shape == (1, 5, 1, 3)
+    assert "net.Dense_1.kernel" in data["posterior"]
+    assert data["posterior"]["net.Dense_1.kernel"].shape == (1, 5, 1, 3)
 
 
 def test_mutable_state_is_taken_along():
