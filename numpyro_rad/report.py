@@ -44,7 +44,7 @@ background:var(--panel)}
 .verdict.problem{border-left-color:var(--red)}.verdict.warning{border-left-color:var(--red)}
 .verdict.good{border-left-color:var(--green)}
 .verdict h2{margin:.5em 0}.verdict ul{list-style:none;margin:0;padding:0}.verdict li{margin:.7em 0;max-width:84ch}
-.level{display:inline-block;min-width:5.6em;font-weight:700;fill:none}
+.level{font-weight:700}
 .advice{display:block;color:var(--soft)}
 .problem>.level,.warning>.level{color:var(--red)}.note>.level{color:var(--blue)}.good>.level{color:var(--green)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:14px;align-items:start}
@@ -56,7 +56,7 @@ table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-num
 caption{text-align:left;font-weight:600;padding:4px 0}
 th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;overflow-wrap:normal}
 th{color:var(--soft);font-weight:600}.n{text-align:right;white-space:nowrap}
-td:not(.n){max-width:44ch;min-width:6ch;overflow-wrap:anywhere}
+td:not(.n){max-width:44ch;min-width:9ch;overflow-wrap:break-word}
 details{margin:.6em 0}summary{cursor:pointer;font-weight:600;padding:4px 0}
 summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 @media print{details::details-content{content-visibility:visible}figure{break-inside:avoid}}

@@ -13,7 +13,7 @@ from numpyro_rad import charts
 from numpyro_rad.charts import Bar, Curve
 from numpyro_rad.explain import size_text
 from numpyro_rad.records import BlockVariance, Estimate, FitRecord, GradientVariance, PlanRecord, PlanRow, Track
-from numpyro_rad.verdict import SOURCES, rho_of, shares
+from numpyro_rad.verdict import SOURCES, estimate, number, rho_of, seconds_text, shares
 
 MAX_ROWS, MAX_BARS = 200, 16
 """Of a table and of a figure; what is left out is added up in a last line."""
@@ -64,7 +64,7 @@ def summary(record: FitRecord) -> tuple[tuple[str, str], ...]:
     finite = np.isfinite(record.losses)
     if finite.any():
         mean, error = charts.mean_and_error(np.asarray(record.losses, float)[-max(2, len(record.losses) // 20) :])
-        found.append(("loss at the end", str(Estimate(_six(mean), error)) if math.isfinite(error) else number(mean)))
+        found.append(("loss at the end", estimate(Estimate(mean, error))))
     rho = rho_of(record)
     if rho is not None:
         found.append(("ρ", number(rho[0])))
@@ -74,34 +74,6 @@ def summary(record: FitRecord) -> tuple[tuple[str, str], ...]:
     if record.quality is not None and record.quality.pareto_k is not None:
         found.append(("k-hat", number(record.quality.pareto_k)))
     return tuple(found)
-
-
-# -- numbers as text ---------------------------------------------------------------------------------------------------
-
-
-def number(x: float | None) -> str:
-    """Three digits, and six where a number is large."""
-    if x is None or math.isnan(x):
-        return "–"
-    return f"{x:,.0f}" if 1e3 <= abs(x) < 1e9 else f"{x:.3g}"
-
-
-def estimate(x: Estimate) -> str:
-    """An estimate and its standard error."""
-    return f"{number(x.value)} ± {x.standard_error:.1g}" if math.isfinite(x.standard_error) else number(x.value)
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration for people."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    if seconds >= 90:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
-def _six(x: float) -> float:
-    return float(f"{x:.6g}")
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -124,7 +96,9 @@ def _loss(record: FitRecord) -> Iterator[Section]:
         "The loss is the negative ELBO, estimated anew in each step. The line is its mean over bins of steps, the dark "
         "band two Monte Carlo standard errors of that mean; the pale band holds nine in ten of the single losses.",
     )
-    table = Table("Loss", ("when", "mean (nats)", "standard error", "spread of single losses"), tuple(rows))
+    table = Table(
+        "Loss along the run", ("when", "mean (nats)", "standard error", "spread of single losses"), tuple(rows)
+    )
     yield Section("Loss", text, (table,), tuple(figures))
 
 
@@ -205,7 +179,7 @@ def _blocks_figure(measured: GradientVariance) -> str:
     shown = []
     for b in blocks[:MAX_BARS]:
         parts = tuple(getattr(b, name).value / scale for name, _ in SOURCES)
-        shown.append(Bar(f"{b.name} ({shares(b)['path']:.0%} path)", parts, b.total.standard_error / scale))
+        shown.append(Bar(f"{b.name} ({100 * shares(b)['path']:.0f} % path)", parts, b.total.standard_error / scale))
     rest = blocks[MAX_BARS:]
     if rest:
         parts = tuple(sum(_finite(getattr(b, name).value) for b in rest) / scale for name, _ in SOURCES)

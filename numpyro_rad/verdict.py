@@ -14,7 +14,7 @@ import numpy as np
 
 from numpyro_rad.charts import mean_and_error
 from numpyro_rad.explain import size_text
-from numpyro_rad.records import Alarm, BlockVariance, FitRecord
+from numpyro_rad.records import Alarm, BlockVariance, Estimate, FitRecord
 
 LEVELS = ("problem", "warning", "note", "good")
 """From the worst to the best."""
@@ -76,6 +76,37 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+# -- numbers as text ---------------------------------------------------------------------------------------------------
+
+
+def number(x: float | None) -> str:
+    """Three digits, and all before the point."""
+    if x is None or math.isnan(x):
+        return "–"
+    return f"{x:,.0f}" if 1e3 <= abs(x) < 1e9 else f"{x:.3g}"
+
+
+def estimate(x: Estimate) -> str:
+    """An estimate and its standard error, both to the first or second digit of the error."""
+    value, error = x.value, x.standard_error
+    if not (math.isfinite(value) and math.isfinite(error)):
+        return number(value)
+    if error > 0 and max(abs(value), error) < 1e9 and error >= 1e-6:
+        power = math.floor(math.log10(error))
+        digits = max(0, -power + (error < 2 * 10.0**power))
+        return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+    return f"{number(value)} ± {error:.1g}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 90:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +140,7 @@ def _of_alarms(record: FitRecord) -> Iterator[Finding]:
         sites = list(dict.fromkeys(a.site for a in alarms if a.site))
         where = f" in {', '.join(sites[:5])}{' and others' * (len(sites) > 5)}" if sites else ""
         what = f"{_count(len(alarms), 'alarm')} of kind “{kind}”{where}, the first at step {first.step:,}."
-        yield Finding(_ALARM_LEVELS.get(kind, "warning"), what, first.message)
+        yield Finding(_ALARM_LEVELS.get(kind, "warning"), what, first.message[:1].upper() + first.message[1:])
 
 
 def rho_of(record: FitRecord) -> tuple[float, tuple[float, float] | None, str] | None:
@@ -177,15 +208,15 @@ def _of_trend(record: FitRecord) -> Iterator[Finding]:
     change, error, falls, rises = trend(losses)
     if not math.isfinite(change):
         return
-    steps = len(losses) // 4
+    steps, told = len(losses) // 4, estimate(Estimate(-change if rises else change, error))
     if falls:
-        what = f"The loss was still falling: by {change:.3g} ± {error:.1g} over the last {steps:,} steps."
+        what = f"The loss was still falling: by {told} over the last {steps:,} steps."
         yield Finding("warning", what, "Train longer: continue from the state of this result.")
     elif rises:
-        what = f"The loss rose by {-change:.3g} ± {error:.1g} over the last {steps:,} steps."
+        what = f"The loss rose by {told} over the last {steps:,} steps."
         yield Finding("warning", what, "Lower the learning rate, or let it decay.")
     else:
-        what = f"The loss has levelled off: it fell by {change:.2g} ± {error:.1g} over the last {steps:,} steps."
+        what = f"The loss has levelled off: it fell by {told} over the last {steps:,} steps."
         yield Finding("good", what)
 
 
@@ -266,13 +297,13 @@ def _of_noise(record: FitRecord) -> Iterator[Finding]:
     if parts[largest] <= 0:
         return
     remedy = _REMEDIES[largest]
-    what = f"{parts[largest]:.0%} of the gradient's variance comes from {dict(SOURCES)[largest]}."
+    what = f"{100 * parts[largest]:.0f} % of the gradient's variance comes from {dict(SOURCES)[largest]}."
     yield Finding("note", what, f"To lower the noise, begin there: {remedy}.")
     signal = measured.signal_to_noise
     error = signal.standard_error if math.isfinite(signal.standard_error) else 0.0
     if not signal.value + 2 * error < LITTLE_SIGNAL:
         return
-    what = f"A single gradient is nearly all noise (signal-to-noise ratio {signal})"
+    what = f"A single gradient is nearly all noise (signal-to-noise ratio {estimate(signal)})"
     losses = np.asarray(record.losses, float)
     if len(losses) >= 40 and np.isfinite(losses).all() and trend(losses)[2]:
         advice = f"Use a larger batch or more particles ({remedy}), or a smaller learning rate."

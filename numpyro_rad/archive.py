@@ -1,0 +1,287 @@
+"""``to_arviz``: what a fit found and what is known about it, as ArviZ's container, for its plots and for files.
+
+Draws from the guide stand in for a posterior sample, laid out as one chain. For each of them the log density of the
+model, ``lp``, and of the guide, ``log_q``, are kept, so that ``arviz.loo_approximate_posterior`` can correct for the
+difference by importance weights exp(lp - log_q) (Magnusson et al. 2019). ArviZ 1.x has ``xarray.DataTree`` for a
+container, 0.x has ``InferenceData``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.handlers import replay, seed, substitute, trace, uncondition
+from numpyro.infer import SVI
+from numpyro.infer.util import log_density
+from numpyro.primitives import Messenger
+
+from numpyro_rad.records import FitRecord, GradientVariance, Track, to_dict
+
+SAMPLE = ("chain", "draw")
+
+
+def to_arviz(
+    svi: SVI,
+    result: Any,
+    *args: Any,
+    key: Any,
+    num_samples: int = 1000,
+    record: FitRecord | None = None,
+    log_likelihood: bool = True,
+    posterior_predictive: bool = True,
+    batch_size: int = 20,
+    **kwargs: Any,
+) -> Any:
+    """Draws from the guide and all that goes with them, for ArviZ.
+
+    The groups are ``posterior`` (latent and deterministic sites), ``posterior_predictive``, ``log_likelihood``,
+    ``observed_data``, ``sample_stats`` (``lp`` and ``log_q``, the log densities of model and guide) and, with a record,
+    ``fit`` (the losses) and ``gradient_variance`` (by site, step, block and source; see
+    :class:`numpyro_rad.records.Track`). Dimensions of plates bear their names. A slash in the name of a site becomes a
+    dot, since netCDF and zarr take a slash for a group. Plates that draw minibatches take all of the data here.
+    Discrete sites of the model that the guide leaves out are drawn given the rest; that takes ``funsor``.
+
+    R-hat and effective sample size of these draws say nothing about the fit: they are independent by construction.
+
+    :param svi: what fitted; its model and guide are used, its loss is not.
+    :param result: what ``svi.run`` returned, or the parameters alone (``svi.get_params(state)``).
+    :param args: arguments of model and guide, with the full data: a likelihood of a minibatch is none of the data.
+    :param key: a JAX PRNG key; the same one gives the same draws.
+    :param num_samples: number of draws.
+    :param record: what is known about the fit.
+    :param log_likelihood: whether to compute it: one number for each draw and observation.
+    :param posterior_predictive: whether to draw the observed sites anew for each draw.
+    :param batch_size: draws that are on the device at a time; the rest is on the host.
+    :param kwargs: keyword arguments of model and guide.
+    :return: a ``DataTree`` (ArviZ 1.x) or ``InferenceData`` (0.x), arrays on the host.
+    :raises ImportError: without ArviZ.
+    :raises ValueError: for ``num_samples`` or ``batch_size`` below 1, a guide of several samples at once, or names of
+        sites that are the same but for slashes.
+
+    Example::
+
+        data = to_arviz(svi, result, x, y, key=jax.random.key(1))
+        arviz.loo_approximate_posterior(data, data["sample_stats"]["lp"], data["sample_stats"]["log_q"])
+        data.to_netcdf("fit.nc")
+    """
+    generation = _arviz_generation()
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: it takes at least 1.")
+    if getattr(svi.loss, "multi_sample_guide", False):
+        raise ValueError(
+            "to_arviz takes guides that propose one sample at a time; those of a multi_sample_guide belong together. "
+            "Write a guide that draws one of them."
+        )
+    values = getattr(result, "params", result)
+    mutable = getattr(getattr(result, "state", None), "mutable_state", None) or {}
+    draws = _Draws(svi, {**values, **mutable}, args, {**kwargs, **svi.static_kwargs})
+    wanted = [*["log_likelihood"] * log_likelihood, *["posterior_predictive"] * posterior_predictive]
+    found = _collected(draws, key, num_samples, batch_size, ["posterior", "sample_stats", *wanted])
+    groups = {group: _dataset(sites, draws.dims(group), SAMPLE) for group, sites in found.items() if sites}
+    observed = {name: np.asarray(site["value"]) for name, site in draws.observed.items()}
+    if observed:
+        groups["observed_data"] = _dataset(observed, draws.dims("observed_data"), ())
+    groups.update(_of_record(record) if record is not None else ())
+    return _container(groups, generation)
+
+
+def _arviz_generation() -> int:
+    try:
+        return int(importlib.metadata.version("arviz").split(".")[0])
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError("to_arviz needs ArviZ: pip install numpyro_rad[arviz]") from error
+
+
+# -- draws -------------------------------------------------------------------------------------------------------------
+
+
+class _FullPlates(Messenger):
+    """Plates that would draw a minibatch take everything, in order."""
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
+            size = msg["args"][0]
+            msg["args"], msg["value"] = (size, size), jnp.arange(size)
+
+
+class _Draws:
+    """One draw at a time from a guide, with what the model says of it."""
+
+    def __init__(self, svi: SVI, values: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
+        self.model: Callable = svi.model
+        self.guide: Callable = svi.guide
+        self.values, self.args, self.kwargs = values, args, kwargs
+        self.enumerated: set[str] = set()
+        # once outside of any compiled function: for the names and shapes, and because guides set themselves up
+        with _FullPlates():
+            key = jax.random.key(0)
+            _, guide_trace = self._density(seed(self.guide, key), self.values)
+            model = replay(substitute(seed(self.model, key), self._values(guide_trace)), guide_trace)
+            self.sites = trace(model).get_trace(*args, **kwargs)
+        sampled = {n: s for n, s in self.sites.items() if s["type"] == "sample"}
+        self.observed = {n: s for n, s in sampled.items() if s["is_observed"] and jnp.size(s["value"])}
+        latent = {n: s for n, s in sampled.items() if not s["is_observed"]}
+        self.enumerated = {
+            n for n, s in latent.items() if n not in guide_trace and getattr(s["fn"], "has_enumerate_support", False)
+        }
+        self.posterior = [*latent, *(n for n, s in self.sites.items() if s["type"] == "deterministic")]
+
+    def _density(self, fn: Callable, values: dict[str, Any]) -> tuple[Any, Any]:
+        return log_density(fn, self.args, self.kwargs, values)
+
+    def _values(self, guide_trace: Any) -> dict[str, Any]:
+        """Parameters and mutable state, the latter as the guide leaves it."""
+        changed = {n: s["value"] for n, s in guide_trace.items() if s["type"] == "mutable"}
+        return {**self.values, **changed}
+
+    def draw(self, key: Any, wanted: list[str]) -> dict[str, dict[str, Any]]:
+        """Sites by group."""
+        guide_key, model_key, predictive_key = jax.random.split(key, 3)
+        with _FullPlates():
+            log_q, guide_trace = self._density(seed(self.guide, guide_key), self.values)
+            values = self._values(guide_trace)
+            lp, sites = self._of_model(guide_trace, values, model_key)
+            found = {
+                "posterior": {n: sites[n]["value"] for n in self.posterior},
+                "sample_stats": {"lp": lp, "log_q": log_q},
+            }
+            if "log_likelihood" in wanted:
+                found["log_likelihood"] = {n: sites[n]["fn"].log_prob(sites[n]["value"]) for n in self.observed}
+            if "posterior_predictive" in wanted:
+                fixed = {n: s["value"] for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
+                model = uncondition(seed(substitute(self.model, {**values, **fixed}), predictive_key))
+                again = trace(model).get_trace(*self.args, **self.kwargs)
+                found["posterior_predictive"] = {n: again[n]["value"] for n in self.observed}
+        return found
+
+    def _of_model(self, guide_trace: Any, values: dict[str, Any], key: Any) -> tuple[Any, Any]:
+        """Log density of the model at the guide's draw, and its trace; what is enumerated is summed out of the former
+        and drawn for the latter."""
+        model = replay(seed(self.model, key), guide_trace)
+        if not self.enumerated:
+            return self._density(model, values)
+        from numpyro.contrib.funsor import config_enumerate, enum, infer_discrete
+        from numpyro.contrib.funsor import log_density as log_density_summed
+
+        nesting = max((-f.dim for s in self.sites.values() for f in s.get("cond_indep_stack", ())), default=0)
+        summed = enum(config_enumerate(model), -nesting - 1)
+        lp, _ = log_density_summed(summed, self.args, self.kwargs, values)
+        given = config_enumerate(substitute(model, values))
+        drawn = infer_discrete(given, first_available_dim=-nesting - 1, rng_key=key)
+        discrete = trace(drawn).get_trace(*self.args, **self.kwargs)
+        fixed = {n: discrete[n]["value"] for n in self.enumerated}
+        return lp, trace(substitute(substitute(model, values), fixed)).get_trace(*self.args, **self.kwargs)
+
+    def dims(self, group: str) -> dict[str, list[str | None]]:
+        """Names of the dimensions of each site, None where it has none of its own: those of plates."""
+        return {name: list(_plate_dims(site, group)) for name, site in self.sites.items()}
+
+
+def _plate_dims(site: Any, group: str) -> Iterator[str | None]:
+    """Names of the plates along the dimensions of a site's value, or of its log density."""
+    if site["type"] not in ("sample", "deterministic"):
+        return
+    stack = site["cond_indep_stack"]
+    shape = jnp.shape(site["value"])
+    batch = max((-f.dim for f in stack), default=0)
+    if site["type"] == "sample":
+        batch = len(shape) - len(site["fn"].event_shape)
+    at = {batch + f.dim: f for f in stack}
+    for axis in range(batch if group == "log_likelihood" else len(shape)):
+        frame = at.get(axis)
+        fits = frame is not None and shape[axis] == frame.size and frame.name not in SAMPLE
+        yield frame.name if frame is not None and fits else None
+
+
+def _collected(draws: _Draws, key: Any, n: int, batch_size: int, wanted: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """All draws on the host, shape (1, draws, ...), made in batches of one size so that they compile once."""
+    size = min(batch_size, n)
+    keys = jax.random.split(key, -(-n // size) * size)
+    draw = jax.jit(jax.vmap(lambda k: draws.draw(k, wanted)))
+    parts = [jax.tree.map(np.asarray, draw(keys[i : i + size])) for i in range(0, n, size)]
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[None, :n], *parts)
+
+
+# -- containers --------------------------------------------------------------------------------------------------------
+
+
+def _dataset(sites: Mapping[str, Any], dims: Mapping[str, list[str | None]], leading: tuple[str, ...]) -> Any:
+    import xarray
+
+    variables, coords = {}, {}
+    for name, value in sites.items():
+        safe = name.replace("/", ".")
+        if safe in variables:
+            raise ValueError(f"two sites would be called {safe!r}, {name!r} among them: rename one of them.")
+        own = value.shape[len(leading) :]
+        named = dims.get(name, [])
+        named = named if len(named) == len(own) else [None] * len(own)
+        tail = [d.replace("/", ".") if d else f"{safe}_dim_{i}" for i, d in enumerate(named)]
+        variables[safe] = ((*leading, *tail), _storable(value))
+        coords.update({d: np.arange(s) for d, s in zip((*leading, *tail), value.shape, strict=True)})
+    return xarray.Dataset(variables, coords, {"inference_library": "numpyro", "created_by": "numpyro_rad"})
+
+
+def _storable(value: np.ndarray) -> np.ndarray:
+    """Half precision, which files do not know, as single precision."""
+    half = value.dtype.itemsize == 2 and jnp.issubdtype(value.dtype, jnp.floating)
+    return value.astype(np.float32) if half else value
+
+
+def _of_record(record: FitRecord) -> Iterator[tuple[str, Any]]:
+    """The groups of what is known about a fit."""
+    import xarray
+
+    told = {f: getattr(record, f) for f in ("title", "created", "num_steps", "num_params", "seconds")}
+    nested = {f: json.dumps(to_dict(getattr(record, f))) for f in ("versions", "options", "alarms", "quality")}
+    losses = ("step", np.asarray(record.losses, float))
+    steps = {"step": np.arange(1, len(record.losses) + 1)}
+    yield "fit", xarray.Dataset({"loss": losses}, steps, {**told, **nested})
+    parts = [] if record.track is None else [_tracked(record.track)]
+    parts += [] if record.gradient_variance is None else [_by_source(record.gradient_variance)]
+    if parts:
+        yield "gradient_variance", xarray.merge(parts, combine_attrs="drop_conflicts")
+
+
+def _tracked(track: Track) -> Any:
+    import xarray
+
+    by_site = {f: (("step", "site"), getattr(track, f)) for f in ("path", "total", "squared_norm")}
+    by_step = {f: ("step", getattr(track, f)) for f in ("rho", "seconds")}
+    return xarray.Dataset({**by_site, **by_step}, {"step": track.steps, "site": list(track.names)})
+
+
+def _by_source(measured: GradientVariance) -> Any:
+    import xarray
+
+    blocks = (measured.total, *measured.blocks)
+    sources = ["minibatch", "guide", "path", "total"]
+    variables = {}
+    for name, field in (("variance", "value"), ("variance_error", "standard_error")):
+        table = [[getattr(getattr(b, s), field) for s in sources] for b in blocks]
+        variables[name] = (("block", "source"), np.array(table))
+    variables["squared_mean"] = ("block", np.array([b.squared_norm.value for b in blocks]))
+    variables["size"] = ("block", np.array([b.size for b in blocks]))
+    rest = {k: v for k, v in to_dict(measured).items() if k not in ("total", "blocks")}
+    attributes = {"measured": json.dumps(rest)}
+    return xarray.Dataset(variables, {"block": [b.name for b in blocks], "source": sources}, attributes)
+
+
+def _container(groups: dict[str, Any], generation: int) -> Any:
+    if generation >= 1:
+        import xarray
+
+        return xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+    from arviz import InferenceData  # type: ignore[attr-defined]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not defined in the InferenceData scheme", UserWarning)
+        return InferenceData(**groups)

@@ -1,0 +1,477 @@
+"""Reports say what the numbers say, no more and no less, and every file of theirs can be read by what it is for."""
+
+import dataclasses
+import itertools
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import fits
+import numpy as np
+import pytest
+
+from numpyro_rad import charts, report, verdict
+from numpyro_rad.__main__ import main
+from numpyro_rad.records import Alarm, Estimate, to_dict
+
+RECORDS = [fits.good, fits.small_budget, fits.diverged, fits.minimal]
+EVIL = '<script src="http://x.y/z">&\'"|`*_\n\x00\x1b[31m'
+VOID = {"meta"}
+
+
+def evil():
+    """A fit whose every text tries to be more than text."""
+    record = fits.small_budget()
+    blocks = tuple(dataclasses.replace(b, name=b.name + EVIL) for b in record.gradient_variance.blocks)
+    return dataclasses.replace(
+        record,
+        title=EVIL,
+        created=EVIL,
+        versions={EVIL: EVIL},
+        options={EVIL: EVIL * 5},
+        alarms=(Alarm(1, EVIL, EVIL, EVIL),),
+        plan=dataclasses.replace(
+            record.plan,
+            rows=tuple(dataclasses.replace(r, line=EVIL, site=EVIL, decision=EVIL) for r in record.plan.rows),
+        ),
+        track=dataclasses.replace(record.track, names=tuple(EVIL + n for n in record.track.names)),
+        gradient_variance=dataclasses.replace(record.gradient_variance, blocks=blocks),
+    )
+
+
+def without_numbers():
+    """A fit whose every number is NaN or infinite."""
+    record = fits.small_budget()
+
+    def spoilt(data):
+        if isinstance(data, dict):
+            return {k: spoilt(v) for k, v in data.items()}
+        if isinstance(data, list):
+            return [spoilt(x) for x in data]
+        return "nan" if isinstance(data, float) else data
+
+    parts = {
+        f: report.from_dict(type(getattr(record, f)), spoilt(to_dict(getattr(record, f))))
+        for f in ("track", "gradient_variance", "quality")
+    }
+    plan = dataclasses.replace(record.plan, timeline=(), rows=())
+    return dataclasses.replace(record, losses=np.full(100, np.inf), plan=plan, **parts)
+
+
+ALL = [*RECORDS, evil, without_numbers]
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects texts, attributes and elements."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# -- HTML --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", ALL)
+def test_page_is_well_formed_and_needs_nothing_else(record):
+    text = report.html(record())
+    page = Page(text)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"src", "href", "xlink:href", "style"} & {name for _, name, _ in page.attributes}
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    ElementTree.fromstring(text.replace("<!DOCTYPE html>", ""))  # XML too, so every figure is
+
+
+@pytest.mark.parametrize("record", [fits.good, evil])
+def test_figures_can_be_read_without_seeing_them(record):
+    figures = re.findall(r'<svg role="img".*?</svg>', report.html(record()), re.S)
+    assert len(figures) == 8
+    for figure in map(ElementTree.fromstring, figures):
+        title, description = (figure.find(tag) for tag in ("title", "desc"))
+        assert figure.get("aria-labelledby").split() == [title.get("id"), description.get("id")]
+        assert title.text and description.text
+
+
+def test_text_of_users_is_shown_as_it_is():
+    page = Page(report.html(evil()))
+    assert EVIL.replace("\x00", "\ufffd").replace("\x1b", "\ufffd") in page.text
+
+
+def test_colours_have_contrast_in_light_and_dark():
+    """At least 3 to 1 for figures and 4.5 to 1 for text (WCAG 2.2)."""
+    light, dark = re.findall(r":root\{(.*?)\}", charts.STYLE, re.S)
+    for block in (light, dark):
+        colours = dict(re.findall(r"--(\w+):(#\w+)", block))
+        for paper in ("paper", "panel"):
+            for name, least in {"ink": 7, "soft": 4.5, "blue": 4.5, "green": 4.5, "red": 4.5, "grey": 3}.items():
+                assert contrast(colours[name], colours[paper]) >= least, (name, paper)
+
+
+def contrast(a, b):
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour):
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    channels = np.array([int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [
+        0.2126,
+        0.7152,
+        0.0722,
+    ]
+
+
+def test_a_long_fit_of_a_large_model_stays_small():
+    text = report.html(fits.huge())
+    assert len(text.encode()) < 2e6
+    for rest in ("4,800 others", "284 others", "100 others", "1,800 later ones"):
+        assert rest in text
+    Page(text)
+
+
+def test_negative_estimates_are_shown_and_drawn_as_nothing():
+    block = fits.block("w", 100.0, 50.0, -7.0)
+    measured = dataclasses.replace(fits.gradient_variance(["w"], 0.1), total=block, blocks=(block,))
+    text = report.html(dataclasses.replace(fits.minimal(), gradient_variance=measured))
+    assert "-7.0 ± 0.3" in text
+    widths = [float(w) for w in re.findall(r'<rect[^>]* width="([^"]*)"', text)]
+    assert len(widths) == 4 and min(widths) > 0
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+def says(record, words):
+    return [f.level for f in verdict.findings(record) if words in f.what]
+
+
+def with_rho(rho, low, high):
+    record = fits.good()
+    measured = dataclasses.replace(
+        record.gradient_variance, rho=Estimate(rho, 0.1), rho_interval=(low, high), predicted_rho=None
+    )
+    return dataclasses.replace(record, gradient_variance=measured)
+
+
+@pytest.mark.parametrize(
+    ("rho", "words", "level"),
+    [
+        ((3.0, 2.0, 4.0), "memory budget is too small", "problem"),
+        ((1.2, 0.9, 1.5), "probably too small", "warning"),
+        ((0.8, 0.5, 1.1), "is not certain", "note"),
+        ((0.3, 0.2, 0.4), "multiply the gradient's variance by 1.3", "note"),
+        ((0.05, 0.03, 0.07), "do no visible harm", "good"),
+        ((0.001, 0.0005, 0.002), "larger than it has to be", "note"),
+        ((-0.001, -0.004, 0.002), "larger than it has to be", "note"),
+    ],
+)
+def test_one_sentence_about_codes(rho, words, level):
+    sentences = ("too small", "is not certain", "multiply the", "no visible harm", "larger than it has to be")
+    record = with_rho(*rho)
+    assert says(record, words) == [level]
+    assert sum(len(says(record, s)) for s in sentences) == (
+        1 if level != "problem" else 2
+    )  # "too small: codes multiply"
+
+
+def test_rho_of_the_fit_stands_in_for_a_measured_one():
+    record = dataclasses.replace(fits.small_budget(), gradient_variance=None)
+    assert says(record, "memory budget is too small") == ["problem"]
+    assert says(dataclasses.replace(record, track=None), "memory budget") == []
+
+
+def test_exact_plans_have_no_path_noise():
+    record = fits.good()
+    rows = tuple(dataclasses.replace(r, relative_variance=0.0) for r in record.plan.rows)
+    record = dataclasses.replace(record, plan=dataclasses.replace(record.plan, rows=rows))
+    assert says(record, "no path noise") == ["good"]
+    assert says(record, "ρ") == []
+
+
+def test_prediction_far_from_measurement_is_said():
+    record = fits.good()
+    for predicted, expected in ((0.06, []), (0.01, ["note"]), (0.5, ["note"])):
+        measured = dataclasses.replace(record.gradient_variance, predicted_rho=predicted)
+        assert says(dataclasses.replace(record, gradient_variance=measured), "The plan predicted") == expected
+
+
+def losses(fall, rise=0.0, noise=20.0, steps=2000):
+    step = np.arange(steps) / steps
+    return (
+        1000 + 500 * np.exp(-8 * step) - fall * step + rise * step**4 + np.random.default_rng(7).normal(0, noise, steps)
+    )
+
+
+@pytest.mark.parametrize(
+    ("series", "words", "level"),
+    [
+        (losses(0), "levelled off", "good"),
+        (losses(200), "still falling", "warning"),
+        (losses(200, noise=3000), "levelled off", "good"),  # nobody can tell
+        (losses(0, rise=100), "rose", "warning"),
+        (losses(0)[:20], "fall", None),
+    ],
+)
+def test_trend_of_the_loss(series, words, level):
+    record = dataclasses.replace(fits.minimal(), losses=series)
+    assert says(record, words) == ([level] if level else [])
+    assert sum(len(says(record, w)) for w in ("levelled off", "still falling", "rose")) == bool(level)
+
+
+def test_flat_losses_rarely_seem_to_fall():
+    """Of 400 series without a trend at most a handful have one beyond three standard errors by chance."""
+    rng = np.random.default_rng(8)
+    called = sum(any(verdict.trend(rng.normal(0, 1, 400))[2:]) for _ in range(400))
+    assert called <= 6  # two-sided 3-sigma: 1.1 expected
+
+
+def test_error_of_the_mean_ignores_a_trend():
+    """The claimed error is σ / √n although the series climbs by ten σ, which a naive one would take for noise."""
+    rng = np.random.default_rng(9)
+    series = rng.normal(0, 1, (300, 500)) + np.linspace(0, 10, 500)
+    errors = np.array([charts.mean_and_error(y)[1] for y in series])
+    exact, spread = 1 / np.sqrt(500), errors.std() / np.sqrt(len(errors))
+    assert abs(errors.mean() - exact) < 4 * spread
+    assert series.std(1).mean() / np.sqrt(500) > exact + 100 * spread
+
+
+@pytest.mark.parametrize(("k", "level"), [(0.3, "good"), (0.7, "good"), (0.71, "warning"), (None, None)])
+def test_k_hat(k, level):
+    record = fits.good()
+    record = dataclasses.replace(record, quality=dataclasses.replace(record.quality, pareto_k=k))
+    found = [f for f in verdict.findings(record) if "k-hat" in f.what]
+    assert [f.level for f in found] == [level or "note"]
+    if level == "warning":
+        assert "Bayesian neural network" in found[0].advice
+
+
+@pytest.mark.parametrize(
+    ("r_hat", "converged", "words", "level"),
+    [
+        (1.02, True, "have converged", "good"),
+        (1.6, False, "have not converged", "warning"),
+        (1.05, False, "not precise yet", "warning"),
+        (1.05, None, "have converged", "good"),
+        (1.2, None, "have not converged", "warning"),
+        (None, None, "iterates", None),
+    ],
+)
+def test_convergence(r_hat, converged, words, level):
+    record = fits.good()
+    quality = dataclasses.replace(record.quality, r_hat=r_hat, converged=converged)
+    assert says(dataclasses.replace(record, quality=quality), words) == ([level] if level else [])
+
+
+def test_little_signal_is_bad_news_only_while_the_loss_falls():
+    record = dataclasses.replace(fits.good(), gradient_variance=fits.gradient_variance(["w"], 0.06, signal=0.001))
+    assert says(record, "nearly all noise") == ["note"]
+    falling = dataclasses.replace(record, losses=fits.small_budget().losses)
+    assert says(falling, "nearly all noise") == ["warning"]
+    assert says(fits.good(), "nearly all noise") == []
+
+
+def test_the_largest_source_is_named():
+    assert says(fits.good(), "comes from minibatches") == ["note"]
+    assert says(fits.small_budget(), "comes from codes of residuals") == ["note"]
+
+
+def test_nan_is_a_problem_with_its_step():
+    assert says(fits.diverged(), "NaN or infinite from step 413") == ["problem"]
+    values = fits.good().losses.copy()
+    values[[10, 20]] = np.inf
+    assert says(dataclasses.replace(fits.good(), losses=values), "2 of 5,000 losses") == ["warning"]
+    assert says(fits.good(), "NaN") == []
+
+
+def test_headlines_follow_the_worst_finding():
+    heads = [verdict.headline(verdict.findings(record())) for record in RECORDS]
+    assert [h.split()[0] for h in heads] == ["Nothing", "Do", "Do", "Too"]
+    assert heads[1].endswith("1 problem and 4 warnings.")
+    for record in RECORDS:
+        levels = [verdict.LEVELS.index(f.level) for f in verdict.findings(record())]
+        assert levels == sorted(levels)
+
+
+def test_reports_do_not_take_draws_of_the_guide_for_convergence():
+    assert "say nothing about the fit" in report.html(fits.good())
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (37920.4, 26.2, "37,920 ± 26"),
+        (0.06, 0.003, "0.060 ± 0.003"),
+        (3.2, 0.16, "3.20 ± 0.16"),
+        (-7.0, 0.28, "-7.0 ± 0.3"),
+        (1.5, float("nan"), "1.5"),
+        (float("nan"), 1.0, "–"),
+        (1e-9, 1e-10, "1e-09 ± 1e-10"),
+    ],
+)
+def test_estimates_are_rounded_to_their_error(value, error, text):
+    assert verdict.estimate(Estimate(value, error)) == text
+
+
+# -- Markdown and terminal ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", ALL)
+def test_markdown_tables_are_whole(record):
+    lines = report.markdown(record()).splitlines()
+    assert lines[0].startswith("# ")
+    tables = 0
+    for above, line in itertools.pairwise(lines):
+        if line.startswith("|"):
+            cells = len(re.findall(r"(?<!\\)\|", line))
+            tables += not above.startswith("|")
+            assert line.endswith("|")
+            assert cells == len(re.findall(r"(?<!\\)\|", above)) or not above.startswith("|")
+    assert tables >= 1
+    assert all(re.fullmatch(r"\|( -+:? \|)+", b) for _, b in itertools.pairwise(lines) if b.startswith("| --"))
+    assert not any(re.search(r"(?<!\\)<script", line) for line in lines)
+
+
+@pytest.mark.parametrize("record", ALL)
+@pytest.mark.parametrize("width", [40, 72, 100, 200])
+def test_terminal_lines_fit(record, width):
+    text = report.terminal(record(), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert " ".join(verdict.headline(verdict.findings(record())).split()) in " ".join(text.split())
+
+
+def test_terminal_asks_for_its_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert report.terminal(fits.good()) == report.terminal(fits.good(), 60)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (10001, 10003), (-5e-5, 7e-5), (1, 1e7), (-3.2e9, 1.1e9), (0, 137), (0.1, 0.100001)]
+)
+def test_ticks_are_few_and_tell_apart(low, high):
+    found = charts.ticks(low, high)
+    assert 3 <= len(found) <= 8
+    assert len({text for _, text in found}) == len(found)
+    assert all(low - 1e-9 * abs(low) <= v <= high + 1e-9 * abs(high) for v, _ in found)
+
+
+def test_thinning_keeps_peaks_and_means():
+    rows = np.column_stack([np.arange(10_000.0), np.random.default_rng(1).normal(size=(10_000, 2))])
+    kept = charts.decimated(rows)
+    assert len(kept) < 1000
+    np.testing.assert_array_equal(kept[:, 1:].max(0), rows[:, 1:].max(0))
+    assert np.all(np.diff(kept[:, 0]) > 0)
+    means = charts.binned(rows[:, 1])
+    assert means.mean.mean() == pytest.approx(rows[:, 1].mean(), abs=1e-3)
+
+
+# -- files and the command line ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", [*RECORDS, evil])
+def test_saved_records_come_back(record, tmp_path):
+    report.save(record(), tmp_path / "fit.json")
+    assert json.dumps(to_dict(report.load(tmp_path / "fit.json"))) == json.dumps(to_dict(record()))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no JSON or was cut off"),
+        (b'{"format": "numpyro_rad fit rec', "no JSON or was cut off"),
+        (b"\xff\xfe\x00", "no text"),
+        (b"[1, 2]", "no saved fit record"),
+        (b'{"format": "something"}', "no saved fit record"),
+        (b'{"format": "numpyro_rad fit record", "version": 99, "record": {}}', "is of version 99"),
+        (b'{"format": "numpyro_rad fit record", "version": 1, "record": {"title": 1}}', "not the data of a FitRecord"),
+    ],
+)
+def test_what_is_no_record_is_refused(content, words, tmp_path, capsys):
+    file = tmp_path / "fit.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        report.load(file)
+    assert str(file) in str(error.value)
+    assert main(["report", str(file)]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "report.html"
+    report.write(fits.minimal(), target)
+    before = target.read_text(encoding="utf-8")
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        report.write(fits.good(), target)
+    assert target.read_text(encoding="utf-8") == before
+    assert list(tmp_path.iterdir()) == [target]
+    for folder in (tmp_path / "absent", target):
+        with pytest.raises(OSError, match="could not be written"):
+            report.save(fits.good(), folder / "fit.json")
+
+
+def test_suffix_chooses(tmp_path):
+    starts = {".html": "<!DOCTYPE html>", ".md": "# ", ".txt": "bayesian_network", ".json": '{"format"'}
+    for suffix, start in starts.items():
+        path = report.write(fits.good(), tmp_path / f"report{suffix}")
+        assert path.read_text(encoding="utf-8").startswith(start)
+    with pytest.raises(ValueError, match=r"“\.pdf” names no kind of report"):
+        report.write(fits.good(), tmp_path / "report.pdf")
+
+
+def test_command_line(tmp_path, capsys):
+    saved, page = tmp_path / "fit.json", tmp_path / "report.html"
+    report.save(fits.good(), saved)
+    assert main(["report", str(saved), "-o", str(page)]) == 0
+    assert str(page) in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8") == report.html(fits.good())
+    assert main(["report", str(saved)]) == 0
+    assert "Nothing that was looked at speaks against this fit." in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "absent.json")]) == 1
+    assert "there is no such file" in capsys.readouterr().err
+    assert main(["report", str(saved), "-o", str(tmp_path / "report.pdf")]) == 1
+    assert "suffix" in capsys.readouterr().err
+    for wrong in ([], ["reports"], ["report"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+        assert "usage: python -m numpyro_rad" in capsys.readouterr().err
+
+
+def test_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "numpyro_rad", "report", "/absent"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: /absent")
