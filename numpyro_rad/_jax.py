@@ -7,13 +7,16 @@ the user's program an equation comes from). A new JAX release should need change
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import source_info_util  # no public way to read an equation's source line
 from jax._src.interpreters.partial_eval import convert_constvars_jaxpr
@@ -27,6 +30,7 @@ Jaxpr = Any  # a jaxpr with its constants: ``ClosedJaxpr`` up to JAX 0.11, ``Jax
 JaxprEquation = Any
 
 _VERSION = tuple(int(n) for n in jax.__version__.split(".")[:2])
+_ADDRESS = re.compile(r"0x[0-9a-f]+")  # of an object in memory
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (jax,) if module.__file__ is not None
@@ -41,6 +45,58 @@ def trace(f: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
     """
     jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     return closed(convert_constvars_jaxpr(jaxpr.jaxpr)), list(jaxpr.consts), shapes
+
+
+def digest(f: Callable, *args: Any) -> str:
+    """A hash of the program of ``f``, constants included: the same in every process.
+
+    Compiled text and printed jaxprs are not, since their parts are named and shared by what is cached. Nor is the order
+    of equations and of sums, since NumPyro adds up sites in the order of a set of names, which each process has its own
+    of: the hash does not depend on it.
+    """
+    jaxpr, constants, _ = trace(f, *args)
+    return _digest(jaxpr, [_hash(*_array_words(c)) for c in constants])
+
+
+def _digest(jaxpr: Any, known: Sequence[str] = ()) -> str:
+    """Hash of what the outputs of a program are computed from, whatever the order of its equations and sums.
+
+    :param known: hashes of its first inputs.
+    """
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    constants = [_hash(*_array_words(c)) for c in getattr(jaxpr, "consts", ())]
+    names: dict[Any, str] = dict(zip(inner.constvars, constants, strict=False))
+    for number, v in enumerate(inner.invars):
+        names[v] = known[number] if number < len(known) else f"{number}:{v.aval}"
+
+    def name(x: Any) -> str:
+        return f"={x.val}:{x.aval}" if isinstance(x, Literal) else names[x]
+
+    summands: dict[Any, list[str]] = {}
+    for equation in inner.eqns:
+        if equation.primitive.name in ("add", "add_any"):
+            (out,) = equation.outvars
+            terms = [summands.get(x, [name(x)]) if not isinstance(x, Literal) else [name(x)] for x in equation.invars]
+            summands[out] = sorted(term for part in terms for term in part)
+            names[out] = f"{_hash('sum', *summands[out])}:{out.aval}"
+            continue
+        called = inner_jaxprs(equation)
+        simple = {k: v for k, v in equation.params.items() if isinstance(v, (int, float, str, tuple, np.dtype))}
+        # what calls another program has parameters that name it, in words that hold addresses
+        words = [_digest(body) for body in called] or [_ADDRESS.sub("", str(sorted(simple.items())))]
+        made = _hash(equation.primitive.name, *words, *map(name, equation.invars))
+        for number, v in enumerate(equation.outvars):
+            names[v] = f"{made}.{number}:{v.aval}"
+    return _hash(*map(name, inner.outvars))
+
+
+def _hash(*words: str) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def _array_words(x: Any) -> tuple[str, ...]:
+    array = np.asarray(to_raw(x))
+    return str(array.dtype), str(array.shape), array.tobytes().hex()
 
 
 def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:

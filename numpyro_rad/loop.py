@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import signal
 import threading
 import time
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from numpyro_rad import results
+from numpyro_rad import _jax, results
 from numpyro_rad.batches import Fixed, words
 from numpyro_rad.calibration import Calibration
 from numpyro_rad.checkpoints import Checkpoint, CheckpointError, Snapshot, Store, check_same_run, from_host, to_host
@@ -431,19 +430,18 @@ def fingerprint(svi: Any, state: Any, options: dict[str, bool], given: tuple[tup
 
 
 def _program(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-    """Hash of the compiled loss, whatever is stored for its gradient."""
+    """Hash of the program of the loss, whatever is stored for its gradient."""
 
-    def text(traced: bool) -> str:
+    def digest(traced: bool) -> str:
         arrays, merge = split(args, kwargs, traced)
 
         def loss(state: Any, arrays: list[Any]) -> Any:
             args, kwargs = merge(arrays)
             return svi.evaluate(state, *args, **kwargs)
 
-        return jax.jit(loss).lower(state, arrays).as_text()
+        return _jax.digest(loss, state, arrays)
 
     try:
-        program = text(True)
+        return digest(True)
     except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
-        program = text(False)
-    return hashlib.sha256(program.encode()).hexdigest()[:16]
+        return digest(False)

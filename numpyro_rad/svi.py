@@ -127,7 +127,8 @@ class RAD_SVI(SVI):
             callbacks are called.
         :param checkpoint: where to save the run. If there is a checkpoint of it, the run goes on from there, to the
             same bits as if it had never ended; batches have to come in the same order again, since they are read from
-            the beginning of the epoch and passed over.
+            the beginning of the epoch and passed over. In another process that takes the same ``PYTHONHASHSEED``:
+            NumPyro adds up sites in the order of a set of names, and sums are rounded differently in another order.
         :param kwargs: keyword arguments of model and guide.
         :return: result with the fields ``params``, ``state`` and ``losses``.
         :raises ValueError: for fewer than one step, and for batches that change or of which there are none.
