@@ -444,7 +444,12 @@ def test_reaction_diffusion_gradient(benchmarks: Callable[[str], ModuleType]) ->
     np.testing.assert_allclose(still, initial, atol=1e-10)
 
 
-@pytest.mark.parametrize(("page", "names"), [("README.md", ["p1"]), ("docs/benchmarks.md", ["p1", "p2", "p3"])])
+BUDGETS = ["budgets_p1", "budgets_p2", "budgets_p3"]
+
+
+@pytest.mark.parametrize(
+    ("page", "names"), [("README.md", ["p1"]), ("docs/benchmarks.md", ["p1", "p2", "p3", *BUDGETS])]
+)
 def test_tables_come_from_the_stored_numbers(
     benchmarks: Callable[[str], ModuleType], page: str, names: list[str]
 ) -> None:

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
@@ -199,6 +200,10 @@ def circumstances(report: dict[str, Any]) -> str:
     )
 
 
+# The picture of budgets ends here: what costs more than so many exact steps is of no use, however much more.
+MOST_COST = 3.5
+
+
 @dataclass(frozen=True)
 class Point:
     """A marker with its label: MiB, a ratio and the quartiles of that ratio."""
@@ -243,7 +248,7 @@ def draw_budgets(report: dict[str, Any], path: Path) -> None:
             alike = [r for r in rows if r is row or r.get("same_as") == row["name"]]
             label = ", ".join(f"{r['budget_percent']:g}" for r in alike) + " %"
             factor = (1 + row["gradient"].get("rho", 0.0)) / reference
-            mine.append(point({**row, "label": label}, style["color"], factor))
+            mine.append(within_the_picture(point({**row, "label": label}, style["color"], factor)))
         if mine:
             draw_points(axes, mine, "-", style)
         points += mine
@@ -257,6 +262,14 @@ def point(row: dict[str, Any], color: str, factor: float) -> Point:
     low, high = row["step"]["quartiles_seconds"]
     time = row["step"]["median_seconds"] * factor
     return Point(row["temp_bytes"] / MIB, time, low * factor, high * factor, row["label"], color)
+
+
+def within_the_picture(point: Point) -> Point:
+    """A point that is too far up stands at the edge, with its height in its label: the others stay apart."""
+    if point.y <= MOST_COST:
+        return point
+    label = f"{point.label}: {point.y:.0f}x, above the picture"
+    return Point(point.x, MOST_COST, MOST_COST, MOST_COST, label, point.color)
 
 
 def new_figure() -> Axes:
@@ -347,6 +360,8 @@ def annotate(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
         textcoords="offset points",
         fontsize=9.5,
         color=point.color,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],  # legible across a line
+        zorder=4,
         ha="left" if dx > 0 else "right" if dx < 0 else "center",
         va="bottom" if dy > 0 else "top" if dy < 0 else "center",
         arrowprops={"arrowstyle": "-", "color": point.color, "linewidth": 0.6, "shrinkB": 4} if far else None,
