@@ -21,7 +21,7 @@ from numpyro_rad.monitor import gradient_signal, nonfinite_gradients, signal_to_
 from numpyro_rad.plan import BudgetError, Plan
 from numpyro_rad.planner import Planner, Residual, VarianceWarning
 from numpyro_rad.quality import Shadow, fit_quality, shadow
-from numpyro_rad.results import RAD_SVIRunResult
+from numpyro_rad.results import RAD_SVIRunResult, assessed, fit_record
 from numpyro_rad.svi import RAD_SVI
 from numpyro_rad.tracking import Tracker, Tracking, TrackingWarning
 from numpyro_rad.transform import grad, rad, value_and_grad
@@ -57,9 +57,11 @@ __all__ = [
     "Tracking",
     "TrackingWarning",
     "VarianceWarning",
+    "assessed",
     "compare",
     "explain",
     "fit_quality",
+    "fit_record",
     "grad",
     "gradient_signal",
     "gradient_variance",

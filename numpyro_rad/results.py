@@ -1,9 +1,13 @@
-"""What a run of ``RAD_SVI`` returns: NumPyro's result, and the record of the fit that reports are made from."""
+"""What a run of ``RAD_SVI`` returns: NumPyro's result, and the record of the fit that reports are made from.
+
+:func:`fit_record` makes such a record of a fit whose loop is the user's own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -15,13 +19,16 @@ import numpy as np
 from numpyro.infer.svi import SVI, SVIRunResult
 
 from numpyro_rad import report
+from numpyro_rad.diagnostics import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.explain import explained
 from numpyro_rad.figures import exact_timeline, timeline
 from numpyro_rad.graph import site_name
 from numpyro_rad.plan import Plan
-from numpyro_rad.quality import Iterates
+from numpyro_rad.quality import Iterates, fit_quality
 from numpyro_rad.records import Alarm, FitRecord, PlanRecord, PlanRow, Track
+
+_ASSESS_TAG = 0x52414425  # folded into the state's key: the draws of an assessment
 
 _MOST_TIMES = 2000  # in the timeline of a plan
 
@@ -84,6 +91,25 @@ class RAD_SVIRunResult(SVIRunResult):
             raise ValueError(f"format={format!r} is none of {', '.join(formats)}.")
         return formats[format](self.record)
 
+    def assess(self, *args: Any, key: Any = None, **kwargs: Any) -> RAD_SVIRunResult:
+        """Measure what takes draws of its own, for the report: the gradient's noise by source, and the fit's quality.
+
+        :param args: arguments of model and guide, for the quality those of the full data; without any, those of the
+            last step.
+        :param key: JAX PRNG key, by default derived from that of the state.
+        :param kwargs: keyword arguments of model and guide.
+        :return: this result, whose record has ``gradient_variance`` and ``quality`` now. What does not exist for this
+            fit is left out, with a word in the alarms.
+
+        Example::
+
+            svi.run(key, 10_000, x, y).assess(x, y).report("fit.html")
+        """
+        if not (args or kwargs):
+            args, kwargs = self.args, self.kwargs
+        self.record = assessed(self.record, self.svi, self, *args, key=key, iterates=self.iterates, **kwargs)
+        return self
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the record of the fit as JSON, for ``python -m numpyro_rad report``; arrays of the fit are not in it.
 
@@ -94,6 +120,69 @@ class RAD_SVIRunResult(SVIRunResult):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("svi", "args", "kwargs")}
+
+
+def fit_record(
+    svi: SVI, svi_state: Any, losses: Any, *args: Any, seconds: float = math.nan, **kwargs: Any
+) -> FitRecord:
+    """The record of a fit whose loop is your own, for :mod:`numpyro_rad.report`.
+
+    :param svi: an initialised ``SVI`` with any ELBO.
+    :param svi_state: its last state.
+    :param losses: of all steps, shape (steps,).
+    :param args: arguments of model and guide, as in ``svi.update``.
+    :param seconds: wall time of the fit.
+    :param kwargs: keyword arguments of model and guide.
+    :return: the record; :func:`assessed` adds what takes draws of its own.
+
+    Example::
+
+        report.write(assessed(fit_record(svi, state, losses, x, y), svi, state, x, y), "fit.html")
+    """
+    params = svi.optim.get_params(svi_state.optim_state)
+    plan = svi.loss.plan_of_update(svi, svi_state, *args, **kwargs) if isinstance(svi.loss, RAD_ELBO) else None
+    losses = np.asarray(losses)
+    return FitRecord(
+        title=title(svi),
+        created=now(),
+        versions=versions(),
+        options={"ELBO": described(svi.loss)},
+        num_steps=len(losses),
+        num_params=sum(x.size for x in jax.tree.leaves(params)),
+        seconds=float(seconds),
+        losses=losses,
+        plan=None if plan is None else plan_record(*plan, None),
+    )
+
+
+def assessed(
+    record: FitRecord, svi: SVI, fit: Any, *args: Any, key: Any = None, iterates: Iterates | None = None, **kwargs: Any
+) -> FitRecord:
+    """A record with the gradient's noise by source and the quality of the fit, at the end of it.
+
+    :param record: of the fit.
+    :param svi: what was fitted.
+    :param fit: its result or its last state.
+    :param args: arguments of model and guide, for the quality those of the full data.
+    :param key: JAX PRNG key, by default derived from that of the state.
+    :param iterates: what is remembered of the iterates.
+    :param kwargs: keyword arguments of model and guide.
+    :return: the record; what does not exist for this fit is left out, with a word in the alarms.
+    """
+    state = fit.state if hasattr(fit, "state") else fit
+    key = jax.random.fold_in(state.rng_key, _ASSESS_TAG) if key is None else key
+    measures = {
+        "gradient_variance": lambda: gradient_variance(svi, state, *args, key=key, costs="randomized", **kwargs),
+        "quality": lambda: fit_quality(svi, fit, *args, key=key, iterates=iterates, **kwargs),
+    }
+    found: dict[str, Any] = {}
+    alarms = list(record.alarms)
+    for name, measure in measures.items():
+        try:
+            found[name] = measure()
+        except ValueError as error:  # of a gradient or loss that is not finite, above all
+            alarms.append(Alarm(record.num_steps, "assessment", "", f"{name} was not measured: {error}"))
+    return dataclasses.replace(record, alarms=tuple(alarms), **found)
 
 
 # -- parts of a record -------------------------------------------------------------------------------------------------

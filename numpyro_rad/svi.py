@@ -2,8 +2,8 @@
 
 ``update`` is NumPyro's. What is new is the loop around it: one compiled function takes any number of steps, and between
 two calls of it losses are fetched, the noise of the gradient is looked at and checkpoints are written. Nothing of that
-changes a number: parameters and losses are those of ``SVI.run`` with the same key, bit for bit those of its compiled
-loop (``progress_bar=False``).
+changes a number, to the last bit. Parameters and losses are those of ``SVI.run`` with the same key up to rounding, no
+more than its own two loops differ by.
 """
 
 from __future__ import annotations
