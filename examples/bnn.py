@@ -5,8 +5,9 @@
     python examples/bnn.py --dataset uci:concrete --data-dir data --split 3
 
 Both runs have the same model, guide, initial values, keys, minibatches and number of steps, and take their steps in
-turn in one process. The only difference is one word: ``Trace_ELBO`` or ``RAD_ELBO``. It ends with one table and one
-picture.
+turn in one process. The only difference is one word: ``Trace_ELBO`` or ``RAD_ELBO``. It ends with one table, one
+picture and the report of the randomized fit: how noisy its gradient is, where the noise comes from, and how good the
+fit is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 from tqdm import tqdm
 
-from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain
+from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, assessed, explain, fit_record, report
 
 matplotlib.use("Agg")  # the picture goes to a file: no display is needed
 from matplotlib import pyplot as plt
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     print(format_table(runs, dataset))
     draw_figure(runs, dataset, options.figure)
     print(f"\nPicture: {options.figure}")
+    write_report(runs[RAD], dataset, options)
+    print(f"Report:  {options.report}")
     return {name: run.numbers for name, run in runs.items()}
 
 
@@ -148,6 +151,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, da
         metavar="FILE",
         help="where to save the picture; the ending sets the format (default: bnn_DATASET.png in this folder)",
     )
+    option(
+        "--report",
+        metavar="FILE",
+        help="where to save the report of the fit with RAD_ELBO: .html, .md, .txt or .json (default: bnn_DATASET.html)",
+    )
     options = parser.parse_args(arguments)
 
     try:
@@ -160,6 +168,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, da
             setattr(options, name, value)
     options.batch_size = min(options.batch_size, len(dataset.x_train))
     options.figure = options.figure or f"bnn_{options.dataset.replace(':', '_')}.png"
+    options.report = options.report or f"bnn_{options.dataset.replace(':', '_')}.html"
     return options, dataset
 
 
@@ -301,6 +310,16 @@ def evaluate(runs: dict[str, Run], dataset: data.Data, options: argparse.Namespa
         else:
             scores = regression_scores(draws["mean"], draws["precision"], dataset.y_test, dataset.target_std)
         run.numbers.update(scores)
+
+
+def write_report(run: Run, dataset: data.Data, options: argparse.Namespace) -> None:
+    """The report of a fit, from its losses and from draws at its end, taken on as many rows as a minibatch has.
+
+    k-hat is left out: for the weights of a neural network it is above 0.7 nearly always.
+    """
+    batch = jnp.asarray(dataset.x_train[: options.batch_size]), jnp.asarray(dataset.y_train[: options.batch_size])
+    record = fit_record(run.svi, run.state, run.losses, *batch, seconds=sum(run.seconds))
+    report.write(assessed(record, run.svi, run.state, *batch, draws=16, pareto_k=False), options.report)
 
 
 def log_mean_exp(x: np.ndarray) -> np.ndarray:

@@ -38,6 +38,10 @@ _CHUNK = 100  # particles of one call: the pilot that says how many are needed
 
 _K_HAT_PARTICLES = 1000  # NumPyro's default; the tail that is fitted has 95 of them
 
+# Standard deviation of log weights, in nats. Beyond it the smaller weights of the tail are zero in double precision,
+# and what is fitted to the few that are left may even look harmless.
+_MOST_SPREAD = 100.0
+
 _BLOCKS = 20  # of steps over which a shadow run averages
 
 
@@ -90,7 +94,10 @@ def fit_quality(
         )
     params, kwargs = _params(svi, fit), {**kwargs, **svi.static_kwargs}
     elbo_key, k_key = jax.random.split(key)
-    elbo, notes = _elbo(svi, params, args, kwargs, elbo_key, standard_error, max_particles), []
+    draws = _elbo_draws(svi, params, args, kwargs, elbo_key, standard_error, max_particles)
+    with np.errstate(invalid="ignore"):
+        spread = float(draws.std(ddof=1))
+    elbo, notes = Estimate(float(draws.mean()), spread / math.sqrt(len(draws))), []
     if not math.isfinite(elbo.value):
         notes.append(
             "The ELBO is not finite: some draw of the guide has no density under the model, or a parameter is NaN. "
@@ -100,7 +107,13 @@ def fit_quality(
     if iterates is not None and r_hat is None:
         notes.append(f"Convergence is unknown: {len(iterates)} iterates were recorded, and it takes 100.")
     k_hat = None
-    if pareto_k:
+    if pareto_k and spread > _MOST_SPREAD:
+        k_hat = math.inf
+        notes.append(
+            f"Pareto k-hat is out of reach: log weights spread by {spread:.0f} nats, so that one draw outweighs all "
+            "others together. It would be far above 0.7."
+        )
+    elif pareto_k:
         k_hat, reason = _pareto_k(svi, params, args, kwargs, k_key)
         notes += [f"No Pareto k-hat: {reason}"] if reason else []
     return FitQuality(
@@ -142,9 +155,10 @@ def _of_one_particle(loss: ELBO) -> Any:
     return single
 
 
-def _elbo(
+def _elbo_draws(
     svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any, standard_error: float, max_particles: int
-) -> Estimate:
+) -> np.ndarray:
+    """As many draws of the ELBO as it takes for a standard error."""
     loss, chunk = _of_one_particle(svi.loss), min(_CHUNK, max_particles)
 
     @jax.jit
@@ -159,8 +173,7 @@ def _elbo(
         needed = found.var(ddof=1) / standard_error**2
         needed = min(needed, max_particles) if np.isfinite(needed) else 0  # more draws do not make it finite
         chunks = min(math.ceil(needed / chunk), max_particles // chunk)
-        found = np.concatenate([found, *(draws(i) for i in range(1, chunks))])
-        return Estimate(float(found.mean()), float(found.std(ddof=1) / math.sqrt(len(found))))
+        return np.concatenate([found, *(draws(i) for i in range(1, chunks))])
 
 
 def _pareto_k(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> tuple[float | None, str]:

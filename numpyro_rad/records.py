@@ -161,7 +161,7 @@ class FitQuality:
 
     :ivar elbo: the ELBO on the data, evaluated exactly.
     :ivar pareto_k: the shape of the tail of the importance weights; above 0.7 expectations under the guide cannot be
-        trusted to be those under the posterior. None if it was not computed.
+        trusted to be those under the posterior. Infinite if one draw outweighs all others. None if it was not computed.
     :ivar r_hat: the largest split R-hat of the iterates; None if no iterates were recorded.
     :ivar mcse: the largest Monte Carlo standard error of the mean iterate, relative to the spread of the iterates.
     :ivar converged: whether the iterates have converged by the rule of Dhaka et al. 2020; None if unknown.

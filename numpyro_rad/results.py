@@ -91,12 +91,16 @@ class RAD_SVIRunResult(SVIRunResult):
             raise ValueError(f"format={format!r} is none of {', '.join(formats)}.")
         return formats[format](self.record)
 
-    def assess(self, *args: Any, key: Any = None, **kwargs: Any) -> RAD_SVIRunResult:
+    def assess(
+        self, *args: Any, key: Any = None, draws: int = 32, pareto_k: bool = True, **kwargs: Any
+    ) -> RAD_SVIRunResult:
         """Measure what takes draws of its own, for the report: the gradient's noise by source, and the fit's quality.
 
         :param args: arguments of model and guide, for the quality those of the full data; without any, those of the
             last step.
         :param key: JAX PRNG key, by default derived from that of the state.
+        :param draws: replicates of three or four gradients each, for the noise.
+        :param pareto_k: whether to compute k-hat, from a thousand evaluations of the log densities.
         :param kwargs: keyword arguments of model and guide.
         :return: this result, whose record has ``gradient_variance`` and ``quality`` now. What does not exist for this
             fit is left out, with a word in the alarms.
@@ -107,7 +111,8 @@ class RAD_SVIRunResult(SVIRunResult):
         """
         if not (args or kwargs):
             args, kwargs = self.args, self.kwargs
-        self.record = assessed(self.record, self.svi, self, *args, key=key, iterates=self.iterates, **kwargs)
+        options = {"key": key, "draws": draws, "pareto_k": pareto_k, "iterates": self.iterates}
+        self.record = assessed(self.record, self.svi, self, *args, **options, **kwargs)
         return self
 
     def save(self, path: str | os.PathLike) -> None:
@@ -156,7 +161,15 @@ def fit_record(
 
 
 def assessed(
-    record: FitRecord, svi: SVI, fit: Any, *args: Any, key: Any = None, iterates: Iterates | None = None, **kwargs: Any
+    record: FitRecord,
+    svi: SVI,
+    fit: Any,
+    *args: Any,
+    key: Any = None,
+    draws: int = 32,
+    pareto_k: bool = True,
+    iterates: Iterates | None = None,
+    **kwargs: Any,
 ) -> FitRecord:
     """A record with the gradient's noise by source and the quality of the fit, at the end of it.
 
@@ -165,6 +178,8 @@ def assessed(
     :param fit: its result or its last state.
     :param args: arguments of model and guide, for the quality those of the full data.
     :param key: JAX PRNG key, by default derived from that of the state.
+    :param draws: replicates of three or four gradients each, for the noise.
+    :param pareto_k: whether to compute k-hat, from a thousand evaluations of the log densities.
     :param iterates: what is remembered of the iterates.
     :param kwargs: keyword arguments of model and guide.
     :return: the record; what does not exist for this fit is left out, with a word in the alarms.
@@ -172,8 +187,8 @@ def assessed(
     state = fit.state if hasattr(fit, "state") else fit
     key = jax.random.fold_in(state.rng_key, _ASSESS_TAG) if key is None else key
     measures = {
-        "gradient_variance": lambda: gradient_variance(svi, state, *args, key=key, costs="randomized", **kwargs),
-        "quality": lambda: fit_quality(svi, fit, *args, key=key, iterates=iterates, **kwargs),
+        "gradient_variance": lambda: gradient_variance(svi, state, *args, key=key, draws=draws, **kwargs),
+        "quality": lambda: fit_quality(svi, fit, *args, key=key, pareto_k=pareto_k, iterates=iterates, **kwargs),
     }
     found: dict[str, Any] = {}
     alarms = list(record.alarms)

@@ -198,7 +198,11 @@ def _of_prediction(record: FitRecord) -> Iterator[Finding]:
     low, high = measured.rho_interval
     if low > 3 * measured.predicted_rho or high < measured.predicted_rho / 3:
         what = f"The plan predicted ρ = {measured.predicted_rho:.2g}, far from the measured {measured.rho.value:.2g}."
-        yield Finding("note", what, "RAD_ELBO.calibrate measures what the planner otherwise assumes.")
+        advice = (
+            "RAD_ELBO.calibrate measures the price of each code at the present parameters. Even then errors of coarse "
+            "codes multiply from layer to layer, which a prediction to first order does not know: leave it more bytes."
+        )
+        yield Finding("note", what, advice)
 
 
 def _of_trend(record: FitRecord) -> Iterator[Finding]:

@@ -239,10 +239,6 @@ def kill_and_resume(tmp_path, kills, seed):
     assert all(np.array_equal(killed[name], whole[name]) for name in whole.files)
 
 
-def test_kill_and_resume(tmp_path):
-    kill_and_resume(tmp_path, 1, seed=0)
-
-
 @pytest.mark.slow
 def test_kill_and_resume_twenty_times(tmp_path):
     kill_and_resume(tmp_path, 20, seed=1)

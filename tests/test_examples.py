@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,8 @@ import pytest
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 
+from numpyro_rad import VarianceWarning
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "64", "--steps", "4"]
@@ -26,9 +29,10 @@ COST = ("residual_bytes", "temp_bytes", "step_seconds", "compile_seconds")
 
 
 @pytest.fixture
-def bnn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """examples/bnn.py as a module, with its neighbours importable while a test runs."""
+def bnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """examples/bnn.py as a module, with its neighbours importable while a test runs; its files go to a folder of it."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
     return importlib.import_module("bnn")
 
 
@@ -79,9 +83,9 @@ def test_ends_with_one_table_and_one_picture(
     bnn: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str
 ) -> None:
     write_uci(tmp_path)
-    figure = tmp_path / "picture.png"
+    figure, page = tmp_path / "picture.png", tmp_path / "report.html"
     arguments = ["--dataset", dataset, "--data-dir", str(tmp_path), "--figure", str(figure), "--codec", "keep"]
-    numbers = bnn.main([*TINY, *arguments])
+    numbers = bnn.main([*TINY, *arguments, "--report", str(page)])
 
     assert list(numbers) == ["Trace_ELBO", "RAD_ELBO"]
     quality = ("elbo", "log_likelihood", *QUALITY[dataset.split(":")[0]])
@@ -96,7 +100,8 @@ def test_ends_with_one_table_and_one_picture(
     assert "training on" in printed.err  # the progress bar
     assert printed.out.count("Trace_ELBO") == 1
     assert "test RMSE" in printed.out if dataset.startswith("uci") else "calibration error" in printed.out
-    assert printed.out.endswith(f"Picture: {figure}\n")
+    assert f"Picture: {figure}\n" in printed.out and printed.out.endswith(f"Report:  {page}\n")
+    assert "RAD_ELBO" in page.read_text() and page.stat().st_size < 2_000_000
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -475,3 +480,21 @@ def test_default_run_learns(tmp_path: Path) -> None:
     assert all(run["accuracy"] > 0.94 for run in numbers.values())  # both get about 0.967 of 360 images
     assert numbers["RAD_ELBO"]["residual_bytes"] < numbers["Trace_ELBO"]["residual_bytes"] / 4
     assert (tmp_path / "bnn_digits.png").is_file()
+
+
+@pytest.mark.slow
+def test_noise_writes_its_reports(
+    bnn: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller budget adds more variance, and each report is there."""
+    noise = importlib.import_module("noise")
+    options = ["--hidden", "32", "--layers", "3", "--steps", "40", "--interval", "10", "--folder", str(tmp_path)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VarianceWarning)
+        results = noise.main(["--budgets", "90kB,1MiB", *options])
+    small, large = (result.record.gradient_variance.rho.value for result in results.values())
+    assert small > 2 * large
+    printed = capsys.readouterr().out
+    for budget in results:
+        assert (tmp_path / f"noise_{budget}.html").stat().st_size < 2_000_000
+        assert f"noise_{budget}.html" in printed

@@ -231,6 +231,7 @@ def test_shadow_of_an_exact_plan_differs_by_rounding_alone():
     assert found.steps[-1] == 30 and len(found.steps) == len(found.difference) == len(found.standard_error) == 20
 
 
+@pytest.mark.slow
 def test_shadow_is_two_runs_of_svi(encode_all):
     """The slow twin: NumPyro's own ``run`` with either loss, by hand."""
     problem = small_network()
@@ -279,3 +280,17 @@ def test_nothing_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quality(pareto_k=True)
+
+
+def test_weights_that_one_draw_outweighs():
+    """Far too wide a guide for a thousand coordinates: what double precision leaves of the tail must not count."""
+
+    def model():
+        numpyro.sample("z", dist.Normal(0.0, 1.0).expand([1000]).to_event(1))
+
+    def guide():
+        numpyro.sample("z", dist.Normal(0.0, numpyro.param("scale", 8.0)).expand([1000]).to_event(1))
+
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    found = fit_quality(svi, svi.init(jax.random.key(0)), key=jax.random.key(1))
+    assert found.pareto_k == np.inf and "out of reach" in found.notes[0]

@@ -224,6 +224,7 @@ def test_a_budget_that_nothing_meets_is_told_by_init():
         svi.run(jax.random.key(0), 5, x, y, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_plans_by_price_are_calibrated_once_for_each_fit():
     x, y = wave(4096, 8)
     svi = RAD_SVI(
@@ -345,7 +346,7 @@ def test_nan_in_the_data_is_named():
     result = svi.run(jax.random.key(0), 30, X, y, **options)
     (alarm,) = [a for a in result.alarms if "loss" in a.message][:1]
     assert alarm.kind == "nonfinite" and "args[1]" in alarm.message and alarm.step == 1
-    assert np.isnan(result.losses).all() and len(result.losses) == 30  # it goes on, as SVI does
+    assert not np.isfinite(result.losses).any() and len(result.losses) == 30  # it goes on, as SVI does
 
 
 def test_a_fit_that_diverges_is_diagnosed_at_the_step_before():
