@@ -199,8 +199,9 @@ def _of_prediction(record: FitRecord) -> Iterator[Finding]:
     if low > 3 * measured.predicted_rho or high < measured.predicted_rho / 3:
         what = f"The plan predicted ρ = {measured.predicted_rho:.2g}, far from the measured {measured.rho.value:.2g}."
         advice = (
-            "RAD_ELBO.calibrate measures the price of each code at the present parameters. Even then errors of coarse "
-            "codes multiply from layer to layer, which a prediction to first order does not know: leave it more bytes."
+            "A prediction holds for the parameters at which it was made, and gradients of the first steps are unlike "
+            "those of later ones. RAD_ELBO.calibrate at the present parameters prices the codes anew; "
+            "Tracking(replan=(0.0, 0.5)) does so while training."
         )
         yield Finding("note", what, advice)
 

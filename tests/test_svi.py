@@ -18,7 +18,7 @@ from models import PROBLEMS, logistic, network_regression, wave
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
-from numpyro_rad import RAD_ELBO, BudgetError
+from numpyro_rad import RAD_ELBO, BudgetError, assessed, fit_record
 from numpyro_rad.records import FitRecord
 from numpyro_rad.svi import RAD_SVI
 from numpyro_rad.tracking import Tracking
@@ -391,6 +391,30 @@ def test_the_result_reports(tmp_path):
         result.report(format="pdf")
     result.save(tmp_path / "fit.json")
     assert (tmp_path / "fit.json").stat().st_size > 1000
+
+
+def test_what_takes_draws_of_its_own_is_added():
+    result = small(tracking=quiet(10)).run(jax.random.key(0), 40, X, Y, progress_bar=False)
+    assert result.assess(X, Y, draws=4, pareto_k=False) is result
+    record = result.record
+    assert record.gradient_variance.draws == 4 and record.gradient_variance.total.size == 6
+    assert np.isfinite(record.quality.elbo.value) and record.quality.pareto_k is None
+    assert "Where the noise comes from" in result.report()
+
+
+@OUT_OF_SUPPORT
+def test_a_loop_of_ones_own_has_a_record():
+    svi = SVI(linear, AutoNormal(linear), optax.adam(1e-2), Trace_ELBO())
+    state = svi.init(jax.random.key(0), X, Y)
+    losses = []
+    for _ in range(3):
+        state, loss = svi.update(state, X, Y)
+        losses.append(loss)
+    record = fit_record(svi, state, losses, X, Y, seconds=1.5)
+    assert (record.num_steps, record.num_params, record.plan) == (3, 6, None)
+    bad = assessed(record, svi, state, X, np.full_like(Y, np.nan), draws=2, pareto_k=False)
+    assert bad.gradient_variance is None and "w_auto_loc" in bad.alarms[0].message  # named, and the rest is there
+    assert bad.quality is not None
 
 
 def test_results_and_objects_are_copied_and_pickled():
