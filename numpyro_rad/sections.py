@@ -414,6 +414,7 @@ def _quality(record: FitRecord) -> Iterator[Section]:
     text = (
         "R-hat and MCSE are those of the optimizer's iterates. R-hat and effective sample size of independent draws "
         "from the guide, which other tools may show, say nothing about the fit.",
+        *quality.notes,
     )
     yield Section("Quality of the fit", text, (Table("Quality", ("what", "value", "how to read it"), rows, 3),))
 

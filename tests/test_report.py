@@ -319,6 +319,14 @@ def test_headlines_follow_the_worst_finding():
         assert levels == sorted(levels)
 
 
+def test_what_could_not_be_measured_is_said():
+    record = fits.good()
+    quality = dataclasses.replace(record.quality, notes=("No Pareto k-hat: plates draw subsamples.",))
+    record = dataclasses.replace(record, quality=quality)
+    for text in (report.html(record), report.markdown(record)):
+        assert "plates draw subsamples." in text
+
+
 def test_reports_do_not_take_draws_of_the_guide_for_convergence():
     assert "say nothing about the fit" in report.html(fits.good())
 
