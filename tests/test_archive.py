@@ -131,9 +131,12 @@ def test_record_has_its_groups(line_fit):
 
 @pytest.mark.parametrize("record", [fits.minimal, fits.good])
 @pytest.mark.parametrize("kind", ["netcdf", "zarr"])
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")  # xarray's way to write zarr
 def test_files(line_fit, tmp_path, record, kind):
     if kind == "zarr":
-        pytest.importorskip("zarr", reason="zarr is not installed")
+        zarr = pytest.importorskip("zarr", reason="zarr is not installed")
+        if not NEW and not zarr.__version__.startswith("2."):
+            pytest.skip("ArviZ 0.23 writes the files of zarr 2")
     svi, result = line_fit
     data = to_arviz(svi, result, X, Y, key=KEY, num_samples=4, record=record())
     path = str(tmp_path / f"fit.{kind}")
