@@ -1,6 +1,7 @@
 """What every test shares: where the data files are, double precision, small residuals that count."""
 
 import os
+import signal
 from pathlib import Path
 
 # Most of the time of the tests goes to the compiler, and they do not measure time: machine code need not be polished.
@@ -29,6 +30,14 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs data files: pass --data-dir or set NUMPYRO_RAD_DATA")
     return Path(folder)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises, also where the tests were started in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

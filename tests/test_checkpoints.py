@@ -244,7 +244,7 @@ def test_kill_and_resume_twenty_times(tmp_path):
     kill_and_resume(tmp_path, 20, seed=1)
 
 
-def test_ctrl_c_saves(tmp_path):
+def test_ctrl_c_saves(tmp_path, ctrl_c):
     stop_at = iter([False, True])
 
     def interrupt(look):

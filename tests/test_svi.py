@@ -303,12 +303,16 @@ def interrupt_when(condition):
     return thread
 
 
-def test_ctrl_c_returns_what_there_is():
+def test_ctrl_c_returns_what_there_is(ctrl_c):
     started = threading.Event()
     thread = interrupt_when(started.is_set)
-    result = small(tracking=quiet(10)).run(
-        jax.random.key(0), 100_000_000, X, Y, progress_bar=False, callbacks=[lambda look: started.set()]
-    )
+    end = time.monotonic() + 60
+
+    def begun(look):
+        started.set()
+        return time.monotonic() > end  # it must not go on for ever if nobody listens
+
+    result = small(tracking=quiet(10)).run(jax.random.key(0), 100_000_000, X, Y, progress_bar=False, callbacks=[begun])
     thread.join()
     assert result.interrupted and result.stopped_at is None
     n = len(result.losses)
@@ -317,7 +321,7 @@ def test_ctrl_c_returns_what_there_is():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_raises():
+def test_a_second_ctrl_c_raises(ctrl_c):
     hanging = threading.Event()
 
     def hang(look):
