@@ -211,7 +211,9 @@ class Tracker:
         if not self._average.weight:
             return math.nan
         path, total, _ = self._average.mean.sum(1)
-        return float(path / (total - path)) if path != 0 and total != path else (0.0 if path == 0 else math.inf)
+        if path == 0:
+            return 0.0
+        return float(path / (total - path)) if total > path else math.inf  # codes drown what else there is
 
     @property
     def wants_replan(self) -> bool:
