@@ -16,6 +16,7 @@ Variational Inference*, NeurIPS 2020.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -143,25 +144,20 @@ class Iterates:
 
         Infinite if one of them is not finite, None with fewer than 100 recorded.
         """
-        window = self._window()
-        if window is None:
-            return None
-        if not np.isfinite(window).all():
-            return np.inf
-        moving = _moving(window)
-        return float(split_r_hat(moving).max(initial=1.0))
+        return self._of_window(lambda moving: split_r_hat(moving).max(initial=1.0))
 
     def mcse(self) -> float | None:
         """The largest Monte Carlo standard error, relative to the spread, of the mean of the second half of iterates.
 
         Infinite if one of them is not finite, None with fewer than 100 recorded.
         """
+        return self._of_window(lambda moving: (1 / np.sqrt(effective_sample_size(moving))).max(initial=0.0))
+
+    def _of_window(self, statistic: Callable[[np.ndarray], Any]) -> float | None:
         window = self._window()
         if window is None:
             return None
-        if not np.isfinite(window).all():
-            return np.inf
-        return float((1 / np.sqrt(effective_sample_size(_moving(window)))).max(initial=0.0))
+        return float(statistic(_moving(window))) if np.isfinite(window).all() else np.inf
 
     def stationary(self) -> bool:
         """Whether R-hat is below 1.1: from here on the mean of the iterates is better than the last one."""

@@ -137,7 +137,7 @@ def predicted_rho(svi: SVI, svi_state: Any, args: tuple, kwargs: dict) -> float 
     if not isinstance(elbo, RAD_ELBO):
         return 0.0
     with _quiet():
-        plan = elbo.plan_of_step(svi, svi_state, *args, **kwargs)
+        plan, _ = elbo.plan_of_update(svi, svi_state, *args, **kwargs)
     known = elbo.planner.calibration
     if not any(p.encoded for p in plan.walk()):
         return 0.0

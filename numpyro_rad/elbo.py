@@ -175,16 +175,12 @@ class RAD_ELBO(Trace_ELBO):
         :raises ValueError: if there is no parameter.
         :raises BudgetError: if no plan meets the budget.
         """
-        if not jax.tree.leaves(svi.get_params(svi_state)):
-            raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
         params, options = svi.get_params(svi_state), {**kwargs, **svi.static_kwargs}
+        if not jax.tree.leaves(params):
+            raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
         operands = (svi_state.rng_key, params, svi.model, svi.guide, args, options, svi_state.mutable_state)
         taken, _ = self._closure(*operands)
         return taken.plan, taken.names
-
-    def plan_of_step(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> Plan:
-        """The plan of the gradient in one ``svi.update``; its parameters."""
-        return self.plan_of_update(svi, svi_state, *args, **kwargs)[0]
 
     def calibrate(
         self, svi: SVI, svi_state: Any, *args: Any, batches: Sequence[tuple] = (), draws: int = 3, **kwargs: Any

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad.batches import word
+from numpyro_rad.batches import words
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.plan import Plan
 
@@ -207,5 +207,4 @@ def _hashable(x: Any) -> Any:
 
 def _outline(args: tuple, kwargs: dict[str, Any]) -> str:
     """Arguments in words that are the same in another process."""
-    entries, _ = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    return "; ".join(f"{jax.tree_util.keystr(path)}: {word(x)}" for path, x in entries)
+    return "; ".join(f"{name}: {what}" for name, what in words((args, kwargs)).items())

@@ -335,7 +335,7 @@ def test_a_calibrated_plan_is_measured_without_complaint():
     assert svi.loss.planner is before
     assert found.total.path.value > 0
     assert found.predicted_rho == pytest.approx(found.rho.value, rel=0.5)
-    saved = svi.loss.plan_of_step(svi, state, A, B, size=BATCH).to_dict()
+    saved = svi.loss.plan_of_update(svi, state, A, B, size=BATCH)[0].to_dict()
     restored = SVI(linear_model, linear_guide, optax.adam(1e-2), RAD_ELBO(plan=saved))
     restored.init(jax.random.key(1), A, B, size=BATCH)
     again = gradient_variance(restored, state, A, B, draws=3, size=BATCH)
