@@ -21,10 +21,11 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger
 
-from numpyro_rad import _jax, decision
-from numpyro_rad.calibration import Calibration, Calibrator
-from numpyro_rad.plan import BudgetError, Plan
-from numpyro_rad.planner import Planner, parse_bytes
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.plan import BudgetError, Plan
+from numpyro_rad.planning import decision
+from numpyro_rad.planning.calibration import Calibration, Calibrator
+from numpyro_rad.planning.planner import Planner, parse_bytes
 from numpyro_rad.transform import Closure, path_seed, randomized
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness

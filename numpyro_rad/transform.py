@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from numpyro_rad import _jax
-from numpyro_rad.graph import Graph
-from numpyro_rad.linearize import linearize
-from numpyro_rad.plan import Plan
-from numpyro_rad.planner import Planner
-from numpyro_rad.seeds import seed_words
-from numpyro_rad.sweep import backward, forward
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.graph import Graph
+from numpyro_rad.ad.linearize import linearize
+from numpyro_rad.ad.plan import Plan
+from numpyro_rad.ad.seeds import seed_words
+from numpyro_rad.ad.sweep import backward, forward
+from numpyro_rad.planning.planner import Planner
 
 
 class Program:

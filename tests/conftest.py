@@ -11,7 +11,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import pytest
 
-import numpyro_rad.plan
+import numpyro_rad.planning.decision
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,14 +50,14 @@ def double():
 @pytest.fixture
 def encode_all(monkeypatch):
     """Residuals of small models are encoded as well, whatever time that takes."""
-    monkeypatch.setattr(numpyro_rad.decision, "LEAST_ENCODED_BYTES", 0)
+    monkeypatch.setattr(numpyro_rad.planning.decision, "LEAST_ENCODED_BYTES", 0)
     for name in ("KEEP_START", "CODE_START", "MAKE_START", "CODE_NANOSECONDS_PER_ENTRY"):
-        monkeypatch.setattr(numpyro_rad.decision, name, 0.0)
+        monkeypatch.setattr(numpyro_rad.planning.decision, name, 0.0)
 
 
 @pytest.fixture
 def arrays_of_any_size_count(monkeypatch):
     """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
-    monkeypatch.setattr(numpyro_rad.decision, "LEAST_ENCODED_BYTES", 0)
+    monkeypatch.setattr(numpyro_rad.planning.decision, "LEAST_ENCODED_BYTES", 0)
     for name in ("KEEP_START", "CODE_START", "MAKE_START"):
-        monkeypatch.setattr(numpyro_rad.decision, name, 0.0)
+        monkeypatch.setattr(numpyro_rad.planning.decision, name, 0.0)

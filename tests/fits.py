@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from numpyro_rad.records import (
+from numpyro_rad.diagnostics.records import (
     Alarm,
     BlockVariance,
     Estimate,

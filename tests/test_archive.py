@@ -22,8 +22,8 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.primitives import mutable
 from zscores import assert_unbiased
 
-from numpyro_rad import archive
-from numpyro_rad.archive import to_arviz
+from numpyro_rad.report import archive
+from numpyro_rad.report.archive import to_arviz
 
 KEY = jax.random.key(3)
 NEW = int(importlib.metadata.version("arviz").split(".")[0]) >= 1

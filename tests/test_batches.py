@@ -15,9 +15,9 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO
-from numpyro_rad.batches import Batches
-from numpyro_rad.svi import RAD_SVI
-from numpyro_rad.tracking import Tracking
+from numpyro_rad.diagnostics.tracking import Tracking
+from numpyro_rad.training.batches import Batches
+from numpyro_rad.training.svi import RAD_SVI
 
 X = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
 Y = X.sum(1)

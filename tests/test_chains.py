@@ -8,8 +8,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from programs import normal
 
-from numpyro_rad import Keep, StochasticRound, decision, explain, rad, sweep
-from numpyro_rad.segments import cut_chain
+from numpyro_rad import Keep, StochasticRound, explain, rad
+from numpyro_rad.ad import sweep
+from numpyro_rad.ad.segments import cut_chain
+from numpyro_rad.planning import decision
 
 KEY = jax.random.key(5)
 

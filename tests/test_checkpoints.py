@@ -18,11 +18,11 @@ import pytest
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO
-from numpyro_rad.calibration import Calibration
-from numpyro_rad.checkpoints import Checkpoint, CheckpointError
-from numpyro_rad.codecs import SampleAxis, StochasticRound
-from numpyro_rad.svi import RAD_SVI
-from numpyro_rad.tracking import Tracking
+from numpyro_rad.ad.codecs import SampleAxis, StochasticRound
+from numpyro_rad.diagnostics.tracking import Tracking
+from numpyro_rad.planning.calibration import Calibration
+from numpyro_rad.training.checkpoints import Checkpoint, CheckpointError
+from numpyro_rad.training.svi import RAD_SVI
 
 X = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float32)
 Y = X.sum(1)
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path, monkeypatch):
-    from numpyro_rad.checkpoints import Store
+    from numpyro_rad.training.checkpoints import Store
 
     def full(self, snapshot):
         raise CheckpointError(f"checkpoint: step {snapshot.step} could not be written.")
@@ -166,7 +166,7 @@ def test_calibrations_survive_json():
 SAME_PROGRAM = """
 import sys; sys.path.insert(0, {tests!r})
 from test_checkpoints import RAD_ELBO, X, Y, fit
-from numpyro_rad.loop import fingerprint
+from numpyro_rad.training.loop import fingerprint
 import jax
 svi = fit()
 state = svi.init(jax.random.key(0), X, Y)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
-from numpyro_rad.codecs import (
+from numpyro_rad.ad.codecs import (
     BitMask,
     Codec,
     Keep,
@@ -23,7 +23,7 @@ from numpyro_rad.codecs import (
     SampledRound,
     StochasticRound,
 )
-from numpyro_rad.seeds import fold, seed_words
+from numpyro_rad.ad.seeds import fold, seed_words
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (1, 2, 4, 8)] + [StochasticRound(2, group=16)]
@@ -366,6 +366,6 @@ def test_jit_and_vmap_change_nothing(codec):
 
 
 def test_import_makes_no_jax_array():
-    import numpyro_rad.codecs as module
+    import numpyro_rad.ad.codecs as module
 
     assert not any(isinstance(value, jax.Array) for value in vars(module).values())

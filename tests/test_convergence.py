@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from zscores import assert_unbiased
 
-from numpyro_rad.convergence import IterateAverage, Iterates, effective_sample_size, split_r_hat
+from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates, effective_sample_size, split_r_hat
 
 STEPS = 1200
 

@@ -18,7 +18,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from programs import few
 
 from numpyro_rad import RAD_ELBO, Keep
-from numpyro_rad.explain import Row
+from numpyro_rad.planning.explain import Row
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "coverage"

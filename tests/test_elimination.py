@@ -11,8 +11,9 @@ import pytest
 from jax import lax
 from zscores import assert_unbiased
 
-from numpyro_rad import Keep, StochasticRound, rad, scalars
-from numpyro_rad.graph import Value
+from numpyro_rad import Keep, StochasticRound, rad
+from numpyro_rad.ad import scalars
+from numpyro_rad.ad.graph import Value
 
 ROWS, CLASSES = 40, 5
 KEY = jax.random.key(3)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from numpyro_rad import Keep, StochasticRound, compare, decision, explain, rad
+from numpyro_rad import Keep, StochasticRound, compare, explain, rad
+from numpyro_rad.planning import decision
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)

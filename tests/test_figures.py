@@ -14,8 +14,9 @@ from jax import lax
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, decision, explain, plan_figure, rad
-from numpyro_rad.figures import exact_timeline, timeline
+from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, plan_figure, rad
+from numpyro_rad.planning import decision
+from numpyro_rad.planning.figures import exact_timeline, timeline
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)

@@ -11,7 +11,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from zscores import assert_unbiased
 
-from numpyro_rad.monitor import GradientSignalState, gradient_signal, nonfinite_gradients, signal_to_noise
+from numpyro_rad.diagnostics.monitor import GradientSignalState, gradient_signal, nonfinite_gradients, signal_to_noise
 
 SEEDS = 32
 

@@ -18,17 +18,14 @@ from numpyro_rad import (
     RandomProjection,
     SampleAxis,
     StochasticRound,
-    _jax,
-    decision,
     explain,
-    plan,
     rad,
-    rules,
-    solver,
 )
-from numpyro_rad.decision import Wanted, make_plan, uniform
-from numpyro_rad.linearize import linearize
-from numpyro_rad.sweep import forward
+from numpyro_rad.ad import _jax, plan, rules
+from numpyro_rad.ad.linearize import linearize
+from numpyro_rad.ad.sweep import forward
+from numpyro_rad.planning import decision, solver
+from numpyro_rad.planning.decision import Wanted, make_plan, uniform
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)

@@ -25,12 +25,12 @@ from numpyro_rad import (
     Planner,
     SampleAxis,
     StochasticRound,
-    decision,
     explain,
     grad,
     rad,
     value_and_grad,
 )
+from numpyro_rad.planning import decision
 
 KEY = jax.random.key(0)
 

@@ -32,7 +32,9 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from zscores import assert_unbiased
 
-from numpyro_rad import RAD_ELBO, Keep, StochasticRound, decision, elementwise, explain, rad, rules
+from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain, rad
+from numpyro_rad.ad import elementwise, rules
+from numpyro_rad.planning import decision
 
 KEY = jax.random.key(7)  # the path key
 CODEC = StochasticRound(2)

@@ -17,8 +17,9 @@ from programs import small_network
 from scipy import stats
 from zscores import bound
 
-from numpyro_rad import RAD_ELBO, Keep, StochasticRound, records
-from numpyro_rad.quality import Iterates, fit_quality, shadow
+from numpyro_rad import RAD_ELBO, Keep, StochasticRound
+from numpyro_rad.diagnostics import records
+from numpyro_rad.diagnostics.quality import Iterates, fit_quality, shadow
 
 DATA = np.asarray([0.3, -0.5, 1.2, 0.7])
 POSTERIOR = DATA.sum() / 5, 1 / np.sqrt(5)  # of z ~ N(0, 1), x | z ~ N(z, 1)
@@ -150,7 +151,7 @@ def test_k_hat_that_numpyro_has_not_does_not_lose_the_elbo(monkeypatch):
     def broken(*args, **kwargs):
         raise NotImplementedError("no such thing")
 
-    monkeypatch.setattr("numpyro_rad.quality.psis_diagnostic", broken)
+    monkeypatch.setattr("numpyro_rad.diagnostics.quality.psis_diagnostic", broken)
     assert "NotImplementedError('no such thing')" in reason(conjugate, normal_guide, DATA)
 
 

@@ -19,8 +19,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from zscores import bound, z_scores
 
-from numpyro_rad import Keep, RandomProjection, SampleAxis, StochasticRound, decision, rad
-from numpyro_rad.sweep import forward
+from numpyro_rad import Keep, RandomProjection, SampleAxis, StochasticRound, rad
+from numpyro_rad.ad.sweep import forward
+from numpyro_rad.planning import decision
 
 pytestmark = pytest.mark.usefixtures("double", "encode_all")
 

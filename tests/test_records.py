@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from numpyro_rad.records import (
+from numpyro_rad.diagnostics.records import (
     Alarm,
     BlockVariance,
     Estimate,

@@ -13,9 +13,10 @@ import fits
 import numpy as np
 import pytest
 
-from numpyro_rad import charts, report, verdict
+from numpyro_rad import report
 from numpyro_rad.__main__ import main
-from numpyro_rad.records import Alarm, Estimate, to_dict
+from numpyro_rad.diagnostics.records import Alarm, Estimate, to_dict
+from numpyro_rad.report import charts, verdict
 
 RECORDS = [fits.good, fits.small_budget, fits.diverged, fits.minimal]
 EVIL = '<script src="http://x.y/z">&\'"|`*_\n\x00\x1b[31m'

@@ -26,9 +26,9 @@ from numpyro_rad import (
     StochasticRound,
     explain,
     rad,
-    sweep,
 )
-from numpyro_rad.plan import carry_bytes
+from numpyro_rad.ad import sweep
+from numpyro_rad.ad.plan import carry_bytes
 
 KEY = jax.random.key(3)
 LENGTH = 16

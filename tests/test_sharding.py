@@ -30,10 +30,11 @@ import jax, jax.numpy as jnp, numpy as np, numpyro, numpyro.distributions as dis
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from numpyro_rad import RAD_ELBO, Keep, RandomProjection, SampleAxis, StochasticRound, explain
-import numpyro_rad.plan
+from numpyro_rad import RAD_ELBO, Keep, RandomProjection, SampleAxis, StochasticRound
+from numpyro_rad import explain
+import numpyro_rad.ad.plan
 
-numpyro_rad.decision.LEAST_ENCODED_BYTES = 1024  # vectors over the batch are encoded too
+numpyro_rad.planning.decision.LEAST_ENCODED_BYTES = 1024  # vectors over the batch are encoded too
 
 def model(x, y):
     width = x.shape[1]

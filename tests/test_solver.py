@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from numpyro_rad import solver
-from numpyro_rad.solver import GOOD_GAP, Code, Demand, Infeasible, Problem, priced, settled, smallest, solve
+from numpyro_rad.planning import solver
+from numpyro_rad.planning.solver import GOOD_GAP, Code, Demand, Infeasible, Problem, priced, settled, smallest, solve
 
 SLACK = 1e-6
 """Relative: a cut is found with capacities of 29 bits."""

@@ -23,37 +23,55 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
-    ("seeds", "solver", "records", "monitor", "charts"),
-    ("_jax", "codecs", "convergence"),
-    ("rules",),
-    ("graph",),
-    ("elementwise", "plan"),
-    ("scalars", "sweep", "segments"),
-    ("decision",),
-    ("linearize", "planner"),
-    ("transform", "calibration"),
-    ("explain",),
-    ("elbo", "figures", "verdict"),
-    ("diagnostics", "archive", "sections"),
-    ("tracking", "quality", "report", "batches", "checkpoints"),
-    ("results", "steps"),
-    ("loop",),
-    ("svi",),
+    ("ad", "ad.seeds"),
+    ("ad._jax", "ad.codecs"),
+    ("ad.rules",),
+    ("ad.graph",),
+    ("ad.elementwise", "ad.plan"),
+    ("ad.scalars", "ad.segments", "ad.sweep"),
+    ("ad.linearize",),
+    ("planning", "planning.solver"),
+    ("planning.decision",),
+    ("planning.planner", "planning.calibration"),
+    ("planning.explain",),
+    ("planning.figures",),
+    ("transform",),
+    ("elbo",),
+    ("diagnostics", "diagnostics.records", "diagnostics.monitor", "diagnostics.convergence"),
+    ("diagnostics.variance", "diagnostics.quality"),
+    ("diagnostics.tracking",),
+    ("report.charts",),
+    ("report.verdict", "report.archive"),
+    ("report.sections",),
+    ("report.document",),
+    ("report",),
+    ("training", "training.batches", "training.checkpoints"),
+    ("training.results", "training.steps"),
+    ("training.loop",),
+    ("training.svi",),
     ("__init__",),
     ("__main__",),
 )
 LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
 
 JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
-MAY_USE_JAX_INTERNALS = {"_jax"}
-MAY_IMPORT_NUMPYRO = {"elbo", "diagnostics", "archive", "quality", "results", "svi"}
+MAY_USE_JAX_INTERNALS = {"ad._jax"}
+MAY_IMPORT_NUMPYRO = {
+    "elbo",
+    "diagnostics.variance",
+    "diagnostics.quality",
+    "report.archive",
+    "training.results",
+    "training.svi",
+}
 
 
 def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:
-    """Each module or subpackage by its name directly below the package, with the syntax trees of its files."""
+    """Each module by its name below the package, and its syntax tree; a subpackage is the module of its __init__."""
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package).with_suffix("").parts
-        yield parts[0], ast.parse(file.read_text(encoding="utf-8"), str(file))
+        name = ".".join(parts[:-1] if parts[1:] and parts[-1] == "__init__" else parts)
+        yield name, ast.parse(file.read_text(encoding="utf-8"), str(file))
 
 
 def imported_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
@@ -81,6 +99,13 @@ def lies_in(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
+def module_of(name: str) -> str:
+    """The module with a place in LAYERS that an imported name, dotted below the package, is or lies in."""
+    while name and name not in LEVEL:
+        name = name.rpartition(".")[0]
+    return name or "__init__"
+
+
 def upward_imports(package: Path) -> list[str]:
     """Imports within the package that do not go to a lower layer, and modules that have no layer."""
     broken = []
@@ -92,8 +117,7 @@ def upward_imports(package: Path) -> list[str]:
             if name.startswith("."):
                 broken.append(f"{module}, line {line}: the relative import {name}; write the package's name")
             elif lies_in(name, package.name):
-                target = [*name.split("."), "__init__"][1]
-                target = target if target in LEVEL else "__init__"
+                target = module_of(name.removeprefix(package.name).removeprefix("."))
                 if target != module and LEVEL[target] >= LEVEL[module]:
                     broken.append(f"{module}, line {line}: imports {target}, which is not below it")
     return broken
@@ -102,7 +126,7 @@ def upward_imports(package: Path) -> list[str]:
 def stray_internals(package: Path) -> list[str]:
     """Uses of JAX's internals outside the one module that may know them."""
     return [
-        f"{module}, line {line}: {name}; only _jax may use {', '.join(JAX_INTERNALS)}"
+        f"{module}, line {line}: {name}; only ad._jax may use {', '.join(JAX_INTERNALS)}"
         for module, tree in modules(package)
         if module not in MAY_USE_JAX_INTERNALS
         for names in (imported_names, dotted_attributes)
@@ -160,13 +184,12 @@ def test_public_names_have_docstrings() -> None:
     assert undocumented(importlib.import_module("numpyro_rad")) == []
 
 
-def plant(folder: Path, **files: str) -> Path:
-    """Write a package ``small`` whose modules have the given text."""
+def plant(folder: Path, files: dict[str, str]) -> Path:
+    """Write a package ``small`` whose modules, by their dotted names, have the given text."""
     package = folder / "small"
-    package.mkdir()
     for name, text in {"__init__": "", **files}.items():
-        file = package.joinpath(*name.split("__in__")[::-1]).with_suffix(".py")
-        file.parent.mkdir(exist_ok=True)
+        file = package.joinpath(*name.split(".")).with_suffix(".py")
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(textwrap.dedent(text), encoding="utf-8")
     return package
 
@@ -174,34 +197,36 @@ def plant(folder: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [
-        ({"graph": "from small.plan import Plan"}, "graph, line 1: imports plan"),
-        ({"graph": "from small import rules, sweep"}, "graph, line 1: imports sweep"),
-        ({"graph": "import small.plan"}, "graph, line 1: imports plan"),
-        ({"codecs": "from small._jax import trace"}, "codecs, line 1: imports _jax"),
-        ({"graph": "def late():\n    from small.plan import Plan"}, "graph, line 2: imports plan"),
-        ({"plan": "from small import make_plan"}, "plan, line 1: imports __init__"),
-        ({"plan": "import small"}, "plan, line 1: imports __init__"),
-        ({"plan": "from .graph import Graph"}, "plan, line 1: the relative import .graph.Graph"),
-        ({"plan": "from . import graph"}, "plan, line 1: the relative import .graph"),
-        ({"elementwise__in__rules": "from small.graph import Graph"}, "rules, line 1: imports graph"),
-        ({"planers": ""}, "planers has no place"),
+        ({"ad.graph": "from small.ad.plan import Plan"}, "ad.graph, line 1: imports ad.plan"),
+        ({"ad.graph": "from small.ad import rules, sweep"}, "ad.graph, line 1: imports ad.sweep"),
+        ({"ad.graph": "import small.ad.plan"}, "ad.graph, line 1: imports ad.plan"),
+        ({"ad.codecs": "from small.ad._jax import trace"}, "ad.codecs, line 1: imports ad._jax"),
+        ({"ad.graph": "def late():\n    from small.ad.plan import Plan"}, "ad.graph, line 2: imports ad.plan"),
+        ({"ad.sweep": "from small.planning import Planner"}, "ad.sweep, line 1: imports planning"),
+        ({"elbo": "from small import make_plan"}, "elbo, line 1: imports __init__"),
+        ({"elbo": "import small"}, "elbo, line 1: imports __init__"),
+        ({"ad.plan": "from .graph import Graph"}, "ad.plan, line 1: the relative import .graph.Graph"),
+        ({"ad.plan": "from . import graph"}, "ad.plan, line 1: the relative import .graph"),
+        ({"report.__init__": "from small.training.svi import RAD_SVI"}, "report, line 1: imports training.svi"),
+        ({"planning.planers": ""}, "planning.planers has no place"),
     ],
 )
 def test_upward_import_is_found(tmp_path: Path, files: dict[str, str], complaint: str) -> None:
-    (found,) = upward_imports(plant(tmp_path, **files))
+    (found,) = upward_imports(plant(tmp_path, files))
     assert found.startswith(complaint)
 
 
 def test_downward_imports_pass(tmp_path: Path) -> None:
-    package = plant(
-        tmp_path,
-        __init__="from small.elbo import RAD_ELBO",
-        elbo="import numpyro.infer\nfrom small import codecs, graph\nimport small_relative.plan",
-        plan="from small.rules.elementwise import RULES",
-        __init____in__rules="from small import _jax\nfrom small.rules.elementwise import RULES",
-        elementwise__in__rules="import jax",
-        _jax="from jax._src import core\nimport jax.core\njax.core.Tracer",
-    )
+    files = {
+        "__init__": "from small.elbo import RAD_ELBO",
+        "elbo": "import numpyro.infer\nfrom small.ad import codecs, graph\nimport small_relative.plan",
+        "ad.plan": "from small.ad.rules import RULES",
+        "ad._jax": "from jax._src import core\nimport jax.core\njax.core.Tracer",
+        "report.__init__": "from small.report.document import html",
+        "report.document": "import small.report.charts",
+        "__main__": "from small import report",
+    }
+    package = plant(tmp_path, files)
     assert upward_imports(package) == stray_internals(package) == stray_numpyro(package) == []
 
 
@@ -218,14 +243,14 @@ def test_downward_imports_pass(tmp_path: Path) -> None:
     ],
 )
 def test_internals_are_found(tmp_path: Path, text: str) -> None:
-    found = stray_internals(plant(tmp_path, sweep=text))
+    found = stray_internals(plant(tmp_path, {"ad.sweep": text}))
     assert found
-    assert all(complaint.startswith("sweep, line") for complaint in found)
+    assert all(complaint.startswith("ad.sweep, line") for complaint in found)
 
 
 @pytest.mark.parametrize("text", ["import numpyro", "from numpyro.infer import SVI", "import numpyro.infer.util as u"])
 def test_numpyro_is_found(tmp_path: Path, text: str) -> None:
-    (found,) = stray_numpyro(plant(tmp_path, transform=text, svi="import numpyro"))
+    (found,) = stray_numpyro(plant(tmp_path, {"transform": text, "training.svi": "import numpyro"}))
     assert found.startswith("transform, line 1")
 
 
@@ -238,7 +263,7 @@ def test_numpyro_is_found(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_side_effects_are_found(tmp_path: Path, text: str, complaint: str) -> None:
-    plant(tmp_path, __init__=text)
+    plant(tmp_path, {"__init__": text})
     assert complaint in import_side_effects("small", tmp_path)
 
 

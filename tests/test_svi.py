@@ -19,9 +19,9 @@ from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 from numpyro_rad import RAD_ELBO, BudgetError, assessed, fit_record
-from numpyro_rad.records import FitRecord
-from numpyro_rad.svi import RAD_SVI
-from numpyro_rad.tracking import Tracking
+from numpyro_rad.diagnostics.records import FitRecord
+from numpyro_rad.diagnostics.tracking import Tracking
+from numpyro_rad.training.svi import RAD_SVI
 
 KEY = 3
 

@@ -11,11 +11,12 @@ import optax
 import pytest
 from numpyro.infer import SVI, Trace_ELBO
 from programs import assert_equal_trees, normal
-from test_diagnostics import BATCH, SIZE, START, A, B, initialised, linear_guide, linear_model, linear_parts
+from test_variance import BATCH, SIZE, START, A, B, initialised, linear_guide, linear_model, linear_parts
 from zscores import assert_unbiased
 
-from numpyro_rad import RAD_ELBO, SampleAxis, StochasticRound, tracking
-from numpyro_rad.tracking import Tracker, Tracking, TrackingWarning
+from numpyro_rad import RAD_ELBO, SampleAxis, StochasticRound
+from numpyro_rad.diagnostics import tracking
+from numpyro_rad.diagnostics.tracking import Tracker, Tracking, TrackingWarning
 
 pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
 

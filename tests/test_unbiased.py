@@ -23,13 +23,12 @@ from numpyro_rad import (
     SampleAxis,
     SampledRound,
     StochasticRound,
-    decision,
     explain,
     rad,
-    rules,
-    sweep,
 )
-from numpyro_rad.seeds import fold
+from numpyro_rad.ad import rules, sweep
+from numpyro_rad.ad.seeds import fold
+from numpyro_rad.planning import decision
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (8, 4, 2, 1)]

@@ -22,7 +22,7 @@ from numpyro.infer import SVI
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_rad.records import FitRecord, GradientVariance, Track, to_dict
+from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, to_dict
 
 SAMPLE = ("chain", "draw")
 
@@ -44,8 +44,8 @@ def to_arviz(
     The groups are ``posterior`` (latent and deterministic sites), ``posterior_predictive``, ``log_likelihood``,
     ``observed_data``, ``sample_stats`` (``lp`` and ``log_q``, the log densities of model and guide) and, with a record,
     ``fit`` (the losses) and ``gradient_variance`` (by site, step, block and source; see
-    :class:`numpyro_rad.records.Track`). Dimensions of plates bear their names. A slash in the name of a site becomes a
-    dot, since netCDF and zarr take a slash for a group. Plates that draw minibatches take all of the data here.
+    :class:`~numpyro_rad.diagnostics.records.Track`). Dimensions of plates bear their names. A slash in the name of a
+    site becomes a dot, since netCDF and zarr take a slash for a group. Plates that draw minibatches take all data here.
     Discrete sites of the model that the guide leaves out are drawn given the rest; that takes ``funsor``.
 
     R-hat and effective sample size of these draws say nothing about the fit: they are independent by construction.

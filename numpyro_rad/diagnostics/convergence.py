@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad import seeds
+from numpyro_rad.ad import seeds
 
 PROJECTIONS = 64
 

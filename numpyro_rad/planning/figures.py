@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_rad import _jax
-from numpyro_rad.explain import plan_of
-from numpyro_rad.graph import Edge, Equation, Graph, Split, Value
-from numpyro_rad.plan import BudgetError, Plan, kept_bytes, recompute_leaves
-from numpyro_rad.planner import Planner, parse_bytes
-from numpyro_rad.sweep import split_reads
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad.plan import BudgetError, Plan, kept_bytes, recompute_leaves
+from numpyro_rad.ad.sweep import split_reads
+from numpyro_rad.planning.explain import plan_of
+from numpyro_rad.planning.planner import Planner, parse_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from numpyro_rad import _jax, rules
-from numpyro_rad.elementwise import ONE, Coefficients, LinearForm, Term, combination, weigh
-from numpyro_rad.graph import Edge, Equation, Graph, Value
+from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad.elementwise import ONE, Coefficients, LinearForm, Term, combination, weigh
+from numpyro_rad.ad.graph import Edge, Equation, Graph, Value
 
 
 def collect(graph: Graph, coefficients: Coefficients, free: Iterable[Value]) -> None:

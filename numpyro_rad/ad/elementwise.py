@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad import _jax, rules
-from numpyro_rad.graph import Atom, Constant, Edge, Equation, Value
+from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Value
 
 LINEAR = frozenset("mul div select_n neg add add_any sub copy".split())
 """Primitives of the tangent program that have a diagonal Jacobian if all their tangents have the result's shape."""

@@ -1,7 +1,8 @@
 """What the numbers of a fit mean, in words: findings, each with what to do about it.
 
-Every finding follows by a rule from the numbers of a :class:`~numpyro_rad.records.FitRecord`, and none is made where
-the number that it needs is missing. The rules are the functions of this module whose names begin with ``_of_``.
+Every finding follows by a rule from the numbers of a :class:`~numpyro_rad.diagnostics.records.FitRecord`, and none is
+made where the number that it needs is missing. The rules are the functions of this module whose names begin with
+``_of_``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from numpyro_rad.charts import mean_and_error
-from numpyro_rad.explain import size_text
-from numpyro_rad.records import Alarm, BlockVariance, Estimate, FitRecord
+from numpyro_rad.diagnostics.records import Alarm, BlockVariance, Estimate, FitRecord
+from numpyro_rad.planning.explain import size_text
+from numpyro_rad.report.charts import mean_and_error
 
 LEVELS = ("problem", "warning", "note", "good")
 """From the worst to the best."""

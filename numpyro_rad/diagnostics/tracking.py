@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad.diagnostics import GUIDE, NORM, PATH, Gradient, reduce_gradients
+from numpyro_rad.diagnostics.records import Alarm, Track, from_dict, to_dict
+from numpyro_rad.diagnostics.variance import GUIDE, NORM, PATH, Gradient, reduce_gradients
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, training_keys
-from numpyro_rad.records import Alarm, Track, from_dict, to_dict
 from numpyro_rad.transform import named_leaves
 
 _TAG = 0x52414424  # folded into the state's key: the draws of a look
@@ -56,7 +56,7 @@ class Tracking:
     :param replan: a band (low, high) of ρ; outside of it, by more than chance, :attr:`Tracker.wants_replan` is true.
         None for never.
     :param on_alarm: ``"warn"`` for a :class:`TrackingWarning`, ``"record"`` to keep silent, or a function of an
-        :class:`~numpyro_rad.records.Alarm`.
+        :class:`~numpyro_rad.diagnostics.records.Alarm`.
     :raises ValueError: for an option that makes no sense.
 
     Example::
@@ -87,7 +87,7 @@ class Tracker:
 
     :param svi: an initialised ``SVI`` with any ELBO; ρ of those without codes is zero.
     :param tracking: options.
-    :ivar track: all looks so far, a :class:`~numpyro_rad.records.Track`.
+    :ivar track: all looks so far, a :class:`~numpyro_rad.diagnostics.records.Track`.
 
     Example::
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from numpyro_rad.graph import Equation, Graph, Split, Value
-from numpyro_rad.plan import carry_bytes, kept_bytes
+from numpyro_rad.ad.graph import Equation, Graph, Split, Value
+from numpyro_rad.ad.plan import carry_bytes, kept_bytes
 
 
 def best_divisor(node: Split, tape_bytes: int) -> int | None:

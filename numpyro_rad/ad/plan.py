@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from numpyro_rad import _jax
-from numpyro_rad.codecs import BitMask, Codec, Keep
-from numpyro_rad.graph import Edge, Graph, Split, Value
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.codecs import BitMask, Codec, Keep
+from numpyro_rad.ad.graph import Edge, Graph, Split, Value
 
 Path = tuple[int, ...]
 """Numbers of the control flow around a value, then its own: its name in a program."""

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.svi import SVI, SVIState
 
-from numpyro_rad import _jax
-from numpyro_rad.batches import Batches, Fixed, Varying, words
-from numpyro_rad.calibration import Calibration
-from numpyro_rad.checkpoints import Checkpoint, Snapshot, Store
+from numpyro_rad.ad import _jax
+from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.loop import CALIBRATION_DRAWS, Fit, Look, Stop
-from numpyro_rad.results import RAD_SVIRunResult
-from numpyro_rad.tracking import Tracking
+from numpyro_rad.planning.calibration import Calibration
+from numpyro_rad.training.batches import Batches, Fixed, Varying, words
+from numpyro_rad.training.checkpoints import Checkpoint, Snapshot, Store
+from numpyro_rad.training.loop import CALIBRATION_DRAWS, Fit, Look, Stop
+from numpyro_rad.training.results import RAD_SVIRunResult
 
 _DEFAULT_TRACKING = Tracking()
 
@@ -123,7 +123,7 @@ class RAD_SVI(SVI):
         :param callbacks: functions of a :class:`Look`, called whenever the noise is looked at (every
             ``tracking.interval`` steps, 100 without tracking); one that returns ``True`` ends the run.
         :param stop: ``"converged"`` to stop by the convergence of the iterates
-            (:meth:`numpyro_rad.quality.Iterates.converged`), or a function ``(step, losses) -> bool``. It is asked when
+            (:meth:`numpyro_rad.Iterates.converged`), or a function ``(step, losses) -> bool``. It is asked when
             callbacks are called.
         :param checkpoint: where to save the run. If there is a checkpoint of it, the run goes on from there, to the
             same bits as if it had never ended; batches have to come in the same order again, since they are read from

@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from numpyro_rad import decision
-from numpyro_rad.codecs import Codec, StochasticRound
-from numpyro_rad.decision import Wanted
-from numpyro_rad.graph import Graph, Value, site_name, sites
-from numpyro_rad.plan import Path, Plan
+from numpyro_rad.ad.codecs import Codec, StochasticRound
+from numpyro_rad.ad.graph import Graph, Value, site_name, sites
+from numpyro_rad.ad.plan import Path, Plan
+from numpyro_rad.planning import decision
+from numpyro_rad.planning.decision import Wanted
 
 DEFAULT_CODEC = StochasticRound(bits=4)
 """Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""

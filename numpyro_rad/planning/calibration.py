@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad import decision
-from numpyro_rad.codecs import Codec
-from numpyro_rad.graph import Graph, Value
-from numpyro_rad.plan import Path, Plan
-from numpyro_rad.sweep import Tape, backward, forward
+from numpyro_rad.ad.codecs import Codec
+from numpyro_rad.ad.graph import Graph, Value
+from numpyro_rad.ad.plan import Path, Plan
+from numpyro_rad.ad.sweep import Tape, backward, forward
+from numpyro_rad.planning import decision
 
 
 @dataclasses.dataclass(frozen=True)

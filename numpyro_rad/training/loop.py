@@ -24,17 +24,26 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from numpyro_rad import _jax, results
-from numpyro_rad.batches import Fixed, words
-from numpyro_rad.calibration import Calibration
-from numpyro_rad.checkpoints import Checkpoint, CheckpointError, Snapshot, Store, check_same_run, from_host, to_host
+from numpyro_rad.ad import _jax
+from numpyro_rad.diagnostics.quality import Iterates
+from numpyro_rad.diagnostics.records import Alarm, FitRecord, Track, from_dict, to_dict
+from numpyro_rad.diagnostics.tracking import Tracker
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.explain import size_text
-from numpyro_rad.quality import Iterates
-from numpyro_rad.records import Alarm, FitRecord, Track, from_dict, to_dict
-from numpyro_rad.results import RAD_SVIRunResult
-from numpyro_rad.steps import Steps, split
-from numpyro_rad.tracking import Tracker
+from numpyro_rad.planning.calibration import Calibration
+from numpyro_rad.planning.explain import size_text
+from numpyro_rad.training import results
+from numpyro_rad.training.batches import Fixed, words
+from numpyro_rad.training.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    Snapshot,
+    Store,
+    check_same_run,
+    from_host,
+    to_host,
+)
+from numpyro_rad.training.results import RAD_SVIRunResult
+from numpyro_rad.training.steps import Steps, split
 
 CALIBRATION_DRAWS = 3
 

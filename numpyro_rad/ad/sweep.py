@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_rad import _jax
-from numpyro_rad.codecs import Codec
-from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
-from numpyro_rad.plan import Plan, read_by_segments, recompute_leaves
-from numpyro_rad.seeds import fold
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.codecs import Codec
+from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad.plan import Plan, read_by_segments, recompute_leaves
+from numpyro_rad.ad.seeds import fold
 
 
 class Tape(NamedTuple):

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 
-from numpyro_rad import _jax, elementwise, rules, scalars
-from numpyro_rad.elementwise import ONE, Coefficients, LinearForm
-from numpyro_rad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad import _jax, elementwise, rules, scalars
+from numpyro_rad.ad.elementwise import ONE, Coefficients, LinearForm
+from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
 
 
 def linearize(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:

@@ -36,10 +36,10 @@ import numpy as np
 from numpyro.infer import SVI
 from scipy.special import stdtrit
 
+from numpyro_rad.ad.graph import site_name
+from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVariance
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_keys
-from numpyro_rad.graph import site_name
-from numpyro_rad.planner import Planner, VarianceWarning
-from numpyro_rad.records import BlockVariance, Estimate, GradientVariance
+from numpyro_rad.planning.planner import Planner, VarianceWarning
 from numpyro_rad.transform import named_leaves
 
 _TAG = 0x52414423  # folded into the state's key: the draws of gradient_variance

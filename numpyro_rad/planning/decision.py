@@ -21,10 +21,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from numpyro_rad import _jax, rules, solver
-from numpyro_rad.codecs import Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
-from numpyro_rad.graph import Edge, Equation, Graph, Split, Value
-from numpyro_rad.plan import (
+from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad.codecs import Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
+from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad.plan import (
     BudgetError,
     Encoded,
     Path,
@@ -36,7 +36,8 @@ from numpyro_rad.plan import (
     read_by_segments,
     recompute_leaves,
 )
-from numpyro_rad.segments import Chain, best_divisor, cut_chain
+from numpyro_rad.ad.segments import Chain, best_divisor, cut_chain
+from numpyro_rad.planning import solver
 
 SMALL_BYTES = 64
 """Values of up to this size (PRNG keys, scalars) are kept rather than made again: chains of key splits stay short."""

@@ -19,14 +19,14 @@ import numpy as np
 from numpyro.infer.svi import SVI, SVIRunResult
 
 from numpyro_rad import report
-from numpyro_rad.diagnostics import gradient_variance
+from numpyro_rad.ad.graph import site_name
+from numpyro_rad.ad.plan import Plan
+from numpyro_rad.diagnostics.quality import Iterates, fit_quality
+from numpyro_rad.diagnostics.records import Alarm, FitRecord, PlanRecord, PlanRow, Track
+from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.explain import explained
-from numpyro_rad.figures import exact_timeline, timeline
-from numpyro_rad.graph import site_name
-from numpyro_rad.plan import Plan
-from numpyro_rad.quality import Iterates, fit_quality
-from numpyro_rad.records import Alarm, FitRecord, PlanRecord, PlanRow, Track
+from numpyro_rad.planning.explain import explained
+from numpyro_rad.planning.figures import exact_timeline, timeline
 
 _ASSESS_TAG = 0x52414425  # folded into the state's key: the draws of an assessment
 
@@ -41,7 +41,7 @@ class RAD_SVIRunResult(SVIRunResult):
     :ivar params: the optimized parameters, constrained.
     :ivar state: the last state of SVI; ``run(..., init_state=result.state)`` goes on from it.
     :ivar losses: loss of every step that was taken.
-    :ivar record: all that is known about the fit, see :class:`numpyro_rad.records.FitRecord`.
+    :ivar record: all that is known about the fit, see :class:`numpyro_rad.diagnostics.records.FitRecord`.
     :ivar interrupted: whether Ctrl-C ended the run.
     :ivar stopped_at: the step after which a rule, a callback or the end of the batches ended the run; None if all steps
         were taken.

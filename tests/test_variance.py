@@ -16,8 +16,9 @@ from numpyro.infer.autoguide import AutoNormal
 from programs import flat, network, normal
 from zscores import assert_unbiased, bound
 
-from numpyro_rad import RAD_ELBO, NoiseKeys, SampleAxis, StochasticRound, diagnostics, records
-from numpyro_rad.diagnostics import gradient_variance, moments_of
+from numpyro_rad import RAD_ELBO, NoiseKeys, SampleAxis, StochasticRound
+from numpyro_rad.diagnostics import records, variance
+from numpyro_rad.diagnostics.variance import gradient_variance, moments_of
 
 pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
 
@@ -140,8 +141,8 @@ PLANTED = {"path": no_new_path, "minibatch": one_minibatch, "guide": guide_with_
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PLANTED)
 def test_wrong_keys_are_caught(part, monkeypatch):
-    right = diagnostics._keys
-    monkeypatch.setattr(diagnostics, "_keys", lambda *operands: PLANTED[part](right(*operands)))
+    right = variance._keys
+    monkeypatch.setattr(variance, "_keys", lambda *operands: PLANTED[part](right(*operands)))
     svi, state = initialised(RAD_ELBO(codec=StochasticRound(2)), size=BATCH)
     found = gradient_variance(svi, state, A, B, draws=300, size=BATCH)
     assert distances(found.total, linear_parts(BATCH, StochasticRound(2)))[part] > bound(15)
@@ -266,7 +267,7 @@ def test_the_combinations_are_unbiased():
 def test_a_wrong_combination_is_caught():
     size = 8
     estimates = jax.vmap(lambda *g: moments_of(*g)[0])(*planted_gradients(20_000, size))[:, 0]
-    wrong = estimates.at[:, diagnostics.GUIDE].add(0.2 * estimates[:, diagnostics.PATH])
+    wrong = estimates.at[:, variance.GUIDE].add(0.2 * estimates[:, variance.PATH])
     with pytest.raises(AssertionError, match="biased"):
         assert_unbiased(wrong, size * np.array([1.0, 4.0, 9.0, 1.0]))
 
@@ -274,7 +275,7 @@ def test_a_wrong_combination_is_caught():
 def test_streaming_moments_are_those_of_all_draws():
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((50, 3, 4)) + 5
-    moments = diagnostics._Moments(["u", "v", "u"], [1, 2, 3])
+    moments = variance._Moments(["u", "v", "u"], [1, 2, 3])
     for row in rows:
         moments.add(row)
     assert (moments.names, moments.sizes) == (["total", "u", "v"], [6, 4, 2])
@@ -290,12 +291,12 @@ def test_the_interval_of_rho_covers():
     """Of 95 % intervals 95 % cover, with a denominator so noisy that linearization would not do."""
     rng, runs, covered, unbounded = np.random.default_rng(1), 1000, 0, 0
     for _ in range(runs):
-        moments = diagnostics._Moments(["w"], [1])
+        moments = variance._Moments(["w"], [1])
         common = rng.standard_normal(12)
         for c in common:
             path, guide = 2 + 0.5 * rng.standard_normal() + 2 * c, 4 + 4 * rng.standard_normal() + 2 * c
             moments.add(np.array([[path, guide, 0.0, 1.0]]))
-        low, high = moments.ratio((diagnostics.PATH,), (diagnostics.GUIDE, diagnostics.MINIBATCH))[1]
+        low, high = moments.ratio((variance.PATH,), (variance.GUIDE, variance.MINIBATCH))[1]
         covered += low <= 0.5 <= high
         unbounded += np.isinf(high)
     assert abs(covered / runs - 0.95) < bound(1) * (0.95 * 0.05 / runs) ** 0.5
@@ -318,7 +319,7 @@ def test_mutable_state_and_static_arguments():
     svi, state = initialised(elbo, counted, guide, args)
     found = gradient_variance(svi, state, *args, draws=20)
     plain = SVI(network, guide, optax.adam(1e-2), elbo, batch_size=None)
-    key = jax.random.fold_in(state.rng_key, diagnostics._TAG)
+    key = jax.random.fold_in(state.rng_key, variance._TAG)
     expected = gradient_variance(plain, plain.init(jax.random.key(1), *args), *args, draws=20, key=key)
     assert found.total.path.value > 0
     for name in ("guide", "path", "squared_norm"):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from numpyro_rad.seeds import fold, hash_words, linear_index, u32, uniform
+from numpyro_rad.ad.seeds import fold, hash_words, linear_index, u32, uniform
 
 
 def _itemsize(dtype):

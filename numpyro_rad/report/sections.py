@@ -9,11 +9,19 @@ from functools import partial
 
 import numpy as np
 
-from numpyro_rad import charts
-from numpyro_rad.charts import Bar, Curve
-from numpyro_rad.explain import size_text
-from numpyro_rad.records import BlockVariance, Estimate, FitRecord, GradientVariance, PlanRecord, PlanRow, Track
-from numpyro_rad.verdict import SOURCES, estimate, number, rho_of, seconds_text, shares
+from numpyro_rad.diagnostics.records import (
+    BlockVariance,
+    Estimate,
+    FitRecord,
+    GradientVariance,
+    PlanRecord,
+    PlanRow,
+    Track,
+)
+from numpyro_rad.planning.explain import size_text
+from numpyro_rad.report import charts
+from numpyro_rad.report.charts import Bar, Curve
+from numpyro_rad.report.verdict import SOURCES, estimate, number, rho_of, seconds_text, shares
 
 MAX_ROWS, MAX_BARS = 200, 16
 """Of a table and of a figure; what is left out is added up in a last line."""

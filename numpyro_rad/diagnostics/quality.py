@@ -28,9 +28,9 @@ from numpyro.infer import (
 )
 from numpyro.infer.elbo import ELBO
 
-from numpyro_rad.convergence import IterateAverage, Iterates
+from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates
+from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.records import Estimate, FitQuality
 
 __all__ = ["IterateAverage", "Iterates", "Shadow", "fit_quality", "shadow"]
 
@@ -77,7 +77,8 @@ def fit_quality(
     :param pareto_k: whether to compute k-hat.
     :param iterates: of the fit, for ``r_hat``, ``mcse`` and ``converged``, which are None without them.
     :param kwargs: keyword arguments of model and guide.
-    :return: a :class:`numpyro_rad.records.FitQuality`; what could not be computed is None and ``notes`` says why.
+    :return: a :class:`~numpyro_rad.diagnostics.records.FitQuality`; what could not be computed is None and ``notes``
+        says why.
     :raises ValueError: for a state before ``svi.init``, or a ``standard_error`` or ``max_particles`` that makes no
         sense.
     :raises TypeError: if ``fit`` is none of these.

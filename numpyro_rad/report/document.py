@@ -1,8 +1,9 @@
 """Reports of a fit that people want to read: one HTML file, Markdown, or a table for the terminal.
 
-A report begins with a verdict in plain words (:mod:`numpyro_rad.verdict`) and shows the numbers behind it
-(:mod:`numpyro_rad.sections`). It is made from a :class:`~numpyro_rad.records.FitRecord` alone, which :func:`save` and
-:func:`load` keep in a JSON file, so that ``python -m numpyro_rad report`` can make it later and elsewhere.
+A report begins with a verdict in plain words (:mod:`numpyro_rad.report.verdict`) and shows the numbers behind it
+(:mod:`numpyro_rad.report.sections`). It is made from a :class:`~numpyro_rad.diagnostics.records.FitRecord` alone,
+which :func:`save` and :func:`load` keep in a JSON file, so that ``python -m numpyro_rad report`` can make it later and
+elsewhere.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from numpyro_rad.charts import STYLE, escape, shorten
-from numpyro_rad.records import FitRecord, from_dict, to_dict
-from numpyro_rad.sections import Section, Table, sections, summary
-from numpyro_rad.verdict import Finding, findings, headline
+from numpyro_rad.diagnostics.records import FitRecord, from_dict, to_dict
+from numpyro_rad.report.charts import STYLE, escape, shorten
+from numpyro_rad.report.sections import Section, Table, sections, summary
+from numpyro_rad.report.verdict import Finding, findings, headline
 
 FORMAT, VERSION = "numpyro_rad fit record", 1
 

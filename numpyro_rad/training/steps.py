@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad.batches import words
+from numpyro_rad.ad.plan import Plan
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.plan import Plan
+from numpyro_rad.training.batches import words
 
 CAPACITY = 1024
 """Losses that are collected on the device before they have to be fetched."""

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from numpyro_rad import _jax
-from numpyro_rad.codecs import Codec
-from numpyro_rad.graph import Edge, Split, Value, site_name, sites
-from numpyro_rad.plan import Path, Plan, Prediction, kept_bytes
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.codecs import Codec
+from numpyro_rad.ad.graph import Edge, Split, Value, site_name, sites
+from numpyro_rad.ad.plan import Path, Plan, Prediction, kept_bytes
 
 
 @dataclasses.dataclass(frozen=True)
