@@ -15,8 +15,8 @@ import pytest
 
 from numpyro_rad import report
 from numpyro_rad.__main__ import main
-from numpyro_rad.diagnostics.records import Alarm, Estimate, to_dict
-from numpyro_rad.report import charts, verdict
+from numpyro_rad.diagnostics.records import Alarm, Estimate, from_dict, to_dict
+from numpyro_rad.report import charts, document, verdict
 
 RECORDS = [fits.good, fits.small_budget, fits.diverged, fits.minimal]
 EVIL = '<script src="http://x.y/z">&\'"|`*_\n\x00\x1b[31m'
@@ -55,7 +55,7 @@ def without_numbers():
         return "nan" if isinstance(data, float) else data
 
     parts = {
-        f: report.from_dict(type(getattr(record, f)), spoilt(to_dict(getattr(record, f))))
+        f: from_dict(type(getattr(record, f)), spoilt(to_dict(getattr(record, f))))
         for f in ("track", "gradient_variance", "quality")
     }
     plan = dataclasses.replace(record.plan, timeline=(), rows=())
@@ -443,7 +443,7 @@ def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", no_space)
+    monkeypatch.setattr(document.os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left on device"):
         report.write(fits.good(), target)
     assert target.read_text(encoding="utf-8") == before

@@ -157,69 +157,126 @@ class Keep(_Exact):
         return "keep"
 
 
-def _cut(length, inner, size):
+LEAST_ROW = 32
+"""Trailing axes of so many entries make rows on their own; shorter ones are taken together with a part of the next."""
+
+
+def _cut(length, inner, size, shared=True):
     """How many of the `length` blocks of `inner` entries make a row of about `size`: all of them, or a divisor.
 
-    The number of rows is divisible by 32 or else as even as can be: then rows end where the shares of 2, 4, 8, ...
-    devices end. Of such divisors the one that comes closest.
+    Of the divisors the one that comes closest. Where devices may share the axis, the number of rows is divisible by 32
+    or else as even as can be: then rows end where the shares of 2, 4, 8, ... devices end.
     """
     near = [d for d in range(1, 2 * size // max(inner, 1) + 1) if length % d == 0 and 4 * d * inner >= size]
-    return min(near, key=lambda d: (-math.gcd(length // d, 32), abs(d * inner - size)), default=length)
+    even = 32 if shared else 1
+    return min(near, key=lambda d: (-math.gcd(length // d, even), abs(d * inner - size)), default=length)
+
+
+def _together(length, inner, size, shared):
+    """How many of `length` runs of `inner` entries may make a group of at most `size`: a divisor, as large as can be.
+    Where eight devices may share the axis, the number of groups is as even as can be."""
+    fitting = [d for d in range(1, size // max(inner, 1) + 1) if length % d == 0]
+    even = 32 if shared and length % 8 == 0 else 1
+    return max(fitting, key=lambda d: (math.gcd(length // d, even), d), default=1)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """View of an array as (lead, groups, slots, width): byte w of a group holds entry w of each of its slots.
+    """View of an array as rows, cut into *runs*. One or several runs make a group, and entries at the same place of
+    `slots` neighbouring lanes, of one or several runs, share a byte.
 
-    A group never reaches over the edge of a *row*, and rows are cut so that they keep the order of the leading (batch)
-    axes and, where the sizes allow it, the edges between the shares of several devices. A slot is a contiguous run, so
-    packing and unpacking are vector operations on whole runs.
+    Rows are whole trailing axes where these are long enough, and a lane is a row where there are enough of them. So
+    packing and unpacking are vector operations on lanes, and nothing is rearranged on the way from the array and back,
+    which a compiler would do entry by entry, at ten times the time of all the rest. Rows keep the order of the leading
+    (batch) axes and, where the sizes allow it, the edges between the shares of several devices.
     """
 
-    lead: int  # rows
-    inner: int  # entries of each row, before padding
-    groups: int
+    rows: int
+    inner: int  # entries of a row
+    parts: int  # runs of a row
+    width: int  # entries of a run; the last ones of a row may be padding
+    block: int  # runs of a group
+    lane: int  # runs of a lane
     slots: int  # entries packed in a byte
-    width: int  # bytes of a group
 
     @classmethod
-    def of(cls, shape, slots, size=256, group=None):
+    def of(cls, shape, slots, group=None):
         """
-        :param size: how long a row should be at least, about.
-        :param group: most entries of a group; None for one group in each row.
+        :param group: most entries of a group; None for groups of one run, of any length.
         """
-        axis, inner, lead = len(shape), 1, math.prod(shape)
-        while axis and inner < size:
+        if not math.prod(shape):
+            return cls(0, 1, 1, 1, 1, 1, slots)
+        size = max(256, group or 0)  # of rows, where they are not whole axes
+        axis, inner, rest = len(shape), 1, 1  # a row takes all of the axes from this one on, or 1 / rest of it
+        while axis and inner < LEAST_ROW and rest == 1:
             axis -= 1
-            part = shape[axis] if axis == len(shape) - 1 > 0 else _cut(shape[axis], inner, size)
-            inner, lead = inner * part, math.prod(shape[:axis]) * (shape[axis] // max(part, 1))
-            if part < shape[axis]:
-                break
-        groups = -(-inner // (group or max(inner, 1)))
-        width = max(1, -(-inner // (max(groups, 1) * slots)))
-        return cls(lead, inner, -(-inner // (width * slots)), slots, width)
+            part = shape[axis] if axis == len(shape) - 1 > 0 else _cut(shape[axis], inner, size, axis == 0)
+            inner, rest = inner * part, shape[axis] // part
+        rows, lanes = math.prod(shape) // inner, 1
+        if -rows % slots > rows / 16:  # too few rows to fill the last byte with padding: several lanes in each
+            lanes = slots // math.gcd(rows, slots)
+        lane = -(-inner // (lanes * (group or inner)))
+        width = -(-inner // (lanes * lane))
+        if lanes * lane > 1:
+            axis, rest = -1, lanes * lane
+        elif rest == 1 and axis:
+            axis, rest = axis - 1, shape[axis - 1]
+        block = _together(rest, width, group, axis == 0) if group else 1
+        return cls(rows, inner, lanes * lane, width, block, lane, slots)
+
+    @property
+    def groups(self):
+        return self.rows * self.parts // self.block
+
+    @property
+    def lanes(self):
+        return self.rows * self.parts // self.lane
+
+    def packed_bytes(self, entries):
+        """Of so many entries of each run."""
+        return -(-self.lanes // self.slots) * self.lane * entries
 
     def split(self, x):
-        x = x.reshape(self.lead, self.inner)
-        padding = self.groups * self.slots * self.width - self.inner
+        """Entries as (rows, parts, width)."""
+        x = x.reshape(self.rows, self.inner)
+        padding = self.parts * self.width - self.inner
         if padding:
             x = jnp.pad(x, ((0, 0), (0, padding)), mode="edge")  # edge values leave a group's range as it is
-        return x.reshape(self.lead, self.groups, self.slots, self.width)
+        return x.reshape(self.rows, self.parts, self.width)
+
+    def over_groups(self, f, x):
+        """What f (a sum, a minimum) makes of each group of entries, (rows, parts, width) to (groups,)."""
+        return f(f(x, 2).reshape(self.groups, self.block), 1)
+
+    def to_entries(self, x):
+        """A number for each group, (groups,), where its entries are: (rows, parts, 1)."""
+        return jnp.broadcast_to(x[:, None], (self.groups, self.block)).reshape(self.rows, self.parts, 1)
 
     def join(self, x, shape):
-        return x.reshape(self.lead, self.groups * self.slots * self.width)[:, : self.inner].reshape(shape)
+        """The array of which these are the runs."""
+        return x.reshape(self.rows, self.parts * self.width)[:, : self.inner].reshape(shape)
 
     def pack(self, q):
-        """Integers below 2**(8 / slots), shape (lead, groups, slots, width), to uint8 (lead, groups, width)."""
-        shift = lax.broadcasted_iota(jnp.uint32, (1, 1, self.slots, 1), 2) * u32(8 // self.slots)
+        """Integers below 2**(8 / slots), (rows, parts, some), to uint8 of shape (lanes / slots, lane, some)."""
+        q = q.astype(jnp.uint8).reshape(self.lanes, self.lane, q.shape[2])
+        padding = -self.lanes % self.slots
+        if padding:
+            # Fused with it the padding would make what it pads slow.
+            q = jnp.pad(lax.optimization_barrier(q), ((0, padding), (0, 0), (0, 0)))
+        shift = lax.broadcasted_iota(jnp.uint8, (1, self.slots, 1, 1), 1) * np.uint8(8 // self.slots)
+        q = q.reshape(q.shape[0] // self.slots, self.slots, *q.shape[1:])
         # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
         # stored. Added rather than combined by "or", which not every backend has among devices.
-        return lax.reduce((q.astype(jnp.uint32) << shift).astype(jnp.uint8), np.uint8(0), lax.add, (2,))
+        return lax.reduce(q << shift, np.uint8(0), lax.add, (1,))
 
     def unpack(self, code):
-        bits = 8 // self.slots  # constant shifts, stacked: five times faster on CPU than one broadcast shift
-        code = code.astype(jnp.int32)
-        return jnp.stack([(code >> np.int32(bits * j)) & np.int32(2**bits - 1) for j in range(self.slots)], 2)
+        """What was packed, (rows, parts, some)."""
+        bits = 8 // self.slots
+        shift = lax.broadcasted_iota(jnp.int32, (1, self.slots, 1, 1), 1) * np.int32(bits)
+        q = (code.astype(jnp.int32)[:, None] >> shift) & np.int32(2**bits - 1)
+        return q.reshape(q.shape[0] * self.slots, *code.shape[1:])[: self.lanes].reshape(
+            self.rows, self.parts, code.shape[2]
+        )
 
 
 @dataclass(frozen=True)
@@ -239,7 +296,7 @@ class BitMask(_Exact):
 
     def stored_bytes(self, shape, dtype):
         layout = _Layout.of(shape, 8)
-        return layout.lead * layout.groups * layout.width
+        return layout.packed_bytes(layout.width)
 
     def supports(self, shape, dtype):
         return dtype == jnp.bool_
@@ -273,7 +330,7 @@ class StochasticRound(Codec):
 
     :param bits: bits for each entry, one of 1, 2, 4, 8.
     :param group: most entries that share a minimum and a step (8 bytes for each group, 16 for float64); each row is cut
-        into equal groups of at most so many. A multiple of 8 between 8 and 65536.
+        into equal groups of at most so many, and short rows are taken together. A multiple of 8 between 8 and 65536.
     :raises ValueError: if `bits` or `group` is none of these.
     """
 
@@ -290,17 +347,17 @@ class StochasticRound(Codec):
             )
 
     def _layout(self, shape):
-        return _Layout.of(shape, 8 // self.bits, max(256, self.group), self.group)
+        return _Layout.of(shape, 8 // self.bits, group=self.group)
 
-    def _fit(self, x):
-        """Minimum and step of each group, (lead, groups) each."""
-        low, high = x.min((2, 3)), x.max((2, 3))
+    def _fit(self, layout, x):
+        """Minimum and step of each group, (groups,) each."""
+        low, high = layout.over_groups(jnp.min, x), layout.over_groups(jnp.max, x)
         step = (high - low) / np.asarray(2**self.bits - 1, x.dtype)
         return low, jnp.where(jnp.isfinite(step), step, jnp.nan)
 
-    def _neighbours(self, x, low, step, dtype):
+    def _neighbours(self, layout, x, low, step, dtype):
         """Number of the level below each entry, that level, and the next."""
-        low, step = low[:, :, None, None], step[:, :, None, None]
+        low, step = layout.to_entries(low), layout.to_entries(step)
         inverse = jnp.where(step > jnp.finfo(step.dtype).tiny, 1 / step, 0)  # groups of equal entries: number 0
         number = jnp.clip(jnp.floor((x - low) * inverse), 0, 2**self.bits - 2)
         return number, _to_nearest(low + number * step, dtype), _to_nearest(low + (number + 1) * step, dtype)
@@ -309,38 +366,38 @@ class StochasticRound(Codec):
         self._check(x)
         layout, dtype = self._layout(x.shape), x.dtype
         x = layout.split(x).astype(_work_dtype(dtype))
-        low, step = self._fit(x)
-        number, below, above = self._neighbours(x, low, step, dtype)
+        low, step = self._fit(layout, x)
+        number, below, above = self._neighbours(layout, x, low, step, dtype)
         up = uniform(seed, x.shape, x.dtype) * (above - below) < x - below
         return layout.pack(number + up), low, step
 
     def decode(self, seed, code, like):
         packed, low, step = code
         layout = self._layout(like.shape)
-        level = low[:, :, None, None] + layout.unpack(packed).astype(low.dtype) * step[:, :, None, None]
+        number = layout.unpack(packed).astype(low.dtype)
+        level = layout.to_entries(low) + number * layout.to_entries(step)
         return layout.join(_to_nearest(level, like.dtype), like.shape).astype(like.dtype)
 
     def stored_bytes(self, shape, dtype):
         layout = self._layout(shape)
-        return layout.lead * layout.groups * (layout.width + 2 * _work_dtype(dtype).itemsize)
+        return layout.packed_bytes(layout.width) + layout.groups * 2 * _work_dtype(dtype).itemsize
 
     def variance(self, x):
         layout = self._layout(x.shape)
         grouped = layout.split(x).astype(_work_dtype(x.dtype))
-        _, below, above = self._neighbours(grouped, *self._fit(grouped), x.dtype)
+        _, below, above = self._neighbours(layout, grouped, *self._fit(layout, grouped), x.dtype)
         return layout.join((grouped - below) * (above - grouped), x.shape).sum()
 
     def variance_along(self, x, direction):
         layout = self._layout(x.shape)
         grouped = layout.split(x).astype(_work_dtype(x.dtype))
-        _, below, above = self._neighbours(grouped, *self._fit(grouped), x.dtype)
+        _, below, above = self._neighbours(layout, grouped, *self._fit(layout, grouped), x.dtype)
         errors = layout.join((grouped - below) * (above - grouped), x.shape)  # independent from entry to entry
         return (errors * direction.astype(errors.dtype) ** 2).sum()
 
     def relative_variance(self, shape):
         layout = self._layout(shape)
-        size = min(layout.slots * layout.width, layout.inner)
-        return _normal_rounding_variance(self.bits, size) if size else 0.0
+        return _normal_rounding_variance(self.bits, layout.block * layout.width) if layout.rows else 0.0
 
     def __str__(self):
         return f"{self.bits}-bit" + (f" groups of {self.group}" if self.group != 256 else "")
@@ -373,92 +430,80 @@ class SampledRound(StochasticRound):
             raise ValueError(f"size={self.size}: one of so many entries is stored, so at least 2. Try 4.")
 
     def _layout(self, shape):
-        return _Layout.of(shape, 1, max(256, self.group), self.group)
+        """The layout, and for each stratum of the runs of a row how many entries there are to choose from: the last
+        ones of a run may have fewer, and those that are padding have none."""
+        layout = _Layout.of(shape, 8 // self.bits, group=self.group)
+        place = np.arange(-(-layout.width // self.size) * self.size)
+        real = (place < layout.width) & (np.arange(layout.parts)[:, None] * layout.width + place < layout.inner)
+        return layout, real.reshape(layout.parts, -1, self.size).sum(-1)
 
-    def _packing(self, layout):
-        """Layout of what is stored, and for each of its entries how many there were to choose from: the last strata of
-        a group may be smaller, and those that only fill the last byte are empty."""
-        slots = 8 // self.bits
-        width = -(-layout.width // (self.size * slots))
-        place = np.arange(width * slots * self.size)
-        real = (place < layout.width) & (np.arange(layout.groups)[:, None] * layout.width + place < layout.inner)
-        sizes = real.reshape(layout.groups, width * slots, self.size).sum(-1)
-        return _Layout(layout.lead, layout.inner, layout.groups, slots, width), sizes
-
-    def _chosen(self, seed, lead, sizes):
-        """(lead, groups, strata, size), true at the one kept entry of each stratum."""
-        if not lead * sizes.size:
-            return jnp.zeros((lead, *sizes.shape, self.size), bool)
-        slot = hash_words(seed, linear_index((lead, *sizes.shape))) % jnp.asarray(np.maximum(sizes, 1), jnp.uint32)
+    def _chosen(self, seed, layout, sizes):
+        """(rows, parts, strata, size), true at the one kept entry of each stratum."""
+        slot = hash_words(seed, linear_index((layout.rows, *sizes.shape)))
+        slot = slot % jnp.asarray(np.maximum(sizes, 1), jnp.uint32)
         return slot[..., None] == jnp.arange(self.size, dtype=jnp.uint32)
 
-    def _strata(self, x, sizes):
-        """Entries (lead, groups, 1, width) as (lead, groups, strata, size)."""
-        padding = sizes.shape[1] * self.size - x.shape[-1]
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding)), mode="edge") if padding else x
-        return x.reshape(x.shape[0], *sizes.shape, self.size)
+    def _strata(self, x, layout):
+        """Entries of runs as (rows, parts, strata, size)."""
+        padding = -layout.width % self.size
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)), mode="edge") if padding and x.size else x
+        return x.reshape(layout.rows, layout.parts, -(-layout.width // self.size), self.size)
 
     def _means(self, x, layout, step):
-        """Mean of each group, (lead, groups), padding not counted."""
-        counts = np.clip(layout.inner - np.arange(layout.groups) * layout.width, 0, layout.width)
+        """Mean of each group, (groups,), padding not counted."""
+        counts = np.clip(layout.inner - np.arange(layout.parts) * layout.width, 0, layout.width)
         real = np.arange(layout.width) < counts[:, None]
-        mean = jnp.where(real, x[:, :, 0], 0).sum(-1) / np.maximum(counts, 1).astype(x.dtype)
+        count = jnp.broadcast_to(counts.astype(x.dtype)[:, None], (layout.rows, layout.parts, 1))
+        mean = layout.over_groups(jnp.sum, jnp.where(real, x, 0)) / jnp.maximum(layout.over_groups(jnp.sum, count), 1)
         return jnp.where(jnp.isfinite(step), mean, jnp.nan)
 
     def encode(self, seed, x):
         self._check(x)
-        layout, dtype = self._layout(x.shape), x.dtype
-        packing, sizes = self._packing(layout)
+        (layout, sizes), dtype = self._layout(x.shape), x.dtype
         x = layout.split(x).astype(_work_dtype(dtype))
-        low, step = self._fit(x)
-        number, below, above = self._neighbours(x, low, step, dtype)
-        number = self._strata(number + (uniform(seed, x.shape, x.dtype) * (above - below) < x - below), sizes)
-        kept = jnp.where(self._chosen(fold(seed, 1), layout.lead, sizes), number, 0).sum(-1)
-        shape = (packing.lead, packing.groups, packing.slots, packing.width)
-        return packing.pack(kept.reshape(shape)), low, step, self._means(x, layout, step)
+        low, step = self._fit(layout, x)
+        number, below, above = self._neighbours(layout, x, low, step, dtype)
+        number = self._strata(number + (uniform(seed, x.shape, x.dtype) * (above - below) < x - below), layout)
+        kept = jnp.where(self._chosen(fold(seed, 1), layout, sizes), number, 0).sum(-1)
+        return layout.pack(kept), low, step, self._means(x, layout, step)
 
     def decode(self, seed, code, like):
-        packed, low, step, mean = code
-        layout = self._layout(like.shape)
-        packing, sizes = self._packing(layout)
-        number = packing.unpack(packed).reshape(layout.lead, *sizes.shape).astype(low.dtype)
-        level = _to_nearest(low[..., None] + number * step[..., None], like.dtype)
-        scaled = mean[..., None] + jnp.asarray(sizes, low.dtype) * (level - mean[..., None])
-        chosen = self._chosen(fold(seed, 1), layout.lead, sizes)
-        dense = jnp.where(chosen, scaled[..., None], mean[..., None, None])
-        dense = dense.reshape(layout.lead, layout.groups, 1, sizes.shape[1] * self.size)[..., : layout.width]
+        layout, sizes = self._layout(like.shape)
+        packed, (low, step, mean) = code[0], (layout.to_entries(a) for a in code[1:])
+        number = layout.unpack(packed).astype(low.dtype)
+        level = _to_nearest(low + number * step, like.dtype)
+        scaled = mean + jnp.asarray(sizes, low.dtype) * (level - mean)
+        dense = jnp.where(self._chosen(fold(seed, 1), layout, sizes), scaled[..., None], mean[..., None])
+        dense = dense.reshape(layout.rows, layout.parts, sizes.shape[1] * self.size)[..., : layout.width]
         return _cast_unbiased(layout.join(dense, like.shape), like.dtype, fold(seed, 2))
 
     def stored_bytes(self, shape, dtype):
-        layout = self._layout(shape)
-        packing, _ = self._packing(layout)
-        return layout.lead * layout.groups * (packing.width + 3 * _work_dtype(dtype).itemsize)
+        layout, sizes = self._layout(shape)
+        return layout.packed_bytes(sizes.shape[1]) + layout.groups * 3 * _work_dtype(dtype).itemsize
 
     def variance(self, x):
         return self.variance_along(x, jnp.ones_like(x), together=False)
 
     def variance_along(self, x, direction, together=True):
-        layout = self._layout(x.shape)
-        _, sizes = self._packing(layout)
+        layout, sizes = self._layout(x.shape)
         grouped = layout.split(x).astype(_work_dtype(x.dtype))
         along = layout.split(direction).astype(grouped.dtype)
-        low, step = self._fit(grouped)
-        _, below, above = self._neighbours(grouped, low, step, x.dtype)
+        low, step = self._fit(layout, grouped)
+        _, below, above = self._neighbours(layout, grouped, low, step, x.dtype)
         errors = (grouped - below) * (above - grouped) * along**2
-        parts = (grouped - self._means(grouped, layout, step)[:, :, None, None]) * along
+        parts = (grouped - layout.to_entries(self._means(grouped, layout, step))) * along
         real = np.arange(self.size) < sizes[..., None]
-        errors, parts = (jnp.where(real, self._strata(a, sizes), 0) for a in (errors, parts))
+        errors, parts = (jnp.where(real, self._strata(a, layout), 0) for a in (errors, parts))
         weights = jnp.asarray(sizes, errors.dtype)
         taken = (parts.sum(-1) ** 2 if together else (parts**2).sum(-1)).sum()
         return (weights * (errors.sum(-1) + (parts**2).sum(-1))).sum() - taken
 
     def relative_variance(self, shape):
-        layout = self._layout(shape)
-        if not layout.inner:
+        layout, sizes = self._layout(shape)
+        if not layout.rows:
             return 0.0
-        _, sizes = self._packing(layout)
         size = float((sizes**2).sum() / sizes.sum())  # of the stratum of an entry, on average
-        width = min(layout.width, layout.inner)
+        width = layout.block * layout.width
         return (size - 1) * (1 - 1 / width) + size * _normal_rounding_variance(self.bits, width)
 
     def __str__(self):
