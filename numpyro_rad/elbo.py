@@ -224,7 +224,7 @@ class RAD_ELBO(Trace_ELBO):
         stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
         calibrator = Calibrator(taken.graph, decision.LADDER)
         for i, key in enumerate(jax.random.split(stream, draws)):
-            sign_key, loss_key = jax.random.split(key)
+            sign_key, loss_key, row_key = jax.random.split(key, 3)
             _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))
 
             def unconstrained(gradient: list[Any]) -> Any:
@@ -236,7 +236,7 @@ class RAD_ELBO(Trace_ELBO):
                 operands = closure(loss_key, batch)[0].operands
             else:
                 operands = taken.operands_at(constrained, (loss_key, mutable, batch, options))
-            gradient = calibrator.add(operands, [signs[name] for name in taken.names], unconstrained)
+            gradient = calibrator.add(row_key, operands, [signs[name] for name in taken.names], unconstrained)
             bad = [n for n, g in zip(taken.names, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
             if bad:
                 raise ValueError(

@@ -86,9 +86,10 @@ def test_stored_bytes_of_a_batch():
     assert RandomProjection(0.1).stored_bytes((8, 100), jnp.bfloat16) == 8 * 10 * 2
 
 
-def test_batch_axis_is_not_merged_into_groups():
+def test_groups_end_where_the_shares_of_devices_end(monkeypatch):
     """What belongs to an eighth of the rows is an eighth of each array of the code."""
-    for shape in [(64, 512), (64, 100), (256, 10), (64, 3, 129), (4096,)]:
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    for shape in [(64, 512), (64, 100), (520, 50), (256, 10), (64, 3, 129), (4096,)]:
         x = normal(shape)
         whole = StochasticRound(2).encode(seed(0), x)
         assert all(a.shape[0] % 8 == 0 for a in whole)

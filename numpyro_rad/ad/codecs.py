@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -123,7 +124,7 @@ def _rows(shape):
     """Where an axis is to be sampled or projected: that of an array as it is, or of a vector cut into rows."""
     if len(shape) != 1:
         return shape
-    row = _cut(shape[0], 1, 256)
+    row = _cut(shape[0], 1, 256, _devices(shape[0]))
     return (shape[0] // row, row) if row else (1, 0)
 
 
@@ -161,23 +162,26 @@ LEAST_ROW = 32
 """Trailing axes of so many entries make rows on their own; shorter ones are taken together with a part of the next."""
 
 
-def _cut(length, inner, size, shared=True):
+def _devices(length):
+    """How many devices may share an axis of this length in equal parts, of those that there are."""
+    devices = jax.device_count()
+    return devices if length % devices == 0 else 1
+
+
+def _cut(length, inner, size, devices=1):
     """How many of the `length` blocks of `inner` entries make a row of about `size`: all of them, or a divisor.
 
-    Of the divisors the one that comes closest. Where devices may share the axis, the number of rows is divisible by 32
-    or else as even as can be: then rows end where the shares of 2, 4, 8, ... devices end.
+    Of the divisors the one that comes closest, and if it can be such that rows end where the shares of devices end.
     """
     near = [d for d in range(1, 2 * size // max(inner, 1) + 1) if length % d == 0 and 4 * d * inner >= size]
-    even = 32 if shared else 1
-    return min(near, key=lambda d: (-math.gcd(length // d, even), abs(d * inner - size)), default=length)
+    return min(near, key=lambda d: (length // d % devices > 0, abs(d * inner - size)), default=length)
 
 
-def _together(length, inner, size, shared):
-    """How many of `length` runs of `inner` entries may make a group of at most `size`: a divisor, as large as can be.
-    Where eight devices may share the axis, the number of groups is as even as can be."""
-    fitting = [d for d in range(1, size // max(inner, 1) + 1) if length % d == 0]
-    even = 32 if shared and length % 8 == 0 else 1
-    return max(fitting, key=lambda d: (math.gcd(length // d, even), d), default=1)
+def _together(length, inner, size, devices):
+    """How many of `length` rows of `inner` entries may make a group of at most `size`: a divisor, as large as can be,
+    and such that groups end where the shares of devices end."""
+    fitting = [d for d in range(1, size // max(inner, 1) + 1) if length % (d * devices) == 0]
+    return max(fitting, default=1)
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ class _Layout:
     Rows are whole trailing axes where these are long enough, and a lane is a row where there are enough of them. So
     packing and unpacking are vector operations on lanes, and nothing is rearranged on the way from the array and back,
     which a compiler would do entry by entry, at ten times the time of all the rest. Rows keep the order of the leading
-    (batch) axes and, where the sizes allow it, the edges between the shares of several devices.
+    (batch) axes and, where the sizes allow it, the edges between the shares of the devices that JAX has.
     """
 
     rows: int
@@ -206,22 +210,27 @@ class _Layout:
         """
         if not math.prod(shape):
             return cls(0, 1, 1, 1, 1, 1, slots)
-        size = max(256, group or 0)  # of rows, where they are not whole axes
+        size, devices = max(256, group or 0), _devices(shape[0]) if shape else 1
         axis, inner, rest = len(shape), 1, 1  # a row takes all of the axes from this one on, or 1 / rest of it
         while axis and inner < LEAST_ROW and rest == 1:
             axis -= 1
-            part = shape[axis] if axis == len(shape) - 1 > 0 else _cut(shape[axis], inner, size, axis == 0)
+            whole = axis == len(shape) - 1 > 0
+            part = shape[axis] if whole else _cut(shape[axis], inner, size, 1 if axis else devices)
             inner, rest = inner * part, shape[axis] // part
         rows, lanes = math.prod(shape) // inner, 1
-        if -rows % slots > rows / 16:  # too few rows to fill the last byte with padding: several lanes in each
-            lanes = slots // math.gcd(rows, slots)
+        own = rows // devices if rows % devices == 0 else rows
+        if own % slots and (own < rows or -rows % slots > rows / 16):  # padding the last byte is impossible or wasteful
+            lanes = slots // math.gcd(own, slots)
         lane = -(-inner // (lanes * (group or inner)))
         width = -(-inner // (lanes * lane))
-        if lanes * lane > 1:
-            axis, rest = -1, lanes * lane
-        elif rest == 1 and axis:
+        if rest == 1 and axis:
             axis, rest = axis - 1, shape[axis - 1]
-        block = _together(rest, width, group, axis == 0) if group else 1
+        if not group:
+            block = 1
+        elif inner <= group:
+            block = lanes * lane * _together(rest, inner, group, 1 if axis else devices)
+        else:
+            block = _together(lanes * lane, width, group, 1)
         return cls(rows, inner, lanes * lane, width, block, lane, slots)
 
     @property

@@ -6,12 +6,14 @@ A code replaces a residual r by r + e, E[e] = 0, and the gradient is linear in r
 
 with z of independent random signs, one for each parameter (Hutchinson 1990): the square of the derivative of a random
 projection of the gradient is, on average, the sum of the squares of the derivatives of its components. One reverse
-sweep over the backward sweep gives s for all residuals at once, and each codec knows Var <s, e> in closed form.
+sweep over the backward sweep gives s for all residuals at once, and each codec knows Var <s, e> in closed form. Of
+large residuals that is computed for a random part of the rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +27,16 @@ from numpyro_rad.ad.graph import Graph, Value
 from numpyro_rad.ad.plan import Path, Plan
 from numpyro_rad.ad.sweep import Tape, backward, forward
 from numpyro_rad.planning import decision
+
+MOST_ENTRIES = 65536
+"""Of larger residuals, all iterations of the loops around them counted, a part of so many entries is looked at."""
+
+MOST_ITERATIONS = 32
+
+ROWS_TOGETHER = 8
+"""Rows that stay neighbours in such a part: some codecs let short rows share a group."""
+
+LEAST_ROW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +121,14 @@ class Calibration:
 def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], list[Path]]:
     """A function that measures one gradient and all its codes, and the paths of these.
 
-    :return: ``(operands, signs) -> (gradient, variances)``: of the first output of the graph in its tangent inputs;
-        ``signs`` are aligned with these. ``variances[i, j]`` is what codec j adds by residual i.
+    :return: ``(key, operands, signs) -> (gradient, variances)``, the gradient of the first output of the graph in its
+        tangent inputs; ``signs`` are aligned with these. ``variances[i, j]`` is what codec j adds by residual i. The
+        key draws the rows of large residuals.
     """
     plan = decision.all_coded(graph)
     paths = [(*p.path, v.number) for p, v in _coded(plan)]
 
-    def measure(operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any]:
+    def measure(key: Any, operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any]:
         seed = jnp.zeros(2, jnp.uint32)
         _, tape = forward(plan, seed, operands)
         reads = {v: a for v, a in zip(graph.inputs, operands, strict=True) if v in plan.reads}
@@ -131,22 +144,82 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
 
         arrays = list(_arrays(plan, tape))
         directions, gradient = jax.grad(projection, has_aux=True)(arrays)
-        table = []
-        for (_, value), draws, along in zip(_coded(plan), arrays, directions, strict=True):
-            table.append([sum(_variance(c, value, x, s) for x, s in zip(draws, along, strict=True)) for c in codecs])
-        return gradient, jnp.asarray(table).reshape(len(table), len(codecs))
+        values = [value for _, value in _coded(plan)]
+        return gradient, _variances(key, codecs, values, arrays, directions)
 
     return measure, paths
 
 
-def _variance(codec: Codec, value: Value, x: Any, direction: Any) -> Any:
-    """Variance along a direction of all the codes of a residual, those of all iterations of the loops around it."""
+def _part(key: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, float]:
+    """A residual and a direction as (iterations of the loops around it, *its shape), or where that is large a random
+    part of it: every so many iterations, and of each every so many blocks of rows. Last, how often the part goes into
+    the whole.
+    """
     shape = value.aval.shape
-    if not codec.supports(shape, value.aval.dtype):
-        return jnp.zeros(())
     x, direction = x.reshape(-1, *shape), direction.reshape(-1, *shape)
-    one_by_one = jax.lax.map(lambda pair: codec.variance_along(*pair).astype(jnp.float32), (x, direction))
-    return one_by_one.sum()
+    trailing = _trailing(shape)
+    inner, size = math.prod(trailing), x.size
+    if size <= MOST_ENTRIES or not inner:
+        return x, direction, 1.0
+    iterations = min(len(x), MOST_ITERATIONS)
+    rows = x[0].size // inner
+    block = min(ROWS_TOGETHER, rows)
+    blocks = min(rows // block, -(-MOST_ENTRIES // (iterations * block * inner)))
+    keys = jax.random.split(key)
+
+    def every(key: Any, length: int, n: int) -> Any:
+        return jnp.arange(n) * (length // n) + jax.random.randint(key, (), 0, length // n + length % n)
+
+    taken, chosen = every(keys[0], len(x), iterations), every(keys[1], rows // block, blocks)
+
+    def part(a: Any) -> Any:
+        a = a[taken].reshape(iterations, -1)[:, : rows // block * block * inner]
+        return a.reshape(iterations, -1, block, *trailing)[:, chosen].reshape(iterations, -1, *trailing)
+
+    return part(x), part(direction), size / (iterations * blocks * block * inner)
+
+
+def _trailing(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The last axes of a shape that together make rows of some length, at least the last one; of a vector, a row of
+    that length."""
+    if len(shape) == 1:
+        return (min(shape[0], LEAST_ROW),)
+    axis = len(shape) - 1
+    while axis > 1 and math.prod(shape[axis:]) < LEAST_ROW:
+        axis -= 1
+    return shape[axis:]
+
+
+def _variances(
+    key: Any,
+    codecs: Sequence[Codec],
+    values: Sequence[Value],
+    arrays: Sequence[tuple[Any, ...]],
+    directions: Sequence[tuple[Any, ...]],
+) -> Any:
+    """(residuals, codecs): what all the codes of each residual add. Residuals of the same shape go through one loop:
+    there may be hundreds, and each codec takes a while to compile.
+    """
+    alike: dict[tuple[Any, ...], list[tuple[int, Any, Any, float]]] = {}
+    for i, (value, draws, along) in enumerate(zip(values, arrays, directions, strict=True)):
+        for x, s in zip(draws, along, strict=True):
+            x, s, times = _part(jax.random.fold_in(key, i), value, x, s)
+            alike.setdefault((value.aval.shape, value.aval.dtype, x.shape), []).append((i, x, s, times))
+    table = jnp.zeros((len(values), len(codecs)))
+    for (shape, dtype, _), found in alike.items():
+        able = [j for j, codec in enumerate(codecs) if codec.supports(shape, dtype)]
+        owners, xs, along, times = zip(*found, strict=True)
+        ends = np.cumsum([len(x) for x in xs])[:-1]
+
+        def added(pair: tuple[Any, Any], able: list[int] = able) -> Any:
+            return jnp.stack([codecs[j].variance_along(*pair).astype(jnp.float32) for j in able])
+
+        if able:
+            one_by_one = jax.lax.map(added, (jnp.concatenate(xs), jnp.concatenate(along)))
+            sums = jnp.stack([a.sum(0) for a in jnp.split(one_by_one, ends)])
+            sums = sums * np.asarray(times, np.float32)[:, None]
+            table = table.at[np.asarray(owners)[:, None], np.asarray(able)].add(sums)
+    return table
 
 
 def _coded(plan: Plan) -> Iterator[tuple[Plan, Value]]:
@@ -187,15 +260,18 @@ class Calibrator:
         self._gradients: list[list[np.ndarray]] = []
         self._tables: list[np.ndarray] = []
 
-    def add(self, operands: Sequence[Any], signs: Sequence[Any], pull: Callable[[list[Any]], Any]) -> list[Any]:
+    def add(
+        self, key: Any, operands: Sequence[Any], signs: Sequence[Any], pull: Callable[[list[Any]], Any]
+    ) -> list[Any]:
         """One draw.
 
+        :param key: a PRNG key.
         :param operands: those of the program.
         :param signs: the tangent along which it is projected, for each differentiated operand.
         :param pull: from the gradient in these operands to the gradient whose variance counts.
         :return: the gradient in the differentiated operands.
         """
-        gradient, table = self._measure(operands, signs)
+        gradient, table = self._measure(key, operands, signs)
         self._gradients.append([np.asarray(x) for x in jax.tree.leaves(pull(gradient))])
         self._tables.append(np.asarray(table))
         return gradient
