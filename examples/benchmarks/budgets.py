@@ -45,7 +45,7 @@ MODES: dict[str, tuple[str, Kind]] = {
 PERCENT = (50.0, 20.0, 10.0, 5.0, 3.0)
 BITS = (8, 4, 2, 1)
 BESIDE = ["exact", "checkpoint_step", "checkpoint_layer", "checkpoint_sqrt", "checkpoint_dots"]
-CALIBRATION_DRAWS = 4
+CALIBRATION_DRAWS = 16
 # What a row takes over from an earlier one with the same plan.
 MEASURED = ("stored_bytes", "exact_stored_bytes", "predicted", "temp_bytes", "compile", "step", "gradient", "failure")
 

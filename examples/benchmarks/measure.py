@@ -8,14 +8,15 @@ The protocol of every number:
 - **step**: wall time of one compiled step; all rivals take turns in one process, in a new random order each round, and
   the first round is dropped.
 - **gradient**: with respect to the guide's unconstrained parameters, after a few exact training steps.
-- **rho**: added variance of a randomized gradient / variance of the exact stochastic gradient.
+- **rho**: added variance of a randomized gradient / variance of the exact stochastic gradient, both over draws of guide
+  and minibatch.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -183,12 +184,6 @@ def square_norm(tree: Gradient) -> jax.Array:
 
 
 @jax.jit
-def square_distance(a: Gradient, b: Gradient) -> jax.Array:
-    """||a - b||^2 over all leaves."""
-    return square_norm(jax.tree.map(jnp.subtract, a, b))
-
-
-@jax.jit
 def max_abs(tree: Gradient) -> jax.Array:
     """The largest absolute entry over all leaves."""
     return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(tree)]))
@@ -204,40 +199,38 @@ def gradient_difference(gradient: Gradient, exact: Gradient) -> dict[str, Any]:
     }
 
 
-def stochastic_variance(
-    gradient: Callable[..., Gradient],
-    params: Any,
-    workload: Workload,
-    data: tuple[jax.Array, jax.Array],
-    rows: int,
-    seed: int,
-    draws: int,
-) -> float:
-    """tr Cov of an exact stochastic gradient, its guide noise and its minibatch both redrawn."""
-    moments = Moments()
+def draws_of(
+    workload: Workload, data: tuple[jax.Array, jax.Array], rows: int, seed: int, draws: int
+) -> Iterator[tuple[jax.Array, tuple[jax.Array, ...]]]:
+    """What an exact stochastic gradient depends on, drawn so many times: the guide's key and a minibatch."""
     pick = jax.jit(partial(workload.minibatch, size=rows))
     for key in jax.random.split(jax.random.key(seed + 1), draws):
         guide_key, batch_key = jax.random.split(key)
-        moments.add(gradient(params, guide_key, pick(batch_key, data)))
-    return moments.variance
+        yield guide_key, pick(batch_key, data)
 
 
-def path_variance(gradient: Callable[[jax.Array], Gradient], exact: Gradient, seed: int, draws: int) -> dict[str, Any]:
-    """E||g - g_exact||^2 over the path noise alone, with its standard error and a check for bias.
+def path_variance(
+    gradient: Callable[..., Gradient], cases: Sequence[tuple[tuple, Gradient]], seed: int, draws: int
+) -> dict[str, Any]:
+    """E||g - g_exact||^2 over the path noise, with its standard error and a check for bias.
 
-    :param gradient: function of the path key; the NumPyro key and the minibatch are held fixed.
-    :return: the added variance, also divided by ||g_exact||^2, and ``bias_ratio`` = draws ||mean - g_exact||^2 / added
-        variance, which is 1 on average for an unbiased estimator and grows with the draws for a biased one.
+    :param gradient: function of the path key and of what a case holds fixed.
+    :param cases: what is held fixed (guide noise and minibatch) in one draw after the other, in turns, and the exact
+        gradient there. The added variance is its mean over these cases, as the variance of the exact gradient is.
+    :return: the added variance, also divided by the mean of ||g_exact||^2, and ``bias_ratio`` = draws ||mean of
+        g - g_exact||^2 / added variance, which is 1 on average for an unbiased estimator and grows with the draws for a
+        biased one.
     """
     moments, errors = Moments(), []
-    for key in jax.random.split(jax.random.key(seed + 2), draws):
-        value = gradient(key)
-        moments.add(value)
-        errors.append(float(square_distance(value, exact)))
-    added, norm = float(np.mean(errors)), float(square_norm(exact))
+    for i, key in enumerate(jax.random.split(jax.random.key(seed + 2), draws)):
+        fixed, exact = cases[i % len(cases)]
+        error = jax.tree.map(jnp.subtract, gradient(key, *fixed), exact)
+        moments.add(error)
+        errors.append(float(square_norm(error)))
+    added, norm = float(np.mean(errors)), float(np.mean([square_norm(exact) for _, exact in cases[:draws]]))
     return {
         "added_variance": added,
         "relative_variance": added / norm,
         "relative_variance_standard_error": float(np.std(errors, ddof=1) / draws**0.5 / norm),
-        "bias_ratio": draws * float(square_distance(moments.mean, exact)) / added if added else None,
+        "bias_ratio": draws * float(square_norm(moments.mean)) / added if added else None,
     }
