@@ -23,7 +23,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
-from numpyro_rad.planning import decision
+from numpyro_rad.planning import plans
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Planner, parse_bytes
 from numpyro_rad.transform import Closure, path_seed, randomized
@@ -222,7 +222,7 @@ class RAD_ELBO(Trace_ELBO):
 
         taken, others = closure(svi_state.rng_key, args)
         stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
-        calibrator = Calibrator(taken.graph, decision.LADDER)
+        calibrator = Calibrator(taken.graph, plans.LADDER)
         for i, key in enumerate(jax.random.split(stream, draws)):
             sign_key, loss_key, row_key = jax.random.split(key, 3)
             _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))

@@ -11,7 +11,7 @@ from programs import normal
 from numpyro_rad import Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import sweep
 from numpyro_rad.ad.segments import cut_chain
-from numpyro_rad.planning import decision
+from numpyro_rad.planning import decision, plans
 
 KEY = jax.random.key(5)
 
@@ -84,10 +84,10 @@ def cut(monkeypatch, f, n_segments, codec, only=None):
 
     def make_plan(graph, wanted):
         chain = cut_chain(graph, n_segments) if n_segments else None
-        made = decision._Decision(graph, decision.Wanted(codecs), chain=chain)
+        made = decision.Decision(graph, decision.Wanted(codecs), chain=chain)
         return made.plan(decision.solver.smallest(made.problem))
 
-    monkeypatch.setattr(decision, "make_plan", make_plan)
+    monkeypatch.setattr(plans, "make_plan", make_plan)
     return rad(f, codec=codec).planned((X, WS), {}, (0, 1))[0]
 
 

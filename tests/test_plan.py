@@ -25,7 +25,8 @@ from numpyro_rad.ad import _jax, plan, rules
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.sweep import forward
 from numpyro_rad.planning import decision, solver
-from numpyro_rad.planning.decision import Wanted, make_plan, uniform
+from numpyro_rad.planning.decision import Wanted, uniform
+from numpyro_rad.planning.plans import make_plan
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)

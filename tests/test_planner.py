@@ -31,6 +31,7 @@ from numpyro_rad import (
     value_and_grad,
 )
 from numpyro_rad.planning import decision
+from numpyro_rad.planning.plans import LADDER, plan_for_variance
 
 KEY = jax.random.key(0)
 
@@ -154,9 +155,9 @@ def test_added_variance(f, cheap_starts):
 
 def test_no_added_variance_where_codes_hardly_add_any(cheap_starts):
     """Variances below what a cut can tell from zero: the plan is exact all the same."""
-    wanted = decision.Wanted(decision.any_of(decision.LADDER), lambda *residual: 1e-12)
-    plans = [decision.plan_for_variance(planned(layers, PARAMS, X).graph, a, wanted) for a in (0.0, 1e-30, 1.0)]
-    assert [bool(codecs(plan)) for plan in plans] == [False, False, True]
+    wanted = decision.Wanted(decision.any_of(LADDER), lambda *residual: 1e-12)
+    found = [plan_for_variance(planned(layers, PARAMS, X).graph, a, wanted) for a in (0.0, 1e-30, 1.0)]
+    assert [bool(codecs(plan)) for plan in found] == [False, False, True]
 
 
 @pytest.mark.parametrize("f", [layers, loop, branches])

@@ -16,11 +16,11 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from numpyro_rad.ad.layout import Layout, sampled_rows
 from numpyro_rad.ad.seeds import fold, hash_words, linear_index, u32, uniform
 
 
@@ -120,14 +120,6 @@ class Codec:
     _needs, _least_axes = "real floating-point arrays (float16, bfloat16, float32, float64)", 0
 
 
-def _rows(shape):
-    """Where an axis is to be sampled or projected: that of an array as it is, or of a vector cut into rows."""
-    if len(shape) != 1:
-        return shape
-    row = _cut(shape[0], 1, 256, _devices(shape[0]))
-    return (shape[0] // row, row) if row else (1, 0)
-
-
 class _Exact(Codec):
     exact = True
 
@@ -158,136 +150,6 @@ class Keep(_Exact):
         return "keep"
 
 
-LEAST_ROW = 32
-"""Trailing axes of so many entries make rows on their own; shorter ones are taken together with a part of the next."""
-
-
-def _devices(length):
-    """How many devices may share an axis of this length in equal parts, of those that there are."""
-    devices = jax.device_count()
-    return devices if length % devices == 0 else 1
-
-
-def _cut(length, inner, size, devices=1):
-    """How many of the `length` blocks of `inner` entries make a row of about `size`: all of them, or a divisor.
-
-    Of the divisors the one that comes closest, and if it can be such that rows end where the shares of devices end.
-    """
-    near = [d for d in range(1, 2 * size // max(inner, 1) + 1) if length % d == 0 and 4 * d * inner >= size]
-    return min(near, key=lambda d: (length // d % devices > 0, abs(d * inner - size)), default=length)
-
-
-def _together(length, inner, size, devices):
-    """How many of `length` rows of `inner` entries may make a group of at most `size`: a divisor, as large as can be,
-    and such that groups end where the shares of devices end."""
-    fitting = [d for d in range(1, size // max(inner, 1) + 1) if length % (d * devices) == 0]
-    return max(fitting, default=1)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """View of an array as rows, cut into *runs*. One or several runs make a group, and entries at the same place of
-    `slots` neighbouring lanes, of one or several runs, share a byte.
-
-    Rows are whole trailing axes where these are long enough, and a lane is a row where there are enough of them. So
-    packing and unpacking are vector operations on lanes, and nothing is rearranged on the way from the array and back,
-    which a compiler would do entry by entry, at ten times the time of all the rest. Rows keep the order of the leading
-    (batch) axes and, where the sizes allow it, the edges between the shares of the devices that JAX has.
-    """
-
-    rows: int
-    inner: int  # entries of a row
-    parts: int  # runs of a row
-    width: int  # entries of a run; the last ones of a row may be padding
-    block: int  # runs of a group
-    lane: int  # runs of a lane
-    slots: int  # entries packed in a byte
-
-    @classmethod
-    def of(cls, shape, slots, group=None):
-        """
-        :param group: most entries of a group; None for groups of one run, of any length.
-        """
-        if not math.prod(shape):
-            return cls(0, 1, 1, 1, 1, 1, slots)
-        size, devices = max(256, group or 0), _devices(shape[0]) if shape else 1
-        axis, inner, rest = len(shape), 1, 1  # a row takes all of the axes from this one on, or 1 / rest of it
-        while axis and inner < LEAST_ROW and rest == 1:
-            axis -= 1
-            whole = axis == len(shape) - 1 > 0
-            part = shape[axis] if whole else _cut(shape[axis], inner, size, 1 if axis else devices)
-            inner, rest = inner * part, shape[axis] // part
-        rows, lanes = math.prod(shape) // inner, 1
-        own = rows // devices if rows % devices == 0 else rows
-        if own % slots and (own < rows or -rows % slots > rows / 16):  # padding the last byte is impossible or wasteful
-            lanes = slots // math.gcd(own, slots)
-        lane = -(-inner // (lanes * (group or inner)))
-        width = -(-inner // (lanes * lane))
-        if rest == 1 and axis:
-            axis, rest = axis - 1, shape[axis - 1]
-        if not group:
-            block = 1
-        elif inner <= group:
-            block = lanes * lane * _together(rest, inner, group, 1 if axis else devices)
-        else:
-            block = _together(lanes * lane, width, group, 1)
-        return cls(rows, inner, lanes * lane, width, block, lane, slots)
-
-    @property
-    def groups(self):
-        return self.rows * self.parts // self.block
-
-    @property
-    def lanes(self):
-        return self.rows * self.parts // self.lane
-
-    def packed_bytes(self, entries):
-        """Of so many entries of each run."""
-        return -(-self.lanes // self.slots) * self.lane * entries
-
-    def split(self, x):
-        """Entries as (rows, parts, width)."""
-        x = x.reshape(self.rows, self.inner)
-        padding = self.parts * self.width - self.inner
-        if padding:
-            x = jnp.pad(x, ((0, 0), (0, padding)), mode="edge")  # edge values leave a group's range as it is
-        return x.reshape(self.rows, self.parts, self.width)
-
-    def over_groups(self, f, x):
-        """What f (a sum, a minimum) makes of each group of entries, (rows, parts, width) to (groups,)."""
-        return f(f(x, 2).reshape(self.groups, self.block), 1)
-
-    def to_entries(self, x):
-        """A number for each group, (groups,), where its entries are: (rows, parts, 1)."""
-        return jnp.broadcast_to(x[:, None], (self.groups, self.block)).reshape(self.rows, self.parts, 1)
-
-    def join(self, x, shape):
-        """The array of which these are the runs."""
-        return x.reshape(self.rows, self.parts * self.width)[:, : self.inner].reshape(shape)
-
-    def pack(self, q):
-        """Integers below 2**(8 / slots), (rows, parts, some), to uint8 of shape (lanes / slots, lane, some)."""
-        q = q.astype(jnp.uint8).reshape(self.lanes, self.lane, q.shape[2])
-        padding = -self.lanes % self.slots
-        if padding:
-            # Fused with it the padding would make what it pads slow.
-            q = jnp.pad(lax.optimization_barrier(q), ((0, padding), (0, 0), (0, 0)))
-        shift = lax.broadcasted_iota(jnp.uint8, (1, self.slots, 1, 1), 1) * np.uint8(8 // self.slots)
-        q = q.reshape(q.shape[0] // self.slots, self.slots, *q.shape[1:])
-        # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
-        # stored. Added rather than combined by "or", which not every backend has among devices.
-        return lax.reduce(q << shift, np.uint8(0), lax.add, (1,))
-
-    def unpack(self, code):
-        """What was packed, (rows, parts, some)."""
-        bits = 8 // self.slots
-        shift = lax.broadcasted_iota(jnp.int32, (1, self.slots, 1, 1), 1) * np.int32(bits)
-        q = (code.astype(jnp.int32)[:, None] >> shift) & np.int32(2**bits - 1)
-        return q.reshape(q.shape[0] * self.slots, *code.shape[1:])[: self.lanes].reshape(
-            self.rows, self.parts, code.shape[2]
-        )
-
-
 @dataclass(frozen=True)
 class BitMask(_Exact):
     """Booleans, eight to a byte: exact. Holds the two-valued derivatives of relu, max, select."""
@@ -296,15 +158,15 @@ class BitMask(_Exact):
 
     def encode(self, seed, x):
         self._check(x)
-        layout = _Layout.of(x.shape, 8)
+        layout = Layout.of(x.shape, 8)
         return (layout.pack(layout.split(x)),)
 
     def decode(self, seed, code, like):
-        layout = _Layout.of(like.shape, 8)
+        layout = Layout.of(like.shape, 8)
         return layout.join(layout.unpack(code[0]) != 0, like.shape)
 
     def stored_bytes(self, shape, dtype):
-        layout = _Layout.of(shape, 8)
+        layout = Layout.of(shape, 8)
         return layout.packed_bytes(layout.width)
 
     def supports(self, shape, dtype):
@@ -356,7 +218,7 @@ class StochasticRound(Codec):
             )
 
     def _layout(self, shape):
-        return _Layout.of(shape, 8 // self.bits, group=self.group)
+        return Layout.of(shape, 8 // self.bits, group=self.group)
 
     def _fit(self, layout, x):
         """Minimum and step of each group, (groups,) each."""
@@ -441,7 +303,7 @@ class SampledRound(StochasticRound):
     def _layout(self, shape):
         """The layout, and for each stratum of the runs of a row how many entries there are to choose from: the last
         ones of a run may have fewer, and those that are padding have none."""
-        layout = _Layout.of(shape, 8 // self.bits, group=self.group)
+        layout = Layout.of(shape, 8 // self.bits, group=self.group)
         place = np.arange(-(-layout.width // self.size) * self.size)
         real = (place < layout.width) & (np.arange(layout.parts)[:, None] * layout.width + place < layout.inner)
         return layout, real.reshape(layout.parts, -1, self.size).sum(-1)
@@ -568,7 +430,7 @@ class SampleAxis(Codec):
 
     def encode(self, seed, x):
         self._check(x)
-        x = x.reshape(_rows(x.shape))
+        x = x.reshape(sampled_rows(x.shape))
         chosen = self._chosen(seed, x.shape)
         strata, size = chosen.shape[-2:]
         grouped = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, strata * size - x.shape[-1])])
@@ -577,7 +439,7 @@ class SampleAxis(Codec):
         return (kept, self._mean(x)) if self.centred else (kept,)
 
     def decode(self, seed, code, like):
-        shape = _rows(like.shape)
+        shape = sampled_rows(like.shape)
         sizes = self._sizes(shape[-1])
         dtype = _work_dtype(like.dtype)
         mean = code[1][..., None] if self.centred else np.zeros((), dtype)
@@ -587,19 +449,19 @@ class SampleAxis(Codec):
         return _cast_unbiased(dense, like.dtype, fold(seed, 1))
 
     def stored_bytes(self, shape, dtype):
-        shape = _rows(shape)
+        shape = sampled_rows(shape)
         each_row = len(self._sizes(shape[-1])) * _itemsize(dtype) + self.centred * _work_dtype(dtype).itemsize
         return math.prod(shape[:-1]) * each_row
 
     def variance(self, x):
-        x = x.reshape(_rows(x.shape))
+        x = x.reshape(sampled_rows(x.shape))
         sizes = self._sizes(x.shape[-1])
         deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
         return (jnp.asarray(np.repeat(sizes - 1, sizes), deviation.dtype) * deviation**2).sum()
 
     def variance_along(self, x, direction):
-        direction = direction.reshape(_rows(x.shape))
-        x = x.reshape(_rows(x.shape))
+        direction = direction.reshape(sampled_rows(x.shape))
+        x = x.reshape(sampled_rows(x.shape))
         deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
         parts = deviation * direction.astype(deviation.dtype)
         if self.per == "shared":
@@ -610,7 +472,7 @@ class SampleAxis(Codec):
         return (jnp.asarray(sizes[strata], parts.dtype) * parts**2).sum() - (sums**2).sum()
 
     def relative_variance(self, shape):
-        n = _rows(shape)[-1]
+        n = sampled_rows(shape)[-1]
         sizes = self._sizes(n)
         return float((sizes * (sizes - 1)).sum() / n * ((n - 1) / n if self.centred else 1)) if n else 0.0
 
@@ -650,26 +512,26 @@ class RandomProjection(Codec):
 
     def encode(self, seed, x):
         self._check(x)
-        wide = x.astype(_work_dtype(x.dtype)).reshape(_rows(x.shape))
+        wide = x.astype(_work_dtype(x.dtype)).reshape(sampled_rows(x.shape))
         code = jnp.matmul(wide, self._matrix(seed, wide.shape[-1], wide.dtype), precision="highest")  # (..., k)
         code = jnp.where(jnp.isfinite(wide).all(-1, keepdims=True), code, jnp.nan)
         return (_cast_unbiased(code, x.dtype, fold(seed, 1)),)
 
     def decode(self, seed, code, like):
         wide = code[0].astype(_work_dtype(like.dtype))
-        decoded = jnp.matmul(wide, self._matrix(seed, _rows(like.shape)[-1], wide.dtype).T, precision="highest")
+        decoded = jnp.matmul(wide, self._matrix(seed, sampled_rows(like.shape)[-1], wide.dtype).T, precision="highest")
         return _cast_unbiased(decoded.reshape(like.shape), like.dtype, fold(seed, 2))
 
     def stored_bytes(self, shape, dtype):
-        shape = _rows(shape)
+        shape = sampled_rows(shape)
         return math.prod(shape[:-1]) * self._columns(shape[-1]) * _itemsize(dtype)
 
     def variance(self, x):
-        n = _rows(x.shape)[-1]
+        n = sampled_rows(x.shape)[-1]
         return (x.astype(_work_dtype(x.dtype)) ** 2).sum() * (max(n - 1, 0) / self._columns(n))
 
     def relative_variance(self, shape):
-        n = _rows(shape)[-1]
+        n = sampled_rows(shape)[-1]
         return max(n - 1, 0) / self._columns(n)
 
     def __str__(self):

@@ -1,5 +1,5 @@
 """Choosing plans: which residuals are kept, recomputed or compressed so that the rest fits a memory budget.
 
-``planner`` is what users ask for, ``decision`` poses it as a problem for ``solver``, ``calibration`` measures the
-variance that it weighs. ``explain`` and ``figures`` show what was chosen.
+``planner`` is what users ask for and ``plans`` finds it: ``decision`` poses it as a problem for ``solver``, with the
+variances that ``calibration`` measured. ``explain`` and ``figures`` show what was chosen.
 """

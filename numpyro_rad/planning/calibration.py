@@ -26,7 +26,7 @@ from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Graph, Value
 from numpyro_rad.ad.plan import Path, Plan
 from numpyro_rad.ad.sweep import Tape, backward, forward
-from numpyro_rad.planning import decision
+from numpyro_rad.planning import decision, plans
 
 MOST_ENTRIES = 65536
 """Of larger residuals, all iterations of the loops around them counted, a part of so many entries is looked at."""
@@ -102,7 +102,7 @@ class Calibration:
         :raises ValueError: if ``data`` is not from there.
         """
         try:
-            codecs = tuple(decision.codec_from(dict(fields)) for fields in data["codecs"])
+            codecs = tuple(plans.codec_from(dict(fields)) for fields in data["codecs"])
             added = {tuple(path): tuple(variances) for path, variances in data["added"]}
             return cls(**{**data, "codecs": codecs, "added": added})
         except (KeyError, TypeError, ValueError) as error:
@@ -125,7 +125,7 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
         tangent inputs; ``signs`` are aligned with these. ``variances[i, j]`` is what codec j adds by residual i. The
         key draws the rows of large residuals.
     """
-    plan = decision.all_coded(graph)
+    plan = plans.all_coded(graph)
     paths = [(*p.path, v.number) for p, v in _coded(plan)]
 
     def measure(key: Any, operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any]:
@@ -235,8 +235,8 @@ def _arrays(plan: Plan, tape: Tape) -> Iterator[tuple[Any, ...]]:
     """The stored arrays of :func:`_coded`, one for each draw."""
     for codes in tape.encoded:
         yield tuple(code for (code,) in codes)
-    for plans, tapes in zip(plan.children.values(), tape.children, strict=True):
-        for child, inner in zip(plans, tapes, strict=True):
+    for children, tapes in zip(plan.children.values(), tape.children, strict=True):
+        for child, inner in zip(children, tapes, strict=True):
             yield from _arrays(child, inner)
 
 
@@ -244,8 +244,8 @@ def _with_arrays(plan: Plan, tape: Tape, arrays: Iterator[tuple[Any, ...]]) -> T
     """``tape`` with other arrays in place of those."""
     encoded = tuple(tuple((code,) for code in next(arrays)) for _ in tape.encoded)
     children = tuple(
-        tuple(_with_arrays(child, inner, arrays) for child, inner in zip(plans, tapes, strict=True))
-        for plans, tapes in zip(plan.children.values(), tape.children, strict=True)
+        tuple(_with_arrays(child, inner, arrays) for child, inner in zip(bodies, tapes, strict=True))
+        for bodies, tapes in zip(plan.children.values(), tape.children, strict=True)
     )
     return Tape(tape.kept, encoded, children)
 

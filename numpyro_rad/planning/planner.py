@@ -2,7 +2,7 @@
 
 The options of ``RAD_ELBO`` and ``rad`` are those of ``Planner``. It finds out what each residual may become
 (``Override`` rules, by site, line or predicate), how codes are priced (a calibration, or the model without data), and
-asks ``decision`` for the plan.
+asks ``plans`` for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value, site_name, sites
 from numpyro_rad.ad.plan import Path, Plan
-from numpyro_rad.planning import decision
+from numpyro_rad.planning import decision, plans
 from numpyro_rad.planning.decision import Wanted
 
 DEFAULT_CODEC = StochasticRound(bits=4)
@@ -161,16 +161,16 @@ class Planner:
         :raises BudgetError: if no plan meets the budget.
         """
         if self.plan is not None:
-            return decision.restored(graph, self.plan)
+            return plans.restored(graph, self.plan)
         variance = self.calibration.variance_model(graph) if self.calibration is not None else None
         wanted = Wanted(self._codecs(graph, names or {}), variance, self.objective)
         if self.added_variance is not None:
-            return decision.plan_for_variance(graph, self.added_variance, wanted)
+            return plans.plan_for_variance(graph, self.added_variance, wanted)
         if self.memory_budget is not None:
-            return self._warned(decision.plan_within(graph, parse_bytes(self.memory_budget), wanted))
+            return self._warned(plans.plan_within(graph, parse_bytes(self.memory_budget), wanted))
         if self.exact or self.codec is not None:
-            return decision.make_plan(graph, wanted)
-        return decision.balanced_plan(graph, wanted)
+            return plans.make_plan(graph, wanted)
+        return plans.balanced_plan(graph, wanted)
 
     def _warned(self, plan: Plan) -> Plan:
         """A plan within the budget, with a word where it is a bad bargain."""
@@ -192,7 +192,7 @@ class Planner:
         if self.exact:
             general = decision.any_of(())
         elif self.memory_budget is not None or self.added_variance is not None:
-            general = decision.any_of(decision.LADDER)
+            general = decision.any_of(plans.LADDER)
         else:
             general = decision.uniform(DEFAULT_CODEC if self.codec is None else self.codec)
         if not self.overrides:

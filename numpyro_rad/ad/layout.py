@@ -1,0 +1,148 @@
+"""How the entries of an array share bytes and scales: rows, runs, groups and lanes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+LEAST_ROW = 32
+"""Trailing axes of so many entries make rows on their own; shorter ones are taken together with a part of the next."""
+
+
+def _devices(length):
+    """How many devices may share an axis of this length in equal parts, of those that there are."""
+    devices = jax.device_count()
+    return devices if length % devices == 0 else 1
+
+
+def _cut(length, inner, size, devices=1):
+    """How many of the `length` blocks of `inner` entries make a row of about `size`: all of them, or a divisor.
+
+    Of the divisors the one that comes closest, and if it can be such that rows end where the shares of devices end.
+    """
+    near = [d for d in range(1, 2 * size // max(inner, 1) + 1) if length % d == 0 and 4 * d * inner >= size]
+    return min(near, key=lambda d: (length // d % devices > 0, abs(d * inner - size)), default=length)
+
+
+def _together(length, inner, size, devices):
+    """How many of `length` rows of `inner` entries may make a group of at most `size`: a divisor, as large as can be,
+    and such that groups end where the shares of devices end."""
+    fitting = [d for d in range(1, size // max(inner, 1) + 1) if length % (d * devices) == 0]
+    return max(fitting, default=1)
+
+
+def sampled_rows(shape):
+    """Where an axis is to be sampled or projected: that of an array as it is, or of a vector cut into rows."""
+    if len(shape) != 1:
+        return shape
+    row = _cut(shape[0], 1, 256, _devices(shape[0]))
+    return (shape[0] // row, row) if row else (1, 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """View of an array as rows, cut into *runs*. One or several runs make a group, and entries at the same place of
+    `slots` neighbouring lanes, of one or several runs, share a byte.
+
+    Rows are whole trailing axes where these are long enough, and a lane is a row where there are enough of them. So
+    packing and unpacking are vector operations on lanes, and nothing is rearranged on the way from the array and back,
+    which a compiler would do entry by entry, at ten times the time of all the rest. Rows keep the order of the leading
+    (batch) axes and, where the sizes allow it, the edges between the shares of the devices that JAX has.
+    """
+
+    rows: int
+    inner: int  # entries of a row
+    parts: int  # runs of a row
+    width: int  # entries of a run; the last ones of a row may be padding
+    block: int  # runs of a group
+    lane: int  # runs of a lane
+    slots: int  # entries packed in a byte
+
+    @classmethod
+    def of(cls, shape, slots, group=None):
+        """
+        :param group: most entries of a group; None for groups of one run, of any length.
+        """
+        if not math.prod(shape):
+            return cls(0, 1, 1, 1, 1, 1, slots)
+        size, devices = max(256, group or 0), _devices(shape[0]) if shape else 1
+        axis, inner, rest = len(shape), 1, 1  # a row takes all of the axes from this one on, or 1 / rest of it
+        while axis and inner < LEAST_ROW and rest == 1:
+            axis -= 1
+            whole = axis == len(shape) - 1 > 0
+            part = shape[axis] if whole else _cut(shape[axis], inner, size, 1 if axis else devices)
+            inner, rest = inner * part, shape[axis] // part
+        rows, lanes = math.prod(shape) // inner, 1
+        own = rows // devices if rows % devices == 0 else rows
+        if own % slots and (own < rows or -rows % slots > rows / 16):  # padding the last byte is impossible or wasteful
+            lanes = slots // math.gcd(own, slots)
+        lane = -(-inner // (lanes * (group or inner)))
+        width = -(-inner // (lanes * lane))
+        if rest == 1 and axis:
+            axis, rest = axis - 1, shape[axis - 1]
+        if not group:
+            block = 1
+        elif inner <= group:
+            block = lanes * lane * _together(rest, inner, group, 1 if axis else devices)
+        else:
+            block = _together(lanes * lane, width, group, 1)
+        return cls(rows, inner, lanes * lane, width, block, lane, slots)
+
+    @property
+    def groups(self):
+        return self.rows * self.parts // self.block
+
+    @property
+    def lanes(self):
+        return self.rows * self.parts // self.lane
+
+    def packed_bytes(self, entries):
+        """Of so many entries of each run."""
+        return -(-self.lanes // self.slots) * self.lane * entries
+
+    def split(self, x):
+        """Entries as (rows, parts, width)."""
+        x = x.reshape(self.rows, self.inner)
+        padding = self.parts * self.width - self.inner
+        if padding:
+            x = jnp.pad(x, ((0, 0), (0, padding)), mode="edge")  # edge values leave a group's range as it is
+        return x.reshape(self.rows, self.parts, self.width)
+
+    def over_groups(self, f, x):
+        """What f (a sum, a minimum) makes of each group of entries, (rows, parts, width) to (groups,)."""
+        return f(f(x, 2).reshape(self.groups, self.block), 1)
+
+    def to_entries(self, x):
+        """A number for each group, (groups,), where its entries are: (rows, parts, 1)."""
+        return jnp.broadcast_to(x[:, None], (self.groups, self.block)).reshape(self.rows, self.parts, 1)
+
+    def join(self, x, shape):
+        """The array of which these are the runs."""
+        return x.reshape(self.rows, self.parts * self.width)[:, : self.inner].reshape(shape)
+
+    def pack(self, q):
+        """Integers below 2**(8 / slots), (rows, parts, some), to uint8 of shape (lanes / slots, lane, some)."""
+        q = q.astype(jnp.uint8).reshape(self.lanes, self.lane, q.shape[2])
+        padding = -self.lanes % self.slots
+        if padding:
+            # Fused with it the padding would make what it pads slow.
+            q = jnp.pad(lax.optimization_barrier(q), ((0, padding), (0, 0), (0, 0)))
+        shift = lax.broadcasted_iota(jnp.uint8, (1, self.slots, 1, 1), 1) * np.uint8(8 // self.slots)
+        q = q.reshape(q.shape[0] // self.slots, self.slots, *q.shape[1:])
+        # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
+        # stored. Added rather than combined by "or", which not every backend has among devices.
+        return lax.reduce(q << shift, np.uint8(0), lax.add, (1,))
+
+    def unpack(self, code):
+        """What was packed, (rows, parts, some)."""
+        bits = 8 // self.slots
+        shift = lax.broadcasted_iota(jnp.int32, (1, self.slots, 1, 1), 1) * np.int32(bits)
+        q = (code.astype(jnp.int32)[:, None] >> shift) & np.int32(2**bits - 1)
+        return q.reshape(q.shape[0] * self.slots, *code.shape[1:])[: self.lanes].reshape(
+            self.rows, self.parts, code.shape[2]
+        )
