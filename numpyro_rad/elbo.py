@@ -189,8 +189,8 @@ class RAD_ELBO(Trace_ELBO):
         """Measure what codes add to the variance of the gradient, and plan by it from now on.
 
         Call it between ``svi.init`` and the first (compiled) ``svi.update``, and again whenever variances may have
-        changed. It takes ``draws`` gradients under keys of their own, each at about three times the time and memory of
-        an exact gradient; where that memory is not there, calibrate on the host
+        changed. It takes ``draws`` gradients under keys of their own, each at about twice the time and memory of an
+        exact gradient; where that memory is not there, calibrate on the host
         (``with jax.default_device(jax.devices("cpu")[0])``). Variances are those of the gradient that the optimizer
         sees, in the unconstrained parameters.
 
@@ -199,7 +199,8 @@ class RAD_ELBO(Trace_ELBO):
         :param args: arguments of model and guide, as in ``svi.update``.
         :param batches: further tuples of such arguments, of the same shapes: one for each draw after the first. Without
             them the noise of minibatches that the caller draws is no part of the variance of the exact gradient.
-        :param draws: number of gradients, at least 2.
+        :param draws: number of gradients, at least 2. Three price the codes against one another; what they add in
+            relation to the exact gradient's own variance is known as badly as that, and better from a dozen.
         :return: what was measured; it is also set on ``planner``.
         :raises ValueError: if a gradient is not finite, or for fewer than 2 draws.
 
