@@ -279,8 +279,7 @@ class RAD_ELBO(Trace_ELBO):
             if step <= limit:
                 return budget
             smallest = min(smallest, step)
-            operands = (svi_state.rng_key, svi.get_params(svi_state), svi.model, svi.guide, *args)
-            plan, _ = self.plan(*operands, **{**kwargs, **svi.static_kwargs})
+            plan, _ = self.plan_of_update(svi, svi_state, *args, **kwargs)
             budget = plan.stored_bytes - max(step - limit, plan.stored_bytes // 20)
             if budget < 0:
                 break

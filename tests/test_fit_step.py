@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 import pytest
 from models import network_regression
@@ -19,8 +20,15 @@ def deep(x, y):
     return network_regression(x, y, hidden=(64,) * 3, scale=0.1)
 
 
-def prepared(loss):
-    svi = SVI(deep, AutoNormal(deep), optax.adam(1e-3), loss)
+def counting(x, y):
+    """The same with mutable state."""
+    seen = numpyro.primitives.mutable("seen", {"steps": jnp.zeros(())})
+    seen["steps"] = seen["steps"] + 1
+    deep(x, y)
+
+
+def prepared(loss, model=deep):
+    svi = SVI(model, AutoNormal(deep), optax.adam(1e-3), loss)
     return svi, svi.init(jax.random.key(0), X, Y)
 
 
@@ -31,10 +39,11 @@ def step_bytes(svi, state):
 
 
 @pytest.mark.slow
-def test_the_whole_step_fits():
-    exact = step_bytes(*prepared(Trace_ELBO()))
+@pytest.mark.parametrize("model", [deep, counting])
+def test_the_whole_step_fits(model):
+    exact = step_bytes(*prepared(Trace_ELBO(), model))
     elbo = RAD_ELBO()
-    svi, state = prepared(elbo)
+    svi, state = prepared(elbo, model)
     limit = int(0.8 * exact)
     budget = elbo.fit_step(svi, state, limit, X, Y)
     assert elbo.planner.memory_budget == budget < limit
