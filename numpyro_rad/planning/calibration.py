@@ -32,11 +32,13 @@ MOST_ENTRIES = 65536
 """Of larger residuals, all iterations of the loops around them counted, a part of so many entries is looked at."""
 
 MOST_ITERATIONS = 32
+"""Of the iterations of a loop, at most so many are in that part, to leave each a few thousand entries."""
 
 ROWS_TOGETHER = 8
 """Rows that stay neighbours in such a part: some codecs let short rows share a group."""
 
 LEAST_ROW = 256
+"""Trailing axes are kept whole up to this many entries, so that the groups of codes stay what they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +154,8 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
 
 def _part(key: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, float]:
     """A residual and a direction as (iterations of the loops around it, *its shape), or where that is large a random
-    part of it: every so many iterations, and of each every so many blocks of rows. Last, how often the part goes into
-    the whole.
+    part of it: every so many iterations, and of each every so many blocks of rows, beginning anywhere and going round,
+    so that all are as likely. Last, how often the part goes into the whole.
     """
     shape = value.aval.shape
     x, direction = x.reshape(-1, *shape), direction.reshape(-1, *shape)
@@ -168,13 +170,13 @@ def _part(key: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, flo
     keys = jax.random.split(key)
 
     def every(key: Any, length: int, n: int) -> Any:
-        return jnp.arange(n) * (length // n) + jax.random.randint(key, (), 0, length // n + length % n)
+        return (np.arange(n) * length // n + jax.random.randint(key, (), 0, length)) % length
 
-    taken, chosen = every(keys[0], len(x), iterations), every(keys[1], rows // block, blocks)
+    taken, starts = every(keys[0], len(x), iterations), every(keys[1], rows, blocks)
+    chosen = (starts[:, None] + np.arange(block)).ravel() % rows
 
     def part(a: Any) -> Any:
-        a = a[taken].reshape(iterations, -1)[:, : rows // block * block * inner]
-        return a.reshape(iterations, -1, block, *trailing)[:, chosen].reshape(iterations, -1, *trailing)
+        return a[taken].reshape(iterations, -1)[:, : rows * inner].reshape(iterations, rows, *trailing)[:, chosen]
 
     return part(x), part(direction), size / (iterations * blocks * block * inner)
 
