@@ -4,8 +4,6 @@ import copy
 import os
 import pickle
 import signal
-import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -290,56 +288,37 @@ def test_it_stops_when_the_iterates_have_converged():
     assert abs(longer.losses[-2000:].mean() - late) < 5 * spread
 
 
-def interrupt_when(condition):
-    """Send this process what Ctrl-C sends once a condition holds."""
-
-    def wait():
-        while not condition():
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+def press_ctrl_c():
+    """What Ctrl-C does, here and at once: a signal sent to the process may reach another thread, or two become one."""
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_returns_what_there_is(ctrl_c):
-    started = threading.Event()
-    thread = interrupt_when(started.is_set)
-    end = time.monotonic() + 60
+    def press(look):
+        if look.step == 30:
+            press_ctrl_c()
+        return look.step >= 1000  # it must not go on for ever if nobody listens
 
-    def begun(look):
-        started.set()
-        return time.monotonic() > end  # it must not go on for ever if nobody listens
-
-    result = small(tracking=quiet(10)).run(jax.random.key(0), 100_000_000, X, Y, progress_bar=False, callbacks=[begun])
-    thread.join()
+    result = small(tracking=quiet(10)).run(jax.random.key(0), 100_000_000, X, Y, progress_bar=False, callbacks=[press])
     assert result.interrupted and result.stopped_at is None
     n = len(result.losses)
-    assert 10 <= n < 100_000_000
+    assert 30 <= n < 1000
     assert same(result.losses[:10], small().run(jax.random.key(0), 10, X, Y, progress_bar=False).losses)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_ctrl_c_raises(ctrl_c):
-    hanging = threading.Event()
+    survived = []
 
-    def hang(look):
-        hanging.set()
-        time.sleep(60)  # a signal that is handled does not end it
+    def press_twice(look):
+        press_ctrl_c()
+        survived.append(look.step)
+        press_ctrl_c()
+        survived.append("both")
 
-    first = interrupt_when(hanging.is_set)
-
-    def later():
-        """Signals that come together are one: the second comes well after the first was sent."""
-        first.join()
-        time.sleep(1)
-        return True
-
-    second = interrupt_when(later)
     with pytest.raises(KeyboardInterrupt):
-        small(tracking=quiet(10)).run(jax.random.key(0), 1000, X, Y, progress_bar=False, callbacks=[hang])
-    second.join()
+        small(tracking=quiet(10)).run(jax.random.key(0), 1000, X, Y, progress_bar=False, callbacks=[press_twice])
+    assert survived == [10]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
