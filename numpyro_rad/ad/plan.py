@@ -50,10 +50,12 @@ class Encoded:
 class Prediction:
     """What a plan is expected to cost, in its own model of time and variance.
 
-    :ivar added_seconds: time for encoding, decoding, storing and recomputing, relative to that of the exact step.
+    :ivar added_seconds: time for encoding, decoding, storing and recomputing, less what the exact step spends on storing
+        its residuals, relative to the time of the exact step. Negative where the plan is faster.
     :ivar added_variance: variance added to the gradient, relative to that of the exact gradient.
-    :ivar gap: how much less, relative to the sum of both, another plan for the same bytes could cost at best; None
-        where the plan was not chosen by its cost.
+    :ivar gap: how much less time and variance together another plan for the same bytes could take at best, relative to
+        what this one takes for both (before the time of the exact step is deducted); None where the plan was not chosen
+        by its cost.
     """
 
     added_seconds: float

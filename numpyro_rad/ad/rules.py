@@ -79,14 +79,16 @@ _NANOSECONDS = {
     "reshape select_n squeeze square sub stop_gradient transpose",
     1.0: "cumsum cumprod cummax cummin cumlogsumexp gather dynamic_slice sin cos",
     2.0: "pow tan asin acos atan atan2 asinh acosh atanh",
-    5.0: "lgamma digamma scatter scatter-add",
+    5.0: "scatter scatter-add",
+    10.0: "lgamma digamma",
     8.0: "random_bits threefry2x32 bessel_i0e bessel_i1e",
     50.0: "sort top_k",
     200.0: "igamma igammac igamma_grad_a betainc regularized_incomplete_beta polygamma zeta random_gamma",
 }
 _PER_ENTRY = {name: cost for cost, names in _NANOSECONDS.items() for name in names.split()}
 DERIVE_NANOSECONDS = 0.1  # the same for a step of a derivative, a product or a sum
-_PER_OPERATION = 0.02  # nanoseconds of a multiplication and addition in a matrix product
+# Nanoseconds of a multiplication and addition in a matrix product; small ones do not run on all cores
+_PER_OPERATION, _PER_OPERATION_OF_SMALL, _SMALL_OPERATIONS = 0.008, 0.015, 1e7
 _CUBIC = frozenset("cholesky triangular_solve lu qr eigh svd geqrf householder_product schur eig".split())
 
 
@@ -100,14 +102,18 @@ def nanoseconds(equation: _jax.JaxprEquation) -> float:
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         depth = [equation.invars[0].aval.shape[i] for i in contracted]
-        return equation.outvars[0].aval.size * float(np.prod(depth)) * _PER_OPERATION
+        return _product_nanoseconds(equation.outvars[0].aval.size * float(np.prod(depth)))
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-        return equation.outvars[0].aval.size * kernel.size / max(features, 1) * _PER_OPERATION
+        return _product_nanoseconds(equation.outvars[0].aval.size * kernel.size / max(features, 1))
     if name in _CUBIC:
-        return max(v.aval.size * v.aval.shape[-1] for v in equation.outvars if v.aval.shape) * 4 * _PER_OPERATION
+        return 4 * _product_nanoseconds(max(v.aval.size * v.aval.shape[-1] for v in equation.outvars if v.aval.shape))
     return max(sizes, default=0) * _PER_ENTRY.get(name, 0.3)
+
+
+def _product_nanoseconds(operations: float) -> float:
+    return operations * (_PER_OPERATION_OF_SMALL if operations < _SMALL_OPERATIONS else _PER_OPERATION)
 
 
 def is_real_float(dtype: Any) -> bool:

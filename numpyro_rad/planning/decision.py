@@ -4,10 +4,10 @@ All values of a program, those of the bodies of its loops included, form one dec
 equation makes its results again from its operands, inputs of the program are alive in both sweeps and cost nothing,
 anything else has to be kept to be had. A residual whose pullback is linear in it may be replaced by a code.
 
-Bytes are what the budget counts. The cost of a choice is what it adds to the exact step, in two parts that are
-comparable because the work that a gradient takes is its time times its variance:
+Bytes are what the budget counts. The cost of a choice is the time and the variance that it takes, in two parts that
+are comparable because the work that a gradient takes is its time times its variance:
 
-    cost = seconds added / seconds of the exact step + variance added / variance of the exact gradient.
+    cost = seconds / seconds of the exact step + variance added / variance of the exact gradient.
 
 Both are predictions: seconds from ``rules.nanoseconds``, variance from a ``VarianceModel``.
 """
@@ -191,10 +191,16 @@ def _reachable(graph: Graph) -> dict[Edge, int]:
 
 # -- the decision problem ----------------------------------------------------------------------------------------------
 
+# Measured on two CPU cores, like the table of ``rules``
 KEEP_NANOSECONDS_PER_BYTE = 0.1  # written once, read once
 CODE_NANOSECONDS_PER_ENTRY = 1.0  # encoding and decoding
 # What it takes to start the kernels of each, in every iteration of the loops around it
-KEEP_START, CODE_START, MAKE_START = 500.0, 8000.0, 200.0
+KEEP_START, CODE_START, MAKE_START = 500.0, 20_000.0, 200.0
+# Large temporary memory is mapped anew in each step, and all that is held has to come from main memory.
+HELD_NANOSECONDS_PER_BYTE = 0.7
+HELD_FROM = 2**24
+"""From so many bytes of residuals on the time that it takes to hold them is counted: half of the 32 MiB from which on
+an allocator maps memory anew, since a step has temporaries besides."""
 
 
 class Decision:
@@ -219,7 +225,11 @@ class Decision:
         self.boundaries: set[int] = set()
         self.demands: list[tuple[Graph, Value | None, tuple[Encoded, ...]]] = []
         self.added: list[tuple[float, ...]] = []  # variance added by each code of each demand
-        self.step = 3 * max(1.0, self._forward_nanoseconds(graph, 1))  # the backward sweep has two products for each
+        self.storing, size = self._exact_storing(graph, 1)
+        self.hold = HELD_NANOSECONDS_PER_BYTE if size >= HELD_FROM else 0.0
+        self.storing += self.hold * size  # nanoseconds that the exact step spends on its residuals
+        # the backward sweep has two products for each of the forward sweep
+        self.step = max(1.0, 3 * self._forward_nanoseconds(graph, 1) + self.storing)
         for value in graph.inputs:
             self.number[value] = self.problem.add_value(0, 0.0)
         self._add(graph, 1, 1, ())
@@ -236,12 +246,24 @@ class Decision:
         ]
         return own * repeat + sum(self._forward_nanoseconds(b, times) for b, times in bodies)
 
+    def _exact_storing(self, graph: Graph, repeat: int) -> tuple[float, int]:
+        """How long storing all residuals takes, besides holding them, and their bytes."""
+        own = {r for e in graph.edges for r in e.residuals if r in graph.producer}
+        time, size = 0.0, sum(map(kept_bytes, own)) * repeat
+        for node in (e.split for e in graph.edges if e.split is not None):
+            times = repeat * _length(node)
+            found = [self._exact_storing(body, times) for body in node.bodies]
+            carried = carry_bytes(node) * times if node.kind == "scan" else 0
+            time += sum(t for t, _ in found) + KEEP_NANOSECONDS_PER_BYTE * carried
+            size += sum(s for _, s in found) + carried
+        return time + sum(KEEP_NANOSECONDS_PER_BYTE * kept_bytes(v) + KEEP_START for v in own) * repeat, size
+
     def _price(self, nanoseconds: float) -> float:
         return self.time_weight * nanoseconds / self.step
 
     def _keep(self, size: int, repeat: int, held: float) -> int:
         """A new value, stored in each of ``repeat`` runs, in ``held`` of them at once; its number."""
-        cost = self._price((KEEP_NANOSECONDS_PER_BYTE * size + KEEP_START) * repeat)
+        cost = self._price((KEEP_NANOSECONDS_PER_BYTE * size + KEEP_START) * repeat + self.hold * size * held)
         return self.problem.add_value(size * held, cost)
 
     def _held(self, value: Value, held: int) -> float:
@@ -256,7 +278,7 @@ class Decision:
 
     def _boundary(self, graph: Graph, size: float, cost: float) -> None:
         """Something that is stored in any case."""
-        number = self.problem.add_value(size, cost)
+        number = self.problem.add_value(size, cost + self._price(self.hold * size))
         self.boundaries.add(number)
         self._ask(graph, None, (), number)
 
@@ -294,9 +316,10 @@ class Decision:
             draws = len(entry.readers)
             variance = self.variance((*path, value.number), value, entry.codec, draws)
             nanoseconds = (CODE_NANOSECONDS_PER_ENTRY * value.aval.size + CODE_START) * repeat * draws
+            size = entry.stored_bytes * self._held(value, held)
             added.append(variance)
-            cost = self._price(nanoseconds) + self.variance_weight * variance
-            codes.append(solver.Code(entry.stored_bytes * self._held(value, held), cost))
+            cost = self._price(nanoseconds + self.hold * size) + self.variance_weight * variance
+            codes.append(solver.Code(size, cost))
         self._ask(graph, value, choices, self.number[value], codes, added)
 
     def _ask(
@@ -435,7 +458,7 @@ class Decision:
         """The plan that stores what the solution says."""
         variance = sum(a[c] for a, c in zip(self.added, solution.codes, strict=True) if c is not None)
         seconds = max(0.0, solution.cost - self.variance_weight * variance) / self.time_weight
-        predicted = Prediction(seconds, variance, solution.gap if solution.bound > 0 or not solution.cost else None)
+        predicted = Prediction(seconds - self.storing / self.step, variance, solution.gap if solution.bound > 0 or not solution.cost else None)
         chosen: dict[Graph, dict[Value, Encoded]] = {}
         for (graph, value, choices), code in zip(self.demands, solution.codes, strict=True):
             if code is not None and value is not None:

@@ -110,12 +110,13 @@ def _aligned(lines: Sequence[tuple[str, ...]], total: tuple[str, ...], right: se
 
 def _prediction(predicted: Prediction) -> str:
     """What a plan costs, in words."""
+    seconds, verb = predicted.added_seconds, "saved" if predicted.added_seconds < 0 else "added"
     text = (
-        f"{predicted.added_seconds:.2g} x the exact step's time and {predicted.added_variance:.2g} x the exact "
-        "gradient's variance are added"
+        f"{abs(seconds):.2g} x the exact step's time is {verb} and {predicted.added_variance:.2g} x the exact "
+        "gradient's variance added"
     )
     if predicted.gap is not None:
-        text += f"; no plan for these bytes is better by more than {100 * predicted.gap:.1f} % of their sum"
+        text += f"; no plan for these bytes takes {100 * predicted.gap:.1f} % less of both"
     return text + "."
 
 
