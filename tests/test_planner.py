@@ -397,7 +397,7 @@ def change(plan, **fields):
         lambda p: change(p, kept=[["x"]]),
         lambda p: change(p, kept=[], encoded=[]),
         lambda p: change(p, segments=3),
-        lambda p: change(p, segments=[{"path": [7], "segments": 2}]),
+        lambda p: change(p, segments=[{"path": [7], "lengths": [2]}]),
         lambda p: change(p, segments=[{"path": [7]}]),
         lambda p: change(p, encoded=3),
         lambda p: change(p, encoded=[{"path": [3]}]),
@@ -414,14 +414,18 @@ def test_rubbish_is_refused(spoil, encode_all):
         planned(layers, PARAMS, X, plan=spoil(plan))
 
 
-def test_segments_that_do_not_divide_a_loop_are_refused(cheap_starts):
+def test_segments_that_a_loop_cannot_have_are_refused(cheap_starts):
     plan = saved(planned(loop, PARAMS, X, codec=Keep()))
     (node,) = planned(loop, PARAMS, X, codec=Keep()).children
-    good = change(plan, segments=[{"path": [node.number], "segments": 4}])
-    assert list(planned(loop, PARAMS, X, plan=good).segments.values()) == [4]
-    for k in (0, 5, 24, -3, "4", 2.5):
+
+    def cut(lengths):
+        return change(plan, segments=[{"path": [node.number], "lengths": lengths}])
+
+    for lengths in ([4], [5], [6, 2]):
+        assert list(planned(loop, PARAMS, X, plan=cut(lengths)).segments.values()) == [tuple(lengths)]
+    for lengths in ([], [0], [12], [24], [-3], ["4"], [2.5], [4, 4], [2, 6], 4, None):
         with pytest.raises(ValueError, match="plan: "):
-            planned(loop, PARAMS, X, plan=change(plan, segments=[{"path": [node.number], "segments": k}]))
+            planned(loop, PARAMS, X, plan=cut(lengths))
 
 
 # One program wherever it is traced

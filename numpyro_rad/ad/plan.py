@@ -14,6 +14,7 @@ from typing import Any
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import BitMask, Codec, Keep
 from numpyro_rad.ad.graph import Edge, Graph, Split, Value
+from numpyro_rad.ad.loops import n_boundaries
 
 Path = tuple[int, ...]
 """Numbers of the control flow around a value, then its own: its name in a program."""
@@ -50,8 +51,8 @@ class Encoded:
 class Prediction:
     """What a plan is expected to cost, in its own model of time and variance.
 
-    :ivar added_seconds: time for encoding, decoding, storing and recomputing, less what the exact step spends on storing
-        its residuals, relative to the time of the exact step. Negative where the plan is faster.
+    :ivar added_seconds: time for encoding, decoding, storing and recomputing, less what the exact step spends on
+        storing its residuals, relative to the time of the exact step. Negative where the plan is faster.
     :ivar added_variance: variance added to the gradient, relative to that of the exact gradient.
     :ivar gap: how much less time and variance together another plan for the same bytes could take at best, relative to
         what this one takes for both (before the time of the exact step is deducted); None where the plan was not chosen
@@ -71,8 +72,9 @@ class Plan:
     :ivar encoded: values stored as random codes.
     :ivar carrier: for each residual that may be estimated, the value that stands for it in storage: itself, or a
         smaller one of which it is a linear rearrangement.
-    :ivar segments: loops that store their carry at the beginning of so many segments of equal length instead of a tape
-        for every iteration; the backward sweep runs a segment again when it comes to it.
+    :ivar segments: loops that store their carry at the beginning of each segment instead of a tape for every iteration,
+        with the numbers of iterations in a segment, in the segments of that (if it is cut again), and so on; the
+        backward sweep runs a segment again when it comes to it.
     :ivar late: stored values that are not stored by the forward sweep but when the backward sweep comes to their
         segment of the program, which then runs again; with the numbers of these segments.
     :ivar chain_length: the number of such segments of the program; 0 if it was not cut.
@@ -89,7 +91,7 @@ class Plan:
     encoded: dict[Value, Encoded]
     carrier: dict[Value, Value]
     children: dict[Split, tuple[Plan, ...]]
-    segments: dict[Split, int]
+    segments: dict[Split, tuple[int, ...]]
     late: dict[Value, int]
     chain_length: int
     reads: frozenset[Value]
@@ -115,7 +117,7 @@ class Plan:
 
     def boundary_bytes(self, node: Split) -> int:
         """Bytes of the carries at the beginnings of the segments of a loop."""
-        return self.segments[node] * carry_bytes(node)
+        return n_boundaries(node.params["length"], self.segments[node]) * carry_bytes(node)
 
     def walk(self) -> Iterator[Plan]:
         """This plan and all plans inside it."""
@@ -133,7 +135,7 @@ class Plan:
             for v, e in plan.encoded.items()
         ]
         segments = [
-            {"path": (*p.path, node.number), "segments": k} for p in self.walk() for node, k in p.segments.items()
+            {"path": (*p.path, node.number), "lengths": m} for p in self.walk() for node, m in p.segments.items()
         ]
         return {
             "program": self.graph.fingerprint(),

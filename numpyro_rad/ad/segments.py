@@ -1,27 +1,44 @@
-"""Where to cut a program into segments that run twice instead of storing all that they compute.
+"""Where to cut a program into segments that run again instead of storing all that they compute.
 
 A loop stores its carry at the beginning of each segment of so many iterations, a chain of layers what one segment hands
 to the next. The backward sweep runs a segment again when it comes to it, and only then holds what the segment stores:
 
     bytes = boundaries + (bytes of the whole) / n,        least where both are equal,
 
-for one more forward run (Griewank and Walther 2008, ch. 12, with two levels; Chen et al. 2016 for layers).
+for one more forward run (Griewank and Walther 2008, ch. 12; Chen et al. 2016 for layers).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from numpyro_rad.ad.graph import Equation, Graph, Split, Value
+from numpyro_rad.ad.loops import n_boundaries
 from numpyro_rad.ad.plan import carry_bytes, kept_bytes
 
 
-def best_divisor(node: Split, tape_bytes: int) -> int | None:
-    """Into how many segments to cut a loop whose whole tape takes so many bytes; None if that saves less than half."""
-    carry, length = carry_bytes(node), node.params["length"]
-    divisors = [k for k in range(2, length) if length % k == 0]
-    best = min(divisors, key=lambda k: k * carry + tape_bytes / k, default=None)
-    return best if best is not None and carry and best * carry + tape_bytes / best < tape_bytes / 2 else None
+def segment_lengths(node: Split, tape_bytes: int, n_levels: int) -> tuple[int, ...] | None:
+    """Lengths of segments, and of segments in them, for a loop whose whole tape takes so many bytes; None if that
+    saves less than half.
+
+    All levels and the tape of a segment of the last take about the same. Lengths without a shorter segment at the end
+    are preferred: their program is smaller.
+    """
+    carry, length = max(1, carry_bytes(node)), node.params["length"]
+    ratio = max(1.0, tape_bytes / carry) ** (1 / (n_levels + 1))
+    lengths: list[int] = []
+    outer = length
+    for level in range(1, n_levels + 1):
+        ideal = length / ratio**level
+        near = [m for m in range(1, outer // 2 + 1) if outer % m == 0 and ideal / 1.5 <= m <= 1.5 * ideal]
+        inner = min(near, key=lambda m: abs(math.log(m / ideal)), default=max(1, round(ideal)))
+        if inner > outer // 2:
+            return None
+        lengths.append(inner)
+        outer = inner
+    size = n_boundaries(length, lengths) * carry_bytes(node) + tape_bytes * lengths[-1] / length
+    return tuple(lengths) if size < tape_bytes / 2 else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_rad.ad import _jax
+from numpyro_rad.ad import _jax, loops
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
 from numpyro_rad.ad.plan import Plan, read_by_segments, recompute_leaves
@@ -446,7 +446,7 @@ def _forward_split(plan: Plan, node: Split, seed: Any, args: list[Any]) -> tuple
     if node.kind == "cond":
         outs, tapes = _forward_cond(plans, seed, args)
     else:
-        outs, tapes = _forward_scan(plans[0], node, plan.segments.get(node, 1), seed, args)
+        outs, tapes = _forward_scan(plans[0], node, plan.segments.get(node, ()), seed, args)
     return outs, tapes if children else None
 
 
@@ -455,22 +455,35 @@ def _nothing_stored(graph: Graph) -> Plan:
     return Plan(graph, 1, 1, (), {}, {}, {}, inner, {}, {}, 0, frozenset())
 
 
-def _forward_scan(child: Plan, node: Split, n_segments: int, seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
+def _forward_scan(
+    child: Plan, node: Split, lengths: tuple[int, ...], seed: Any, args: list[Any]
+) -> tuple[list[Any], Any]:
     n_consts, n_carry = node.params["primal_counts"]
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     steps = (jnp.arange(node.params["length"], dtype=jnp.uint32), xs)
-    if n_segments == 1:
+    if not lengths:
         carry, ys, tape = _iterate(child, node, seed, consts, carry, steps)
         return [*carry, *ys], (tape,)
-    bare = _nothing_stored(child.graph)
+    run = _bare_run(child.graph, node, seed, consts)
+    carry, ys, begins = loops.run_storing(run, list(map(_jax.to_raw, carry)), steps, lengths[0], node.params["reverse"])
+    return [*_typed_carry(child.graph, node, carry), *ys], (begins,)
 
-    def segment(carry: list[Any], steps: Any) -> tuple[list[Any], Any]:
-        begin = [_jax.to_raw(c) for c in carry]
-        carry, ys, _ = _iterate(bare, node, seed, consts, carry, steps)
-        return carry, (ys, begin)
 
-    carry, (ys, begins) = lax.scan(segment, carry, _cut(steps, n_segments), reverse=node.params["reverse"])
-    return [*carry, *_joined(ys)], (begins,)
+def _typed_carry(graph: Graph, node: Split, raw: list[Any]) -> list[Any]:
+    """The carry of a loop from its arrays as they are stored."""
+    n_consts, n_carry = node.params["primal_counts"]
+    return [_jax.from_raw(c, v.aval) for c, v in zip(raw, graph.inputs[n_consts : n_consts + n_carry], strict=True)]
+
+
+def _bare_run(graph: Graph, node: Split, seed: Any, consts: list[Any]) -> loops.Run:
+    """Iterations of a loop of which nothing is stored; the carry is as it would be stored."""
+    bare = _nothing_stored(graph)
+
+    def run(raw: list[Any], steps: Any) -> tuple[list[Any], list[Any]]:
+        carry, ys, _ = _iterate(bare, node, seed, consts, _typed_carry(graph, node, raw), steps)
+        return list(map(_jax.to_raw, carry)), ys
+
+    return run
 
 
 def _iterate(
@@ -485,15 +498,6 @@ def _iterate(
 
     carry, (ys, tape) = lax.scan(body, carry, steps, reverse=node.params["reverse"], unroll=node.params["unroll"])
     return carry, ys, tape
-
-
-def _cut(arrays: Any, n_segments: int) -> Any:
-    """Stacked arrays with their leading axis cut in two: segments and what is in each."""
-    return jax.tree.map(lambda a: a.reshape(n_segments, -1, *a.shape[1:]), arrays)
-
-
-def _joined(arrays: Any) -> Any:
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), arrays)
 
 
 def _forward_cond(plans: Sequence[Plan], seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
@@ -527,16 +531,16 @@ def _pull_split(plan: Plan, edge: Edge, values: _StageValues, outs: list[Any | N
 
 def _pull_scan(plan: Plan, node: Split, values: _StageValues, cotangents: list[Any], seed: Any) -> list[Any]:
     (child,) = plan.children[node]
-    n_segments = plan.segments.get(node, 1)
+    lengths = plan.segments.get(node, ())
     (stored,) = values.tapes[node]
     n_consts, n_carry = node.params["tangent_counts"]
     first, n_primal_carry = node.params["primal_counts"]
     known = {
         v: _read(values.env, outer)
         for i, (v, outer) in enumerate(zip(child.graph.inputs, node.operands, strict=True))
-        if v in child.reads or (n_segments > 1 and not first <= i < first + n_primal_carry)
+        if v in child.reads or (lengths and not first <= i < first + n_primal_carry)
     }
-    carries, sliced = child.graph.inputs[first : first + n_primal_carry], child.graph.inputs[first + n_primal_carry :]
+    sliced = child.graph.inputs[first + n_primal_carry :]
     whole = {v: a for v, a in known.items() if v not in set(sliced)}
     slices = [known.get(v) for v in sliced]  # None where nothing reads it
 
@@ -554,22 +558,22 @@ def _pull_scan(plan: Plan, node: Split, values: _StageValues, cotangents: list[A
         order = {"reverse": not node.params["reverse"], "unroll": node.params["unroll"]}
         return lax.scan(step, carry, (tape, steps, ys), **order)
 
-    def pull_segment(carry: tuple[list, list], x: tuple) -> tuple[tuple[list, list], list]:
-        begin, steps, ys = x
-        begin = [_jax.from_raw(b, v.aval) for b, v in zip(begin, carries, strict=True)]
-        consts = [whole[v] for v in child.graph.inputs[:first]]
-        _, _, tape = _iterate(child, node, seed, consts, begin, steps)
-        return pull(carry, tape, steps, ys)
-
     zeros = [jnp.zeros(t.aval.shape, t.aval.dtype) for t in child.graph.tangent_inputs[:n_consts]]
     begin = (cotangents[:n_carry], zeros)
     steps, ys = (jnp.arange(node.params["length"], dtype=jnp.uint32), slices), cotangents[n_carry:]
-    if n_segments == 1:
-        (carried, consts), xs = pull(begin, stored, steps, ys)
+    if lengths:
+        consts = [whole[v] for v in child.graph.inputs[:first]]
+
+        def pull_segment(carry: tuple[list, list], raw: list, x: tuple) -> tuple[tuple[list, list], list]:
+            steps, ys = x
+            _, _, tape = _iterate(child, node, seed, consts, _typed_carry(child.graph, node, raw), steps)
+            return pull(carry, tape, steps, ys)
+
+        run = _bare_run(child.graph, node, seed, consts)
+        reverse = node.params["reverse"]
+        (carried, consts), xs = loops.pull_again(run, pull_segment, begin, stored, (steps, ys), lengths, reverse)
     else:
-        segments = (stored, *_cut((steps, ys), n_segments))
-        (carried, consts), xs = lax.scan(pull_segment, begin, segments, reverse=not node.params["reverse"])
-        xs = _joined(xs)
+        (carried, consts), xs = pull(begin, stored, steps, ys)
     return [*consts, *carried, *xs]
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from numpyro_rad.ad import _jax, rules
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad.loops import n_boundaries
 from numpyro_rad.ad.plan import (
     Encoded,
     Path,
@@ -34,7 +35,7 @@ from numpyro_rad.ad.plan import (
     read_by_segments,
     recompute_leaves,
 )
-from numpyro_rad.ad.segments import Chain, best_divisor
+from numpyro_rad.ad.segments import Chain, segment_lengths
 from numpyro_rad.planning import solver
 
 SMALL_BYTES = 64
@@ -195,7 +196,7 @@ def _reachable(graph: Graph) -> dict[Edge, int]:
 KEEP_NANOSECONDS_PER_BYTE = 0.1  # written once, read once
 CODE_NANOSECONDS_PER_ENTRY = 1.0  # encoding and decoding
 # What it takes to start the kernels of each, in every iteration of the loops around it
-KEEP_START, CODE_START, MAKE_START = 500.0, 20_000.0, 200.0
+KEEP_START, CODE_START, MAKE_START = 500.0, 30_000.0, 200.0
 # Large temporary memory is mapped anew in each step, and all that is held has to come from main memory.
 HELD_NANOSECONDS_PER_BYTE = 0.7
 HELD_FROM = 2**24
@@ -210,7 +211,7 @@ class Decision:
         self,
         graph: Graph,
         wanted: Wanted,
-        segments: dict[Split, int] | None = None,
+        segments: dict[Split, tuple[int, ...]] | None = None,
         chain: Chain | None = None,
     ) -> None:
         self.graph, self.codecs, self.segments, self.chain = graph, wanted.codecs, segments or {}, chain
@@ -353,13 +354,13 @@ class Decision:
 
     def _add_bodies(self, graph: Graph, node: Split, repeat: int, held: int, path: Path) -> None:
         operands = node.operands[1:] if node.kind == "cond" else node.operands
-        times, n_segments = repeat * _length(node), self.segments.get(node)
-        inside = held * _length(node) // (n_segments or 1)
-        if n_segments:
+        times, lengths = repeat * _length(node), self.segments.get(node, ())
+        inside = held * self._held_iterations(node)
+        if lengths:
             for value in read_by_segments(node):
                 self._ask(graph, None, (), self.number[value])
-            again = self._price(self._forward_nanoseconds(node.bodies[0], times))
-            self._boundary(graph, n_segments * carry_bytes(node) * held, again)
+            again = self._price(self._forward_nanoseconds(node.bodies[0], times) * len(lengths))
+            self._boundary(graph, n_boundaries(_length(node), lengths) * carry_bytes(node) * held, again)
         for number, body in enumerate(node.bodies):
             for i, (inner, outer) in enumerate(zip(body.inputs, operands, strict=True)):
                 if _is_carried(node, i):  # there in one iteration only
@@ -370,6 +371,10 @@ class Decision:
                 else:
                     self.number[inner] = self.problem.add_value(0, 0.0)
             self._add(body, times, inside, (*path, node.number, number))
+
+    def _held_iterations(self, node: Split) -> int:
+        """Of how many iterations of one run of control flow the tape is held at once."""
+        return self.segments[node][-1] if node in self.segments else _length(node)
 
     @property
     def has_codes(self) -> bool:
@@ -387,21 +392,21 @@ class Decision:
         times = [self._forward_nanoseconds(node.bodies[0], _length(node)) for node in loops]
         return self._price(min((*times, self._forward_nanoseconds(self.graph, 1) / 2)))
 
-    def segmentations(self) -> list[dict[Split, int]]:
-        """Ways to cut the loops of the program into segments, such that all boundaries together take about as much as
-        the tape of one segment (Griewank and Walther 2008, ch. 12, with two levels).
+    def segmentations(self, n_levels: int) -> list[dict[Split, tuple[int, ...]]]:
+        """Ways to cut the loops of the program into segments, so many times, such that all boundaries together take
+        about as much as the tape of one segment.
         """
-        found: list[dict[Split, int]] = []
+        found: list[dict[Split, tuple[int, ...]]] = []
         for solution in (solver.smallest(self.problem), solver.priced(self.problem, 0.0)):
             plan = self.plan(solution)
             cut = {}
             for node, (child, *_) in plan.children.items():
                 if node.kind != "scan":
                     continue
-                k = best_divisor(node, child.stored_bytes)
-                if k is not None:
-                    cut[node] = k
-            found += [{node: k} for node, k in cut.items()] if len(cut) > 1 else []
+                lengths = segment_lengths(node, child.stored_bytes, n_levels)
+                if lengths is not None:
+                    cut[node] = lengths
+            found += [{node: m} for node, m in cut.items()] if len(cut) > 1 else []
             found.append(cut)
         return [cut for i, cut in enumerate(found) if cut and cut not in found[:i]]
 
@@ -458,7 +463,11 @@ class Decision:
         """The plan that stores what the solution says."""
         variance = sum(a[c] for a, c in zip(self.added, solution.codes, strict=True) if c is not None)
         seconds = max(0.0, solution.cost - self.variance_weight * variance) / self.time_weight
-        predicted = Prediction(seconds - self.storing / self.step, variance, solution.gap if solution.bound > 0 or not solution.cost else None)
+        predicted = Prediction(
+            seconds - self.storing / self.step,
+            variance,
+            solution.gap if solution.bound > 0 or not solution.cost else None,
+        )
         chosen: dict[Graph, dict[Value, Encoded]] = {}
         for (graph, value, choices), code in zip(self.demands, solution.codes, strict=True):
             if code is not None and value is not None:
@@ -480,7 +489,7 @@ class Decision:
         needed = self.exact[graph] | {v for pair in carrier.items() if pair[1] not in encoded for v in pair}
         children: dict[Split, tuple[Plan, ...]] = {}
         for node in (e.split for e in graph.edges if e.split is not None):
-            inside = held * _length(node) // self.segments.get(node, 1)
+            inside = held * self._held_iterations(node)
             children[node] = tuple(
                 self._plan_of(body, repeat * _length(node), inside, (*path, node.number, i), kept, chosen)
                 for i, body in enumerate(node.bodies)
@@ -501,7 +510,7 @@ class Decision:
         leaves = recompute_leaves(graph, needed, stored)
         reads = frozenset(v for v in leaves - stored if v in set(graph.inputs))
         keeps = {v: keep_codec(v) for v in sorted(stored & leaves, key=lambda v: v.number)}
-        segments = {node: k for node, k in self.segments.items() if node in children}
+        segments = {node: m for node, m in self.segments.items() if node in children}
         late = {v: self.late[v] for v in (*keeps, *encoded) if v in self.late}
         length = self.chain.n_segments if self.chain is not None and graph is self.graph else 0
         return Plan(graph, repeat, held, path, keeps, encoded, carrier, children, segments, late, length, reads)

@@ -7,6 +7,7 @@ following the tangents of the parameters through the graph: a residual belongs t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -337,10 +338,11 @@ def _row(plan: Plan, value: Value, site: str, operation: str, decision: str, sto
 
 def _segments_row(plan: Plan, node: Split, site: str, line: str) -> Row:
     """The carries that a loop stores at the beginnings of its segments."""
-    n_segments, stored = plan.segments[node], plan.boundary_bytes(node) * plan.held
-    decision = f"{n_segments} segments of {node.params['length'] // n_segments}"
+    lengths, stored = plan.segments[node], plan.boundary_bytes(node) * plan.held
+    counts = [-(-a // b) for a, b in itertools.pairwise((node.params["length"], *lengths))]
+    decision = f"{' x '.join(map(str, counts))} segments of {lengths[-1]}"
     path = (*plan.path, node.number, -1)  # unlike that of any value
-    return Row(line, site, _SOURCE, (n_segments,), "carry", decision, 0, stored, 0.0, path)
+    return Row(line, site, _SOURCE, (sum(counts),), "carry", decision, 0, stored, 0.0, path)
 
 
 def _decision(plan: Plan, residual: Value, linear: bool) -> tuple[str, Value | None]:

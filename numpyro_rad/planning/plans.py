@@ -7,6 +7,7 @@ segments, and takes the plan of its solution.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ LADDER: tuple[Codec, ...] = (
 )
 """Codecs by falling size: rounding first, rounding of a sampled part for about one bit and less."""
 
+
+SEGMENT_LEVELS = (1, 2, 3)
+"""How often segments of loops are cut into segments: each level is one more run of the loop."""
 
 CHAIN_LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 """Numbers of segments that are tried for a program without loops."""
@@ -67,7 +71,8 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
         if solution is not None and (best is None or solution.cost < best[1].cost):
             best = decision, solution
         if len(decisions) == 1 and (solution is None or solution.cost > decision.least_again()):
-            decisions += [Decision(graph, wanted, cut) for cut in decision.segmentations()]
+            cuts = [cut for n_levels in SEGMENT_LEVELS for cut in decision.segmentations(n_levels)]
+            decisions += [Decision(graph, wanted, cut) for cut in cuts]
             if solution is None or not decision.has_codes:
                 # The compiler's own temporaries grow where layers run again: only where codes do not do it.
                 chains = (cut_chain(graph, n) for n in CHAIN_LENGTHS)
@@ -121,7 +126,7 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
         program = saved["program"]
         kept = [tuple(path) for path in saved["kept"]]
         coded = {tuple(e["path"]): codec_from(dict(e["codec"])) for e in saved["encoded"]}
-        segments = {tuple(e["path"]): e["segments"] for e in saved["segments"]}
+        segments = {tuple(e["path"]): tuple(e["lengths"]) for e in saved["segments"]}
         predicted = None if saved["predicted"] is None else Prediction(**saved["predicted"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{wrong} {error!r} is missing or wrong.") from None
@@ -135,18 +140,20 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
     nodes = {(*path, e.split.number): e.split for path, g in graphs for e in g.edges if e.split is not None}
     values = {(*path, v.number): v for path, g in graphs for e in g.equations for v in e.outputs}
     values |= {(*path, v.number): v for path, g in graphs for v in g.inputs}
-    for path, n_segments in segments.items():
+    for path, lengths in segments.items():
         node = nodes.get(path)
         if node is None or node.kind != "scan":
             raise ValueError(f"{wrong} there is no loop {path}.")
-        if not isinstance(n_segments, int) or n_segments < 1 or node.params["length"] % n_segments:
-            raise ValueError(f"{wrong} a loop of {node.params['length']} has no {n_segments!r} equal segments.")
+        outer = (node.params["length"], *lengths)
+        falling = all(isinstance(m, int) and 0 < m < before for before, m in itertools.pairwise(outer))
+        if not lengths or not falling:
+            raise ValueError(f"{wrong} a loop of {outer[0]} iterations has no segments of {list(lengths)}.")
     unknown = [path for path in (*kept, *coded) if path not in values]
     if unknown:
         raise ValueError(f"{wrong} there is no value {unknown[0]}.")
     wanted = Wanted(lambda path, value, repeat: (coded[path],) if path in coded else ())
     chain = cut_chain(graph, saved["chain"]) if saved.get("chain") else None
-    decision = Decision(graph, wanted, {nodes[path]: k for path, k in segments.items()}, chain)
+    decision = Decision(graph, wanted, {nodes[path]: m for path, m in segments.items()}, chain)
     numbers = {decision.number[values[path]] for path in kept} | decision.boundaries | decision.free
     try:
         solution = solver.settled(decision.problem, numbers, decision.coded())
