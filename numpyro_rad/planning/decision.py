@@ -199,9 +199,9 @@ CODE_NANOSECONDS_PER_ENTRY = 1.0  # encoding and decoding
 KEEP_START, CODE_START, MAKE_START = 500.0, 30_000.0, 200.0
 # Large temporary memory is mapped anew in each step, and all that is held has to come from main memory.
 HELD_NANOSECONDS_PER_BYTE = 0.7
-HELD_FROM = 2**24
-"""From so many bytes of residuals on the time that it takes to hold them is counted: half of the 32 MiB from which on
-an allocator maps memory anew, since a step has temporaries besides."""
+HELD_FROM = 2**25
+"""From so many bytes of residuals on the time that it takes to hold them is counted: allocators map blocks of this size
+anew each time."""
 
 
 class Decision:
