@@ -4,7 +4,8 @@
 
 writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers; with ``--into PAGE.md`` the table
 also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page. The same for the budget
-curves that ``budgets.py`` writes (``docs/benchmarks/budgets_p1.json``, ``<!-- budgets_p1-table -->``).
+curves that ``budgets.py`` writes (``docs/benchmarks/budgets_p1.json``, ``<!-- budgets_p1-table -->``), and for
+``growth.py``.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    parser.add_argument("report", type=Path, help="JSON written by run.py or budgets.py")
+    parser.add_argument("report", type=Path, help="JSON written by run.py, budgets.py or growth.py")
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")
     options = parser.parse_args(arguments)
     report = json.loads(options.report.read_text())
     if not options.table_only:
-        picture = draw_budgets if "budgets" in report else draw
+        picture = draw_budgets if "budgets" in report else draw_growth if "growth" in report else draw
         picture(report, options.figure or options.report.with_suffix(".png"))
     for page in options.into:
         page.write_text(with_table(page.read_text(), report))
@@ -78,6 +79,8 @@ def with_table(page: str, report: dict[str, Any]) -> str:
 
 def markdown_table(report: dict[str, Any]) -> str:
     """One row per rival, every ratio to ``exact``; below it the machine, the versions and what failed."""
+    if "growth" in report:
+        return growth_table(report)
     measured = [row for row in report["rivals"] if "temp_bytes" in row]
     if "budgets" in report:
         lines = [
@@ -145,6 +148,37 @@ def budget_row(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def growth_table(report: dict[str, Any]) -> str:
+    """What each rival needs for one more layer, row, particle or iteration; below it how long planning takes."""
+    lines = [
+        "| what grows | step | T (MiB) at | and at | bytes for one more | of exact |",
+        "| --- " * 2 + "| ---: " * 4 + "|",
+    ]
+    for axis, rows in report["growth"].items():
+        exact = None
+        for rival in dict.fromkeys(row["rival"] for row in rows):
+            (*_, before, last) = mine = [row for row in rows if row["rival"] == rival]
+            slope = (last["temp_bytes"] - before["temp_bytes"]) / (last["size"] - before["size"])
+            exact = slope if exact is None else exact
+            ends = [f"{row['size']}: {row['temp_bytes'] / MIB:.3g}" for row in (mine[0], last)]
+            lines.append(
+                "| " + " | ".join([axis, last["label"], *ends, f"{slope:,.0f}", as_fraction(slope / exact)]) + " |"
+            )
+    planned = [row["planning"] | row for rows in report["growth"].values() for row in rows if "planning" in row]
+    planned.sort(key=lambda row: row["residuals"])
+    times = ", ".join(f"{row['residuals']} residuals {row['seconds']:.2g} s" for row in planned)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{circumstances(report)} T: temporary bytes of the compiled `svi.update`. For one more: the difference "
+            "between the two largest sizes.",
+            "",
+            f"Choosing a plan for a tenth of the exact residual bytes: {times}.",
+        ]
+    )
+
+
 def as_fraction(ratio: float) -> str:
     """Memory ratios as the targets state them: 1/9.2 rather than 0.11."""
     return f"1/{1 / ratio:.1f}" if ratio < 0.5 else f"{ratio:.2f}"
@@ -191,12 +225,17 @@ def budgets_footnote(report: dict[str, Any]) -> str:
 
 def circumstances(report: dict[str, Any]) -> str:
     """What was measured when, where, with what and how often."""
-    machine, versions, settings = report["machine"], report["versions"], report["settings"]
+    machine, versions, settings = report["machine"], report["versions"], report.get("settings")
+    measured = (
+        f"; seed {settings['seed']}, median of {settings['repeats']} interleaved rounds, {settings['draws']} draws per "
+        "variance"
+        if settings
+        else ""
+    )
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"{report['workload']['title']}; {report['date'][:10]}; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['os']}, backend {machine['backend']}; {packages}; seed {settings['seed']}, median of "
-        f"{settings['repeats']} interleaved rounds, {settings['draws']} draws per variance."
+        f"{machine['os']}, backend {machine['backend']}; {packages}{measured}."
     )
 
 
@@ -255,6 +294,41 @@ def draw_budgets(report: dict[str, Any], path: Path) -> None:
     title = f"{report['workload']['title']}: budgets in %\nof the exact residuals' bytes (left and low is better)"
     finish(axes, title, "time x (1 + ρ) / Trace_ELBO's")
     save(axes, points, path)
+
+
+GROWTH_STYLES: dict[str, dict[str, Any]] = {
+    "exact": STYLES["reference"],
+    "checkpoint_layer": STYLES["rival"],
+    "checkpoint_sqrt": STYLES["rival"],
+    "checkpoint_map": STYLES["rival"],
+    "ours_4bit": STYLES["ours"],
+    "ours_2bit": {"color": "#E69F00", "marker": "P"},
+    "ours_segments": {"color": "#009E73", "marker": "^"},
+}
+
+
+def draw_growth(report: dict[str, Any], path: Path) -> None:
+    """Memory against size, one panel for each quantity that grows."""
+    plt.rcParams.update({"font.size": 10, "font.family": "DejaVu Sans"})
+    _, panels = plt.subplots(2, 2, figsize=(9, 7), dpi=160, facecolor="white", layout="constrained")
+    for axes, (name, rows) in zip(panels.flat, report["growth"].items(), strict=False):
+        for rival in dict.fromkeys(row["rival"] for row in rows):
+            mine = [row for row in rows if row["rival"] == rival]
+            sizes, temps = [row["size"] for row in mine], [row["temp_bytes"] / MIB for row in mine]
+            style = {"markersize": 7, "markeredgecolor": "white", "linestyle": "-", **GROWTH_STYLES[rival]}
+            axes.plot(sizes, temps, **(style | {"label": mine[0]["label"]}))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for one in (axes.xaxis, axes.yaxis):
+            one.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.set_xlabel(name)
+        axes.set_ylabel("temporary memory of a step (MiB)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.gcf().savefig(path)
+    plt.close()
 
 
 def point(row: dict[str, Any], color: str, factor: float) -> Point:
