@@ -11,6 +11,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import pytest
 
+import numpyro_rad.ad.sweep
 import numpyro_rad.planning.decision
 
 
@@ -48,7 +49,13 @@ def double():
 
 
 @pytest.fixture
-def encode_all(monkeypatch):
+def ordered(monkeypatch):
+    """Barriers order small graphs as they do large ones."""
+    monkeypatch.setattr(numpyro_rad.ad.sweep, "ORDERED_FROM", 0)
+
+
+@pytest.fixture
+def encode_all(monkeypatch, ordered):
     """Residuals of small models are encoded as well, whatever time that takes."""
     monkeypatch.setattr(numpyro_rad.planning.decision, "LEAST_ENCODED_BYTES", 0)
     for name in ("KEEP_START", "CODE_START", "MAKE_START", "CODE_NANOSECONDS_PER_ENTRY"):

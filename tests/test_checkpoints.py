@@ -1,6 +1,7 @@
 """Runs that are saved, killed, resumed: the same bits as without; and checkpoints that are damaged or of others."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -225,9 +226,12 @@ def kill_and_resume(tmp_path, kills, seed):
     for _ in range(kills):
         before = set(folder.glob("[0-9]*"))
         process = start(folder, out)
-        while process.poll() is None and not set(folder.glob("[0-9]*")) - before:
+        new, end = 0, math.inf
+        while process.poll() is None and new < 2 and time.monotonic() < end:  # before it is through all the steps
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2))
+            new = len(set(folder.glob("[0-9]*")) - before)
+            if new and end == math.inf:
+                end = time.monotonic() + rng.uniform(0, 0.2)
         assert process.poll() is None, "it ended before it could be killed"
         process.kill()
         process.wait()

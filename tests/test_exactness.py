@@ -17,6 +17,8 @@ import numpyro_rad
 from numpyro_rad import Keep, StochasticRound, rad
 
 KEY = jax.random.key(7)  # the path key: no value or exact gradient may depend on it
+
+pytestmark = pytest.mark.usefixtures("ordered")
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 1e-6}
 

@@ -49,6 +49,16 @@ def test_a_table_ends_with_the_prediction():
     assert predicted.gap is not None and f"{100 * predicted.gap:.1f} %" in last
 
 
+def test_a_plan_that_is_faster_says_so(monkeypatch):
+    """What is not held need not be mapped; where that counts, 2 bits take less time than the exact step."""
+    monkeypatch.setattr(decision, "HELD_FROM", 0)
+    monkeypatch.setattr(decision, "HELD_NANOSECONDS_PER_BYTE", 1000.0)
+    shown = table(network, codec=StochasticRound(2))
+    assert shown.predicted is not None and -1 < shown.predicted.added_seconds < 0
+    said = str(shown).splitlines()[-1]
+    assert said.startswith(f"Predicted: {-shown.predicted.added_seconds:.2g} x the exact step's time is saved and ")
+
+
 def test_a_gap_that_nobody_knows_is_not_printed():
     shown = table(network, codec=StochasticRound(4))
     assert shown.predicted is not None and shown.predicted.gap is None

@@ -21,7 +21,7 @@ from numpyro_rad import (
     explain,
     rad,
 )
-from numpyro_rad.ad import _jax, plan, rules
+from numpyro_rad.ad import _jax, plan, rules, sweep
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.sweep import forward
 from numpyro_rad.planning import decision, solver
@@ -341,6 +341,20 @@ def test_small_residuals_stay_exact(monkeypatch):
 
 
 # Budgets
+
+
+def n_barriers(f, *args, **options):
+    text = str(jax.make_jaxpr(jax.grad(rad(f, **options), 1))(KEY, *args))
+    return text.count("optimization_barrier[") + text.count("= optimization_barrier ")
+
+
+@pytest.mark.parametrize("f", [gelu_network, recurrence])
+def test_small_graphs_are_left_in_the_order_of_the_compiler(monkeypatch, f):
+    x, w = X, W
+    assert n_barriers(f, x, w, codec=StochasticRound(4)) == 0
+    monkeypatch.setattr(sweep, "ORDERED_FROM", 1000)
+    assert n_barriers(f, x, w, codec=StochasticRound(4)) > 0
+    assert n_barriers(f, np.tile(x, (2**20 // x.nbytes, 1)), w, codec=StochasticRound(4)) > 0
 
 
 BUDGETED = ["gelu_network", "relu_network", "recurrence", "scan_of_cond", "sampled_weights"]

@@ -37,6 +37,8 @@ from numpyro_rad.ad import elementwise, rules
 from numpyro_rad.planning import decision
 
 KEY = jax.random.key(7)  # the path key
+
+pytestmark = pytest.mark.usefixtures("ordered")
 CODEC = StochasticRound(2)
 DRAWS = 1024
 REFERENCES = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)  # whether mutable arrays are differentiated

@@ -239,6 +239,7 @@ def test_codes_are_those_of_the_loop_in_one_pass(name):
 
 @pytest.mark.parametrize("lengths", CUTS, ids=str)
 @pytest.mark.parametrize("name", ["stacked_forward", "stacked_reverse"])
+@pytest.mark.usefixtures("ordered")
 def test_every_cut_has_the_codes_and_the_gradient_of_the_whole(name, lengths):
     f, args = PROGRAMS[name]
     value, expected = gradient(f, args, codec=StochasticRound(2))

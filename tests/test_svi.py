@@ -1,7 +1,6 @@
 """``RAD_SVI.run`` against ``SVI.run``: the same numbers, whatever is watched, saved or shown on the way."""
 
 import copy
-import os
 import pickle
 import signal
 

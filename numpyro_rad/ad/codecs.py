@@ -67,6 +67,7 @@ class Codec:
     """
 
     exact = False  #: whether decode(encode(x)) equals x bit for bit
+    work = 1.0  #: time for encoding and decoding, relative to plain rounding
 
     def encode(self, seed, x):
         """The code of x, a tuple of arrays whose sizes add up to `stored_bytes`.
@@ -295,6 +296,7 @@ class SampledRound(StochasticRound):
     bits: int = 2
     group: int = 1024
     size: int = 4
+    work = 2.5
 
     def __post_init__(self):
         super().__post_init__()

@@ -194,9 +194,9 @@ def _reachable(graph: Graph) -> dict[Edge, int]:
 
 # Measured on two CPU cores, like the table of ``rules``
 KEEP_NANOSECONDS_PER_BYTE = 0.1  # written once, read once
-CODE_NANOSECONDS_PER_ENTRY = 1.0  # encoding and decoding
+CODE_NANOSECONDS_PER_ENTRY = 1.3  # encoding and decoding, by plain rounding
 # What it takes to start the kernels of each, in every iteration of the loops around it
-KEEP_START, CODE_START, MAKE_START = 500.0, 30_000.0, 200.0
+KEEP_START, CODE_START, MAKE_START = 500.0, 25_000.0, 200.0
 # Large temporary memory is mapped anew in each step, and all that is held has to come from main memory.
 HELD_NANOSECONDS_PER_BYTE = 0.7
 HELD_FROM = 2**25
@@ -316,7 +316,8 @@ class Decision:
         for entry in choices:
             draws = len(entry.readers)
             variance = self.variance((*path, value.number), value, entry.codec, draws)
-            nanoseconds = (CODE_NANOSECONDS_PER_ENTRY * value.aval.size + CODE_START) * repeat * draws
+            nanoseconds = CODE_NANOSECONDS_PER_ENTRY * entry.codec.work * value.aval.size + CODE_START
+            nanoseconds *= repeat * draws
             size = entry.stored_bytes * self._held(value, held)
             added.append(variance)
             cost = self._price(nanoseconds + self.hold * size) + self.variance_weight * variance
@@ -394,10 +395,11 @@ class Decision:
 
     def segmentations(self, n_levels: int) -> list[dict[Split, tuple[int, ...]]]:
         """Ways to cut the loops of the program into segments, so many times, such that all boundaries together take
-        about as much as the tape of one segment.
+        about as much as the tape of one segment: a tape of fewest bytes, of least cost, or without codes.
         """
         found: list[dict[Split, tuple[int, ...]]] = []
-        for solution in (solver.smallest(self.problem), solver.priced(self.problem, 0.0)):
+        exact = dataclasses.replace(self.problem, demands=[solver.Demand(d.value) for d in self.problem.demands])
+        for solution in (solver.smallest(self.problem), solver.priced(self.problem, 0.0), solver.smallest(exact)):
             plan = self.plan(solution)
             cut = {}
             for node, (child, *_) in plan.children.items():
