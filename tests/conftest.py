@@ -50,7 +50,7 @@ def double():
 
 @pytest.fixture
 def ordered(monkeypatch):
-    """Barriers order small graphs as they do large ones."""
+    """Barriers order small bodies of loops as they do large ones."""
     monkeypatch.setattr(numpyro_rad.ad.sweep, "ORDERED_FROM", 0)
 
 

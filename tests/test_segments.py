@@ -89,6 +89,12 @@ def unrolled(h, w, xs):
     return lax.scan(lambda h, x: (jnp.tanh(h @ w) * x, None), h, xs, unroll=2)[0].sum()
 
 
+@program(H, W, XS)
+def mapped(h, w, xs):
+    """Nothing is carried: each iteration may run again for itself."""
+    return jax.lax.map(lambda x: jnp.sin(jnp.tanh((h + x) @ w) @ w).sum(), xs).sum()
+
+
 def noisy(h, w, key):
     def step(carry, _):
         h, key = carry

@@ -6,7 +6,7 @@ Backward, an edge belongs to the stage in which the cotangent of one of its inpu
 and layer of one weight then meet in one stage, where the weight is made again once. Optimization barriers hold the
 compiler to this: codes are written before the next expensive step begins, and nothing is decoded or made again before
 the cotangent that needs it has arrived. Where nothing is encoded there is no barrier forward: it would only store what
-the compiler would have fused. Small graphs, such as many bodies of loops, have none at all.
+the compiler would have fused. Small bodies of loops have none at all.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from numpyro_rad.ad.seeds import fold
 
 
 ORDERED_FROM = 2**20
-"""Graphs whose values take fewer bytes than this, all together, are left to the compiler's own order. There is next to
-no memory to be gained, and barriers would keep it from fusing small operations, which may double the time of a loop."""
+"""Bodies of loops whose values take fewer bytes than this, all together, are left to the compiler's own order. There is
+next to no memory to be gained, and barriers would keep it from fusing small operations: that may double their time."""
 
 
 class Tape(NamedTuple):
@@ -44,10 +44,10 @@ def _seed_of(plan: Plan, seed: Any, value: Value, group: int) -> Any:
     return fold(seed, *plan.path, value.number, group)
 
 
-def _in_order(graph: Graph, first: list[Any], then: list[Any]) -> tuple[list[Any], list[Any]]:
+def _in_order(plan: Plan, first: list[Any], then: list[Any]) -> tuple[list[Any], list[Any]]:
     """Both lists; where it matters, what follows from ``then`` waits until all of ``first`` is there."""
-    size = sum(kept_bytes(o) for e in graph.equations for o in e.outputs)
-    return _jax.barrier(first, then) if size >= ORDERED_FROM else (first, then)
+    size = sum(kept_bytes(o) for e in plan.graph.equations for o in e.outputs)
+    return (first, then) if plan.repeat > 1 and size < ORDERED_FROM else _jax.barrier(first, then)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -103,7 +103,7 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
             done = [env[v] for v in dict.fromkeys(o for e in stages[i - 1] if e.anchor for o in e.outputs)]
             needed = _leading_to_anchors(stage)
             waiting = [v for v in outside if v in needed]  # the rest may be fused with whatever reads it
-            codes, arrays = _in_order(graph, [*codes, *done], [env[v] for v in waiting])
+            codes, arrays = _in_order(plan, [*codes, *done], [env[v] for v in waiting])
             local.update(zip(waiting, arrays, strict=True))
             encoded.update(zip(pending, jax.tree.unflatten(tree, codes[: tree.num_leaves]), strict=True))
             pending.clear()
@@ -224,7 +224,7 @@ def backward(
                 del to_come[value]
         state = _StageInputs(plan, stage, reads, kept, encoded, children)
         held, tree = jax.tree.flatten(state.arrays)
-        arrived, held = _in_order(graph, [sums[t] for t in incoming], held)
+        arrived, held = _in_order(plan, [sums[t] for t in incoming], held)
         state.arrays = jax.tree.unflatten(tree, held)
         sums.update(zip(incoming, arrived, strict=True))
         values = _StageValues(state, seed)
@@ -272,7 +272,7 @@ def _run_again(
     leaves = sorted(recompute_leaves(graph, wanted, early), key=lambda v: v.number)
     arrays = [kept[v] if v in kept else reads[v] for v in leaves]
     held, tree = jax.tree.flatten(arrays)
-    arrived, held = _in_order(graph, [sums[t] for t in incoming], held)
+    arrived, held = _in_order(plan, [sums[t] for t in incoming], held)
     sums.update(zip(incoming, arrived, strict=True))
     env: dict[Value, Any] = {}
     for value, array in zip(leaves, jax.tree.unflatten(tree, held), strict=True):
