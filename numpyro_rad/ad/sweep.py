@@ -25,7 +25,6 @@ from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, V
 from numpyro_rad.ad.plan import Plan, kept_bytes, read_by_segments, recompute_leaves
 from numpyro_rad.ad.seeds import fold
 
-
 ORDERED_FROM = 2**20
 """Bodies of loops whose values take fewer bytes than this, all together, are left to the compiler's own order. There is
 next to no memory to be gained, and barriers would keep it from fusing small operations: that may double their time."""
