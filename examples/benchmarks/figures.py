@@ -151,32 +151,39 @@ def budget_row(row: dict[str, Any]) -> str:
 def growth_table(report: dict[str, Any]) -> str:
     """What each rival needs for one more layer, row, particle or iteration; below it how long planning takes."""
     lines = [
-        "| what grows | step | T (MiB) at | and at | bytes for one more | of exact |",
-        "| --- " * 2 + "| ---: " * 4 + "|",
+        "| what grows | step | T (MiB) at | and at | T for one more (KiB) | of exact | R for one more (KiB) | of T |",
+        "| --- " * 2 + "| ---: " * 6 + "|",
     ]
     for axis, rows in report["growth"].items():
-        exact = None
+        exact = 0.0
         for rival in dict.fromkeys(row["rival"] for row in rows):
-            (*_, before, last) = mine = [row for row in rows if row["rival"] == rival]
-            slope = (last["temp_bytes"] - before["temp_bytes"]) / (last["size"] - before["size"])
-            exact = slope if exact is None else exact
-            ends = [f"{row['size']}: {row['temp_bytes'] / MIB:.3g}" for row in (mine[0], last)]
-            lines.append(
-                "| " + " | ".join([axis, last["label"], *ends, f"{slope:,.0f}", as_fraction(slope / exact)]) + " |"
-            )
-    planned = [row["planning"] | row for rows in report["growth"].values() for row in rows if "planning" in row]
-    planned.sort(key=lambda row: row["residuals"])
-    times = ", ".join(f"{row['residuals']} residuals {row['seconds']:.2g} s" for row in planned)
+            mine = [row for row in rows if row["rival"] == rival]
+            temp, stored = growth(mine, "temp_bytes"), growth(mine, "stored_bytes")
+            exact = exact or temp
+            ends = [f"{row['size']}: {row['temp_bytes'] / MIB:.3g}" for row in (mine[0], mine[-1])]
+            cells = [axis, mine[0]["label"], *ends, f"{temp / 1024:.3g}", as_fraction(temp / exact)]
+            cells += [f"{stored / 1024:.3g}", as_fraction(stored / exact)] if stored else ["", ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    planned = {
+        row["planning"]["residuals"]: row for rows in report["growth"].values() for row in rows if "planning" in row
+    }
+    times = ", ".join(f"{row['planning']['seconds']:.2g} s for {n} residuals" for n, row in sorted(planned.items()))
     return "\n".join(
         [
             *lines,
             "",
-            f"{circumstances(report)} T: temporary bytes of the compiled `svi.update`. For one more: the difference "
-            "between the two largest sizes.",
+            f"{circumstances(report)} T: temporary bytes of the compiled `svi.update`. R: bytes stored between the "
+            "sweeps, and their ratio to Trace_ELBO's T. For one more: between the two largest sizes.",
             "",
-            f"Choosing a plan for a tenth of the exact residual bytes: {times}.",
+            f"Choosing a plan for a tenth of the exact residual bytes took {times}.",
         ]
     )
+
+
+def growth(rows: list[dict[str, Any]], field: str) -> float:
+    """By how much something grows for one more, between the two largest sizes; 0 where it is not known."""
+    before, last = rows[-2:]
+    return (last[field] - before[field]) / (last["size"] - before["size"]) if field in last else 0.0
 
 
 def as_fraction(ratio: float) -> str:
@@ -320,7 +327,7 @@ def draw_growth(report: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         for one in (axes.xaxis, axes.yaxis):
-            one.set_major_formatter(lambda value, _: f"{value:.4g}")
+            one.set_major_formatter(lambda value, _: f"{value:.5g}")
         axes.set_xlabel(name)
         axes.set_ylabel("temporary memory of a step (MiB)")
         axes.grid(alpha=0.25)
