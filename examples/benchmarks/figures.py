@@ -188,7 +188,7 @@ def growth(rows: list[dict[str, Any]], field: str) -> float:
 
 def as_fraction(ratio: float) -> str:
     """Memory ratios as the targets state them: 1/9.2 rather than 0.11."""
-    return f"1/{1 / ratio:.1f}" if ratio < 0.5 else f"{ratio:.2f}"
+    return f"1/{1 / ratio:.1f}" if 0 < ratio < 0.5 else f"{ratio:.2f}"
 
 
 def spread(step: dict[str, Any]) -> str:
