@@ -15,6 +15,7 @@ Both are predictions: seconds from ``rules.nanoseconds``, variance from a ``Vari
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -393,14 +394,15 @@ class Decision:
         times = [self._forward_nanoseconds(node.bodies[0], _length(node)) for node in loops]
         return self._price(min((*times, self._forward_nanoseconds(self.graph, 1) / 2)))
 
-    def segmentations(self, n_levels: int) -> list[dict[Split, tuple[int, ...]]]:
+    def segmentations(self, levels: Sequence[int]) -> list[dict[Split, tuple[int, ...]]]:
         """Ways to cut the loops of the program into segments, so many times, such that all boundaries together take
         about as much as the tape of one segment: a tape of fewest bytes, of least cost, or without codes.
         """
-        found: list[dict[Split, tuple[int, ...]]] = []
         exact = dataclasses.replace(self.problem, demands=[solver.Demand(d.value) for d in self.problem.demands])
-        for solution in (solver.smallest(self.problem), solver.priced(self.problem, 0.0), solver.smallest(exact)):
-            plan = self.plan(solution)
+        solutions = (solver.smallest(self.problem), solver.priced(self.problem, 0.0), solver.smallest(exact))
+        plans = [self.plan(solution) for solution in solutions]
+        found: list[dict[Split, tuple[int, ...]]] = []
+        for n_levels, plan in itertools.product(levels, plans):
             cut = {}
             for node, (child, *_) in plan.children.items():
                 if node.kind != "scan":

@@ -71,8 +71,7 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
         if solution is not None and (best is None or solution.cost < best[1].cost):
             best = decision, solution
         if len(decisions) == 1 and (solution is None or solution.cost > decision.least_again()):
-            cuts = [cut for n_levels in SEGMENT_LEVELS for cut in decision.segmentations(n_levels)]
-            decisions += [Decision(graph, wanted, cut) for cut in cuts]
+            decisions += [Decision(graph, wanted, cut) for cut in decision.segmentations(SEGMENT_LEVELS)]
             if solution is None or not decision.has_codes:
                 # The compiler's own temporaries grow where layers run again: only where codes do not do it.
                 chains = (cut_chain(graph, n) for n in CHAIN_LENGTHS)
