@@ -30,7 +30,9 @@ from numpyro_rad import (
     rad,
     value_and_grad,
 )
-from numpyro_rad.planning import decision
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.codecs import Offload
+from numpyro_rad.planning import decision, planner
 from numpyro_rad.planning.plans import LADDER, plan_for_variance
 
 KEY = jax.random.key(0)
@@ -115,6 +117,7 @@ def test_exact_excludes(name):
         ({"plan": "plan.json"}, TypeError),
         ({"plan": [1]}, TypeError),
         ({"exact": "yes"}, TypeError),
+        ({"offload": 1}, TypeError),
         ({"objective": "speed"}, ValueError),
         ({"objective": None}, ValueError),
         ({"objective": ["time"]}, ValueError),
@@ -171,6 +174,60 @@ def test_exact_within_a_budget(f, cheap_starts):
         assert plan.stored_bytes <= options.get("memory_budget", np.inf)
         assert_close(jax.jit(grad(f, **options))(KEY, PARAMS, X), expected, 1e-5)
     assert codecs(planned(f, PARAMS, X, memory_budget=info.value.smallest_bytes // 2))
+
+
+@pytest.fixture
+def host(cheap_starts, monkeypatch):
+    """Small values may wait on the host, as if the device had a memory of its own. On a CPU both are one memory: values
+    are sent there and back by the same program."""
+    monkeypatch.setattr(_jax, "has_host_memory", lambda: True)
+    monkeypatch.setattr(planner, "LEAST_OFFLOADED_BYTES", 0)
+
+
+def transfers(f, *args):
+    """How many arrays a program sends to the host, and how many it fetches."""
+    text = str(jax.make_jaxpr(f)(*args))
+    return text.count("Space.Host"), text.count("Space.Device")
+
+
+def least_bytes(f, **options):
+    """The smallest budget that is feasible without codes."""
+    try:
+        return planned(f, PARAMS, X, exact=True, memory_budget=0, **options).stored_bytes
+    except BudgetError as error:
+        return error.smallest_bytes
+
+
+@pytest.mark.parametrize("f", [layers, loop, branches])
+def test_offload(f, host):
+    options = {"exact": True, "memory_budget": least_bytes(f, offload=True), "offload": True}
+    assert options["memory_budget"] < least_bytes(f)
+    plan = planned(f, PARAMS, X, **options)
+    waiting = [v for v, codec in plan.kept.items() if codec == Offload()]
+    assert waiting and plan.stored_bytes <= options["memory_budget"]
+    assert plan.predicted.added_seconds > planned(f, PARAMS, X, exact=True).predicted.added_seconds
+    table = explain(rad(f, **options), KEY, PARAMS, X)
+    assert sum(r.decision == "keep on the host" and r.stored_bytes == 0 for r in table.rows) >= len(waiting)
+    assert transfers(grad(f, **options), KEY, PARAMS, X) == (len(waiting), len(waiting))
+    assert_close(jax.jit(grad(f, **options))(KEY, PARAMS, X), jax.jit(jax.grad(f))(PARAMS, X), 1e-5)
+
+
+def test_nothing_waits_on_the_host_that_fits(host):
+    ample = planned(layers, PARAMS, X, exact=True).stored_bytes
+    assert Offload() not in planned(layers, PARAMS, X, exact=True, memory_budget=ample, offload=True).kept.values()
+
+
+def test_offload_needs_a_memory_of_the_device():
+    with pytest.raises(ValueError, match=r"offload=True.*backend 'cpu'"):
+        planned(layers, PARAMS, X, offload=True)
+
+
+@pytest.mark.parametrize("f", [layers, loop])
+def test_a_saved_plan_with_values_on_the_host(f, host):
+    plan = planned(f, PARAMS, X, exact=True, memory_budget=least_bytes(f, offload=True), offload=True)
+    assert Offload() in plan.kept.values()
+    again = planned(f, PARAMS, X, plan=saved(plan))
+    assert saved(again) == saved(plan) and again.stored_bytes == plan.stored_bytes
 
 
 @pytest.mark.parametrize("f", [layers, loop])

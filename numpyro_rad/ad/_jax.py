@@ -37,6 +37,12 @@ _LIBRARIES = tuple(
 )
 
 
+def has_host_memory() -> bool:
+    """Whether arrays can wait in a memory of the host that is not the memory of the device itself."""
+    device = jax.local_devices()[0]
+    return device.platform != "cpu" and "pinned_host" in {memory.kind for memory in device.addressable_memories()}
+
+
 def trace(f: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
     """The program of ``f`` at ``args``, what it closes over, and the pytree of its output shapes.
 

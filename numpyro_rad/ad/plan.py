@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from numpyro_rad.ad import _jax
-from numpyro_rad.ad.codecs import BitMask, Codec, Keep
+from numpyro_rad.ad.codecs import BitMask, Codec, Keep, Offload
 from numpyro_rad.ad.graph import Edge, Graph, Split, Value
 from numpyro_rad.ad.loops import n_boundaries
 
@@ -68,7 +68,7 @@ class Prediction:
 class Plan:
     """What one graph stores between its sweeps, and the plans of the bodies of its control flow.
 
-    :ivar kept: values stored exactly and how (``BitMask`` for booleans).
+    :ivar kept: values stored exactly and how (``BitMask`` for booleans, ``Offload`` for what waits on the host).
     :ivar encoded: values stored as random codes.
     :ivar carrier: for each residual that may be estimated, the value that stands for it in storage: itself, or a
         smaller one of which it is a linear rearrangement.
@@ -106,10 +106,16 @@ class Plan:
                 found[segment].append(value)
         return {segment: values for segment, values in found.items() if values}
 
+    def kept_bytes(self, value: Value) -> int:
+        """Bytes that a kept value takes on the device."""
+        return self.kept[value].stored_bytes(value.aval.shape, value.aval.dtype)
+
     @property
     def stored_bytes(self) -> int:
-        """Bytes held for the backward sweep at any time of one call, inputs and the path key not counted."""
-        sizes = [(v, kept_bytes(v)) for v in self.kept] + [(v, e.stored_bytes) for v, e in self.encoded.items()]
+        """Bytes held for the backward sweep at any time of one call, on the device; inputs and the path key are not
+        counted.
+        """
+        sizes = [(v, self.kept_bytes(v)) for v in self.kept] + [(v, e.stored_bytes) for v, e in self.encoded.items()]
         early = sum(size for v, size in sizes if v not in self.late)
         late = [sum(size for v, size in sizes if self.late.get(v) == s) for s in set(self.late.values())]
         own = early + max(late, default=0) + sum(self.boundary_bytes(node) for node in self.segments)
@@ -128,7 +134,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan's choices, for JSON; ``RAD_ELBO(plan=...)`` takes them for the same program at the same shapes."""
-        kept = [(*plan.path, v.number) for plan in self.walk() for v in plan.kept]
+        kept = [((*plan.path, v.number), codec) for plan in self.walk() for v, codec in plan.kept.items()]
         encoded = [
             {"path": (*plan.path, v.number), "codec": {"name": type(e.codec).__name__, **dataclasses.asdict(e.codec)}}
             for plan in self.walk()
@@ -141,7 +147,8 @@ class Plan:
             "program": self.graph.fingerprint(),
             "stored_bytes": self.stored_bytes,
             "predicted": dataclasses.asdict(self.predicted) if self.predicted is not None else None,
-            "kept": kept,
+            "kept": [path for path, codec in kept if not isinstance(codec, Offload)],
+            "offloaded": [path for path, codec in kept if isinstance(codec, Offload)],
             "encoded": encoded,
             "segments": segments,
             "chain": self.chain_length,

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from numpyro_rad.ad import _jax, rules
-from numpyro_rad.ad.codecs import Codec
+from numpyro_rad.ad.codecs import Codec, Offload
 from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
 from numpyro_rad.ad.loops import n_boundaries
 from numpyro_rad.ad.plan import (
@@ -56,6 +56,9 @@ VarianceModel = Callable[[Path, Value, Codec, int], float]
 """From a residual's path, the residual, its codec and the number of independent draws to the variance that they add to
 the gradient, relative to the variance of the exact gradient."""
 
+MayOffload = Callable[[Path, Value], bool]
+"""From a value's path and the value to whether it may wait on the host."""
+
 _OBJECTIVES = {"balanced": (1.0, 1.0), "time": (1.0, 1e-3), "variance": (1e-3, 1.0)}  # weights of time and variance
 OBJECTIVES = tuple(_OBJECTIVES)
 
@@ -66,6 +69,7 @@ class Wanted:
 
     :ivar codecs: what each residual may be coded with.
     :ivar variance: prices the codes; None for :func:`equal_shares`.
+    :ivar offload: which values of the program, outside of its loops, may wait in the memory of the host.
     :ivar objective: ``"balanced"`` for the sum of added time and added variance; ``"time"`` or ``"variance"`` for that
         one, the other deciding between equals.
     """
@@ -73,6 +77,7 @@ class Wanted:
     codecs: Codecs
     variance: VarianceModel | None = None
     objective: str = "balanced"
+    offload: MayOffload = lambda path, value: False
 
 
 def uniform(codec: Codec) -> Codecs:
@@ -200,6 +205,7 @@ CODE_NANOSECONDS_PER_ENTRY = 1.3  # encoding and decoding, by plain rounding
 KEEP_START, CODE_START, MAKE_START = 500.0, 25_000.0, 200.0
 # Large temporary memory is mapped anew in each step, and all that is held has to come from main memory.
 HELD_NANOSECONDS_PER_BYTE = 0.7
+OFFLOAD_NANOSECONDS_PER_BYTE = 10.0  # to the host and back: a link has about a hundredth of the memory's bandwidth
 HELD_FROM = 2**25
 """From so many bytes of residuals on the time that it takes to hold them is counted: allocators map blocks of this size
 anew each time."""
@@ -225,6 +231,8 @@ class Decision:
         self.exact: dict[Graph, set[Value]] = {}
         self.carried: dict[Graph, set[Value]] = {}
         self.boundaries: set[int] = set()
+        self.offload = wanted.offload
+        self.offloadable: set[Value] = set()
         self.demands: list[tuple[Graph, Value | None, tuple[Encoded, ...]]] = []
         self.added: list[tuple[float, ...]] = []  # variance added by each code of each demand
         self.storing, size = self._exact_storing(graph, 1)
@@ -294,6 +302,13 @@ class Decision:
             if made:
                 cost = self._price((equation.nanoseconds + MAKE_START) * repeat)
                 problem.add_maker([self.number[v] for v in made], operands, cost)
+            if graph is self.graph and self.chain is None:
+                for value in equation.outputs:
+                    if value not in made and self.offload((*path, value.number), value):
+                        # as if it were made from nothing: what a budget counts is memory of the device
+                        cost = self._price(OFFLOAD_NANOSECONDS_PER_BYTE * kept_bytes(value))
+                        problem.add_maker([self.number[value]], (), cost)
+                        self.offloadable.add(value)
         exact, linear, carrier = self._readers(graph)
         self.exact[graph], self.carrier[graph] = exact, carrier
         groups = _disjoint_groups(graph, linear)
@@ -505,7 +520,7 @@ class Decision:
             if node in self.segments:
                 needed.update(read_by_segments(node))
         own = {v for e in graph.equations for v in e.outputs} | self.carried.get(graph, set())
-        stored = {v for v in own if self.number[v] in kept}
+        stored = {v for v in own if self.number[v] in kept or v in self.offloadable}
         if self.chain is not None and graph is self.graph:
             needed |= self.chain.taken
             early = stored - set(self.late)
@@ -513,7 +528,10 @@ class Decision:
             needed |= recompute_leaves(graph, {a for v in again for a in _operands(graph, v)}, early)
         leaves = recompute_leaves(graph, needed, stored)
         reads = frozenset(v for v in leaves - stored if v in set(graph.inputs))
-        keeps = {v: keep_codec(v) for v in sorted(stored & leaves, key=lambda v: v.number)}
+        keeps = {
+            v: keep_codec(v) if self.number[v] in kept else Offload()
+            for v in sorted(stored & leaves, key=lambda v: v.number)
+        }
         segments = {node: m for node, m in self.segments.items() if node in children}
         late = {v: self.late[v] for v in (*keeps, *encoded) if v in self.late}
         length = self.chain.n_segments if self.chain is not None and graph is self.graph else 0

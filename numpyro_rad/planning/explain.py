@@ -14,7 +14,7 @@ from typing import Any
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Edge, Split, Value, site_name, sites
-from numpyro_rad.ad.plan import Path, Plan, Prediction, kept_bytes
+from numpyro_rad.ad.plan import Path, Plan, Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _rows(plan: Plan, labels: dict[Value, str]) -> Iterable[Row]:
             stored = 0
             if storage is not None and storage not in counted:
                 counted.add(storage)
-                stored = plan.encoded[storage].stored_bytes if storage in plan.encoded else kept_bytes(storage)
+                stored = plan.encoded[storage].stored_bytes if storage in plan.encoded else plan.kept_bytes(storage)
             yield _row(plan, residual, found.get(edge, ""), edge.name, decision, stored, linear)
         if edge.split is not None:
             for body, child in zip(edge.split.bodies, plan.children[edge.split], strict=True):
@@ -319,7 +319,7 @@ def _rows(plan: Plan, labels: dict[Value, str]) -> Iterable[Row]:
             yield _segments_row(plan, edge.split, found.get(edge, ""), edge.line)
     for value in plan.kept:
         if value not in counted:
-            yield _row(plan, value, "", _SOURCE, _stored(plan, value, plan.kept[value]), kept_bytes(value), False)
+            yield _row(plan, value, "", _SOURCE, _stored(plan, value, plan.kept[value]), plan.kept_bytes(value), False)
 
 
 def _row(plan: Plan, value: Value, site: str, operation: str, decision: str, stored: int, linear: bool) -> Row:

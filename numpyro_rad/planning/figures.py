@@ -14,7 +14,7 @@ import numpy as np
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
-from numpyro_rad.ad.plan import BudgetError, Plan, kept_bytes, recompute_leaves
+from numpyro_rad.ad.plan import BudgetError, Plan, recompute_leaves
 from numpyro_rad.ad.sweep import split_reads
 from numpyro_rad.planning.explain import plan_of
 from numpyro_rad.planning.planner import Planner, parse_bytes
@@ -119,7 +119,7 @@ def _changes(plan: Plan) -> Iterator[_Change]:
             wanted.update(split_reads(plan, edge.split))
         last.update(dict.fromkeys(recompute_leaves(graph, wanted, plan.kept), read[edge][1]))
     for value in plan.kept:
-        yield from _stay(_there(graph, made, value), last.get(value, 1.0), kept_bytes(value))
+        yield from _stay(_there(graph, made, value), last.get(value, 1.0), plan.kept_bytes(value))
     for value, entry in plan.encoded.items():
         for group in entry.readers:
             yield from _stay(_there(graph, made, value), max(read[e][1] for e in group), entry.bytes_each)

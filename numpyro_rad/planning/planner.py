@@ -16,14 +16,20 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
+from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value, site_name, sites
-from numpyro_rad.ad.plan import Path, Plan
+from numpyro_rad.ad.plan import Path, Plan, kept_bytes
 from numpyro_rad.planning import decision, plans
 from numpyro_rad.planning.decision import Wanted
 
 DEFAULT_CODEC = StochasticRound(bits=4)
 """Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""
+
+LEAST_OFFLOADED_BYTES = 2**20
+"""Smaller values are not worth the time that a transfer takes to start."""
 
 _UNITS = {"": 1, "B": 1} | {f"{p}{u}": b**e for u, b in (("B", 1000), ("iB", 1024)) for e, p in enumerate("kMGT", 1)}
 _UNITS |= {"KB": 1000, "KiB": 1024}
@@ -93,6 +99,8 @@ class Planner:
     :param exact: no codes: recompute and keep only. Gradients are then exact.
     :param objective: with a budget, ``"balanced"`` for the least sum of added time and variance, ``"time"`` or
         ``"variance"`` for the least of one.
+    :param offload: whether exact values of 1 MiB or more, outside of loops, may wait in the memory of the host, where
+        the device has a memory of its own. They do not count against a budget; their transfer is dear.
     :param overrides: what to do with some residuals: from a site's name or a glob of it (``"layer*"``), a file and line
         (``"model.py:12"``), or a predicate of a :class:`Residual`, to a codec; ``Keep()`` for exact. The first that
         fits holds. A rule that fits nothing warns.
@@ -107,6 +115,7 @@ class Planner:
     plan: Mapping[str, Any] | None = None
     exact: bool = False
     objective: str = "balanced"
+    offload: bool = False
     overrides: Mapping[Rule, Codec] = dataclasses.field(default_factory=dict)
     calibration: Any = None
 
@@ -137,8 +146,9 @@ class Planner:
             raise TypeError(
                 f"plan={self.plan!r} is not a saved plan. Pass the dictionary that Plan.to_dict() returned."
             )
-        if not isinstance(self.exact, bool):
-            raise TypeError(f"exact={self.exact!r}: True or False is expected.")
+        for name in ("exact", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: True or False is expected.")
         if self.calibration is not None and not hasattr(self.calibration, "variance_model"):
             raise TypeError(f"calibration={self.calibration!r} is none. Pass what RAD_ELBO.calibrate returned.")
         if self.objective not in decision.OBJECTIVES:
@@ -164,6 +174,13 @@ class Planner:
             return plans.restored(graph, self.plan)
         variance = self.calibration.variance_model(graph) if self.calibration is not None else None
         wanted = Wanted(self._codecs(graph, names or {}), variance, self.objective)
+        if self.offload:
+            if not _jax.has_host_memory():
+                raise ValueError(
+                    f"offload=True: the devices of backend '{jax.default_backend()}' have no memory apart from the "
+                    "host's, so nothing is gained. Leave it out here."
+                )
+            wanted = dataclasses.replace(wanted, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
         if self.added_variance is not None:
             return plans.plan_for_variance(graph, self.added_variance, wanted)
         if self.memory_budget is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from numpyro_rad.ad import rules
 from numpyro_rad.ad.codecs import Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value
-from numpyro_rad.ad.plan import BudgetError, Path, Plan, Prediction, kept_bytes
+from numpyro_rad.ad.plan import BudgetError, Path, Plan, Prediction
 from numpyro_rad.ad.segments import cut_chain
 from numpyro_rad.planning import solver
 from numpyro_rad.planning.decision import Decision, Wanted
@@ -124,6 +124,7 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
     try:
         program = saved["program"]
         kept = [tuple(path) for path in saved["kept"]]
+        offloaded = {tuple(path) for path in saved["offloaded"]}
         coded = {tuple(e["path"]): codec_from(dict(e["codec"])) for e in saved["encoded"]}
         segments = {tuple(e["path"]): tuple(e["lengths"]) for e in saved["segments"]}
         predicted = None if saved["predicted"] is None else Prediction(**saved["predicted"])
@@ -147,10 +148,13 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
         falling = all(isinstance(m, int) and 0 < m < before for before, m in itertools.pairwise(outer))
         if not lengths or not falling:
             raise ValueError(f"{wrong} a loop of {outer[0]} iterations has no segments of {list(lengths)}.")
-    unknown = [path for path in (*kept, *coded) if path not in values]
+    unknown = [path for path in (*kept, *offloaded, *coded) if path not in values]
     if unknown:
         raise ValueError(f"{wrong} there is no value {unknown[0]}.")
-    wanted = Wanted(lambda path, value, repeat: (coded[path],) if path in coded else ())
+    wanted = Wanted(
+        lambda path, value, repeat: (coded[path],) if path in coded else (),
+        offload=lambda path, value: path in offloaded,
+    )
     chain = cut_chain(graph, saved["chain"]) if saved.get("chain") else None
     decision = Decision(graph, wanted, {nodes[path]: m for path, m in segments.items()}, chain)
     numbers = {decision.number[values[path]] for path in kept} | decision.boundaries | decision.free
@@ -178,7 +182,7 @@ def codec_from(fields: dict[str, Any]) -> Codec:
 
 def _binding(plan: Plan) -> str:
     """The largest residuals of a plan, for an error message."""
-    sizes = [(kept_bytes(v) * p.held, v, p) for p in plan.walk() for v in p.kept]
+    sizes = [(p.kept_bytes(v) * p.held, v, p) for p in plan.walk() for v in p.kept]
     sizes += [(e.stored_bytes * p.held, v, p) for p in plan.walk() for v, e in p.encoded.items()]
     largest = sorted(sizes, key=lambda s: -s[0])[:3]
     if not largest:
