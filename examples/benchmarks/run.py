@@ -35,6 +35,9 @@ DEFAULT_MEMORY_RATIO = 12
 ROUNDING = 1e-4
 # Path noise is measured at so many draws of guide and minibatch, in turns: their exact gradients are held.
 CASES = 16
+# The variance of the exact gradient, which all others are referred to, is over at least so many draws: squared norms of
+# gradients may differ by a factor of ten and more between draws of guide and minibatch.
+REFERENCE_DRAWS = 32
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -290,7 +293,8 @@ class Benchmark:
             self.attempt(name, "gradient", actions[self.rivals[name].kind])
 
     def draws_of(self, rows: int) -> Iterator[tuple[jax.Array, tuple[jax.Array, ...]]]:
-        return measure.draws_of(self.workload, self.data, rows, self.seed, self.draws)
+        draws = max(self.draws, REFERENCE_DRAWS)
+        return measure.draws_of(self.workload, self.data, rows, self.seed, draws)
 
     def compare_gradient(self, name: str) -> None:
         step = self.steps[name]

@@ -413,6 +413,8 @@ class Decision:
         """Ways to cut the loops of the program into segments, so many times, such that all boundaries together take
         about as much as the tape of one segment: a tape of fewest bytes, of least cost, or without codes.
         """
+        if not any(e.split is not None and e.split.kind == "scan" for e in self.graph.edges):
+            return []
         exact = dataclasses.replace(self.problem, demands=[solver.Demand(d.value) for d in self.problem.demands])
         solutions = (solver.smallest(self.problem), solver.priced(self.problem, 0.0), solver.smallest(exact))
         plans = [self.plan(solution) for solution in solutions]
