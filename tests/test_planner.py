@@ -33,6 +33,7 @@ from numpyro_rad import (
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Offload
 from numpyro_rad.planning import decision, planner
+from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.plans import LADDER, plan_for_variance
 
 KEY = jax.random.key(0)
@@ -575,6 +576,34 @@ def check_budgets(problem, key):
 def temp_bytes(svi, state, *args):
     compiled = jax.jit(svi.update).lower(state, *args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hidden_markov_model", "predator_prey_rk4", "deep_markov_model"])
+def test_compiled_updates_of_examples_meet_their_budget(name):
+    """Besides the budget a step has only its working memory, which is the same at every budget."""
+    problem = examples.MODELS[name].make()
+
+    def compiled_bytes(loss):
+        svi = SVI(problem.model, problem.guide, problem.optimizer, loss, **problem.settings)
+        state = svi.init(KEY, *problem.args)
+        plan = loss.plan_of_update(svi, state, *problem.args)[0] if isinstance(loss, RAD_ELBO) else None
+        return plan, temp_bytes(svi, state, *problem.args)
+
+    def sizes(budget):
+        plan, compiled = compiled_bytes(RAD_ELBO(**problem.elbo, memory_budget=budget))
+        return plan.stored_bytes, compiled
+
+    _, exact = compiled_bytes(Trace_ELBO(**problem.elbo))
+    plan, _ = compiled_bytes(RAD_ELBO(**problem.elbo, codec=Keep()))
+    residuals = explained(plan, {}).exact_bytes
+    stored, compiled = sizes(residuals // 20)
+    working = compiled - stored
+    for share in (0.5, 0.2, 0.1):
+        budget = int(share * residuals)
+        stored, compiled = sizes(budget)
+        assert stored <= budget and compiled <= 1.1 * (budget + working), (share, stored, compiled, working)
+    assert compiled < exact / 2, (compiled, exact)
 
 
 def test_compiled_memory_of_an_update_falls_with_the_budget():
