@@ -178,11 +178,11 @@ class BitMask(_Exact):
     def encode(self, seed, x):
         self._check(x)
         layout = Layout.of(x.shape, 8)
-        return (layout.pack(layout.split(x)),)
+        return layout.pack(layout.split(x))
 
     def decode(self, seed, code, like):
         layout = Layout.of(like.shape, 8)
-        return layout.join(layout.unpack(code[0]) != 0, like.shape)
+        return layout.join(layout.unpack(code) != 0, like.shape)
 
     def stored_bytes(self, shape, dtype):
         layout = Layout.of(shape, 8)
@@ -259,10 +259,10 @@ class StochasticRound(Codec):
         low, step = self._fit(layout, x)
         number, below, above = self._neighbours(layout, x, low, step, dtype)
         up = uniform(seed, x.shape, x.dtype) * (above - below) < x - below
-        return layout.pack(number + up), low, step
+        return *layout.pack(number + up), low, step
 
     def decode(self, seed, code, like):
-        packed, low, step = code
+        *packed, low, step = code
         layout = self._layout(like.shape)
         number = layout.unpack(packed).astype(low.dtype)
         level = layout.to_entries(low) + number * layout.to_entries(step)
@@ -357,11 +357,11 @@ class SampledRound(StochasticRound):
         number, below, above = self._neighbours(layout, x, low, step, dtype)
         number = self._strata(number + (uniform(seed, x.shape, x.dtype) * (above - below) < x - below), layout)
         kept = jnp.where(self._chosen(fold(seed, 1), layout, sizes), number, 0).sum(-1)
-        return layout.pack(kept), low, step, self._means(x, layout, step)
+        return *layout.pack(kept), low, step, self._means(x, layout, step)
 
     def decode(self, seed, code, like):
         layout, sizes = self._layout(like.shape)
-        packed, (low, step, mean) = code[0], (layout.to_entries(a) for a in code[1:])
+        packed, (low, step, mean) = code[:-3], (layout.to_entries(a) for a in code[-3:])
         number = layout.unpack(packed).astype(low.dtype)
         level = _to_nearest(low + number * step, like.dtype)
         scaled = mean + jnp.asarray(sizes, low.dtype) * (level - mean)
