@@ -377,7 +377,9 @@ def test_import_makes_no_jax_array():
     assert not any(isinstance(value, jax.Array) for value in vars(module).values())
 
 
-@pytest.mark.parametrize("codec", [BitMask(), StochasticRound(4), StochasticRound(1), SampledRound(2, size=4)], ids=label)
+@pytest.mark.parametrize(
+    "codec", [BitMask(), StochasticRound(4), StochasticRound(1), SampledRound(2, size=4)], ids=label
+)
 def test_lanes_that_fill_no_byte_are_padded_apart(codec):
     """A padding or concatenation of all entries would be fused with what makes the codes, for four times the time."""
     x = jnp.zeros((1437, 256), bool if isinstance(codec, BitMask) else jnp.float32)

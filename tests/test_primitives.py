@@ -763,7 +763,10 @@ def test_unbiased(label):
 
     exact, draws = draw(jax.random.split(jax.random.key(5), DRAWS), *weights)
     assert draws.std(0).max() > 1e-4 * np.abs(draws).max(), "the gradient does not vary"
-    assert_unbiased(draws, exact, f"gradient of {label}")
+    # Cotangents in half precision are rounded to nearest, differently for each draw; up to three times in a row here.
+    half = label.rpartition(": ")[2]
+    rounding = float(jnp.finfo(half).eps) if half in ("bfloat16", "float16") else 0.0
+    assert_unbiased(draws, exact, f"gradient of {label}", rounding)
 
 
 @pytest.mark.parametrize("number", [0.7, 2, True, 0.5 + 1j], ids=str)

@@ -17,11 +17,13 @@ def bound(comparisons, false_alarm=FALSE_ALARM):
     return -NormalDist().inv_cdf(false_alarm / (2 * max(1, comparisons)))
 
 
-def z_scores(draws, mean):
+def z_scores(draws, mean, rounding=0.0):
     """z-score of the mean of each entry, shape of `mean`.
 
     :param draws: array of shape (draws, *mean.shape).
     :param mean: the expected value of each entry.
+    :param rounding: by how much arithmetic in a narrower dtype than that of the draws may be off, relative to the
+        largest of them.
 
     The error of the mean has two floors, each far below 1 / sqrt(draws) of the spread. An entry that hardly varies is
     allowed a few units in the last place. And an entry may have an outcome so rare that no draw shows it (a value next
@@ -30,19 +32,21 @@ def z_scores(draws, mean):
     draws, mean = np.asarray(draws), np.asarray(mean).astype(np.float64)
     deviation = draws.astype(np.float64) - mean
     eps = np.finfo(draws.dtype).eps if draws.dtype.itemsize >= 4 else 2.0**-23  # half precision is computed in float32
-    rounding = 4 * float(eps) * np.abs(draws.astype(np.float64)).max(0, initial=0.0)
+    size = np.abs(draws.astype(np.float64))
+    rounding = 4 * float(eps) * size.max(0, initial=0.0) + rounding * size.max(initial=0.0)
     unseen = np.abs(deviation).max(initial=0.0) / len(draws)
     error = np.sqrt(deviation.var(0, ddof=1) / len(draws) + rounding**2 + unseen**2)
     return deviation.mean(0) / np.where(error == 0, 1e-300, error)
 
 
-def assert_unbiased(draws, expected, what="estimate"):
+def assert_unbiased(draws, expected, what="estimate", rounding=0.0):
     """Fail if the mean of any entry over the draws is further from `expected` than chance allows.
 
     :param draws: array of shape (draws, *expected.shape), one independent estimate each.
     :param expected: what the estimates should be on average.
+    :param rounding: as in `z_scores`.
     """
-    z = np.abs(z_scores(draws, expected))
+    z = np.abs(z_scores(draws, expected, rounding))
     limit = bound(z.size)
     worst = np.unravel_index(np.argmax(z), z.shape) if z.ndim else ()  # argmax finds a NaN as well
     assert np.all(z < limit), (

@@ -127,8 +127,8 @@ class Layout:
         return x.reshape(self.rows, self.parts * self.width)[:, : self.inner].reshape(shape)
 
     def pack(self, q):
-        """Integers below 2**(8 / slots), (rows, parts, some), as bytes: uint8 arrays of shape (bytes, lane, some), of the
-        lanes that fill theirs and of those that are left, if any.
+        """Integers below 2**(8 / slots), (rows, parts, some), as bytes: uint8 arrays of shape (bytes, lane, some), of
+        the lanes that fill theirs and of those that are left, if any.
 
         These are not one array. With a padding of all lanes, or a concatenation of both parts, whatever makes the
         numbers would be fused with it and not vectorized: with JAX 0.10, inside of loops on CPU, it then takes 5 ns an
