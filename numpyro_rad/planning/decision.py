@@ -201,11 +201,11 @@ def _reachable(graph: Graph) -> dict[Edge, int]:
 # Measured on two CPU cores, like the table of ``rules``
 KEEP_NANOSECONDS_PER_BYTE = 0.1  # written once, read once
 CODE_NANOSECONDS_PER_ENTRY = 1.3  # encoding and decoding, by plain rounding
+OFFLOAD_NANOSECONDS_PER_BYTE = 10.0  # to the host and back: a link has about a hundredth of the memory's bandwidth
 # What it takes to start the kernels of each, in every iteration of the loops around it
 KEEP_START, CODE_START, MAKE_START = 500.0, 25_000.0, 200.0
 # Large temporary memory is mapped anew in each step, and all that is held has to come from main memory.
 HELD_NANOSECONDS_PER_BYTE = 0.7
-OFFLOAD_NANOSECONDS_PER_BYTE = 10.0  # to the host and back: a link has about a hundredth of the memory's bandwidth
 HELD_FROM = 2**25
 """From so many bytes of residuals on the time that it takes to hold them is counted: allocators map blocks of this size
 anew each time."""
@@ -302,13 +302,13 @@ class Decision:
             if made:
                 cost = self._price((equation.nanoseconds + MAKE_START) * repeat)
                 problem.add_maker([self.number[v] for v in made], operands, cost)
-            if graph is self.graph and self.chain is None:
-                for value in equation.outputs:
-                    if value not in made and self.offload((*path, value.number), value):
-                        # as if it were made from nothing: what a budget counts is memory of the device
-                        cost = self._price(OFFLOAD_NANOSECONDS_PER_BYTE * kept_bytes(value))
-                        problem.add_maker([self.number[value]], (), cost)
-                        self.offloadable.add(value)
+            outside = graph is self.graph and self.chain is None
+            for value in equation.outputs if outside else ():
+                if value not in made and self.offload((value.number,), value):
+                    # as if it were made from nothing: what a budget counts is memory of the device
+                    cost = self._price(OFFLOAD_NANOSECONDS_PER_BYTE * kept_bytes(value))
+                    problem.add_maker([self.number[value]], (), cost)
+                    self.offloadable.add(value)
         exact, linear, carrier = self._readers(graph)
         self.exact[graph], self.carrier[graph] = exact, carrier
         groups = _disjoint_groups(graph, linear)
