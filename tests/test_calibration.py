@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from models import network_regression, wave
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
-from programs import normal
+from programs import few, normal
 from zscores import bound
 
 from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, explain
@@ -38,12 +38,12 @@ def test_a_part_stands_for_the_whole(shape, last, monkeypatch):
     x = x[..., : x.shape[-1] // 256 * 256] if len(shape) == 2 else x  # of vectors whole rows are taken
     value = SimpleNamespace(aval=jax.ShapeDtypeStruct(x.shape[1:], jnp.float32))
 
-    def total(key):
-        taken, _, times = calibration._part(key, value, x, x)
+    def total(words):
+        taken, _, times = calibration._part(words, value, x, x)
         assert taken.size < x.size
         return taken.sum() * times
 
-    draws = np.asarray(jax.jit(jax.vmap(total))(jax.random.split(KEY, 4000)), np.float64)
+    draws = np.asarray(jax.jit(jax.vmap(total))(jax.random.bits(KEY, (4000, 2), jnp.uint32)), np.float64)
     error = draws.std() / len(draws) ** 0.5 + 1e-5 * abs(draws.mean())
     assert abs(draws.mean() - float(x.sum())) < bound(8) * error
 
@@ -183,6 +183,40 @@ def test_predicted_is_measured(name):
     assert found.gradient_variance == pytest.approx(between, rel=0.5)  # 64 draws of a long-tailed sum
 
 
+def residual_blocks(x, y):
+    """Blocks with a skip connection and a normalization, as in a Transformer."""
+    h = x @ numpyro.sample("first", dist.Normal(jnp.zeros((x.shape[1], 16)), 1.0).to_event(2))
+    for i in range(3):
+        a = numpyro.sample(f"a{i}", dist.Normal(jnp.zeros((16, 32)), 0.25).to_event(2))
+        b = numpyro.sample(f"b{i}", dist.Normal(jnp.zeros((32, 16)), 0.2).to_event(2))
+        centred = h - h.mean(-1, keepdims=True)
+        h = h + jnp.tanh(centred * lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-3) @ a) @ b
+    numpyro.sample("y", dist.Normal(h.sum(-1), 0.5).to_event(1), obs=y)
+
+
+DEEP = {
+    "blocks": (residual_blocks, regression_data(64), StochasticRound(2)),
+    "recurrence": (*MODELS["recurrence"], StochasticRound(2)),
+    "branch": (*MODELS["branch"], SampledRound(2, size=4)),
+}
+
+
+@pytest.mark.parametrize("name", few(DEEP, "blocks"))
+def test_errors_that_multiply(name):
+    """Codes together add more than twice what they add one by one."""
+    model, args, codec = DEEP[name]
+    svi, state = prepared(model, args)
+    found = svi.loss.calibrate(svi, state, *args, draws=12)
+    elbo = RAD_ELBO(codec=codec, calibration=found)
+    plan = plan_of(svi, state, args, elbo)
+    within, _ = measured(svi, state, args, elbo, guides=16, paths=128)
+    variance = found.variance_model(plan.graph)
+    coded = [((*p.path, v.number), v, e.codec) for p in plan.walk() for v, e in p.encoded.items()]
+    one_by_one = sum(variance.alone(*residual) for residual in coded)
+    assert one_by_one * found.reference_variance < 0.5 * within
+    assert found.predicted(plan) * found.reference_variance == pytest.approx(within, rel=0.35)
+
+
 POINTS, SIZE = 40, 6
 A = normal(POINTS, SIZE, seed=3)
 B = A @ jnp.ones(SIZE) + normal(POINTS, seed=4)
@@ -315,7 +349,7 @@ def test_particles_and_mutable_state(model, particles):
     args = regression_data()
     svi, state = prepared(model, args, AutoNormal(branching), num_particles=particles, memory_budget="6kB")
     found = svi.loss.calibrate(svi, state, *args)
-    assert found.gradient_variance > 0 and any(map(any, found.added.values()))
+    assert found.gradient_variance > 0 and any(any(r.added) for r in found.residuals.values())
     state, loss = jax.jit(svi.update)(state, *args)
     assert np.isfinite(loss)
     assert state.mutable_state is None or state.mutable_state["seen"]["steps"] == 2  # svi.init is a step too

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from numpyro_rad.ad.layout import Layout, sampled_rows
-from numpyro_rad.ad.seeds import fold, hash_words, linear_index, u32, uniform
+from numpyro_rad.ad.seeds import fold, hash_words, linear_index, signs, u32, uniform
 
 
 def _itemsize(dtype):
@@ -528,8 +528,7 @@ class RandomProjection(Codec):
 
     def _matrix(self, seed, n, dtype):
         k = self._columns(n)
-        sign = (hash_words(seed, linear_index((n, k))) >> u32(31)).astype(jnp.int32) * 2 - 1
-        return sign.astype(dtype) * np.asarray(1 / math.sqrt(k), dtype)
+        return signs(seed, (n, k), dtype) * np.asarray(1 / math.sqrt(k), dtype)
 
     def encode(self, seed, x):
         self._check(x)

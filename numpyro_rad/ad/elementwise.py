@@ -133,7 +133,7 @@ class Coefficients:
         if np.ndim(atom.value) == 0 and math.isfinite(float(atom.value)):
             return Term(float(atom.value), None)
         array = atom.value
-        return Term(1.0, self._derive(f"constant {id(array)}", lambda: jnp.asarray(array), (), line))
+        return Term(1.0, self._derive("constant", lambda: jnp.asarray(array), (), line, id(array)))
 
     def _derive(
         self, name: str, run: Callable[..., Any], operands: tuple[Atom, ...], line: str, parameters: Any = ()

@@ -245,6 +245,7 @@ class _Builder:
     def add_linear(self, step: _Step) -> None:
         tangents, residuals, sources = self.operands_of(step)
         bilinear = step.name in rules.BILINEAR and len(tangents) == 1
+        moving = [i for i, (kind, _) in enumerate(sources) if kind == "tangent"]
         known = bilinear or step.name in rules.STRUCTURAL or step.name in elementwise.LINEAR
         self.edges.append(
             Edge(
@@ -257,6 +258,7 @@ class _Builder:
                 _jax.source_line(step.equation),
                 anchor=step.name not in rules.STRUCTURAL and step.name not in elementwise.LINEAR,
                 default=not known,
+                entries=tuple(rules.jacobian_entries(step.equation, i) for i in moving),
             )
         )
 

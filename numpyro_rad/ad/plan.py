@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from numpyro_rad.ad import _jax
+import jax.numpy as jnp
+
+from numpyro_rad.ad import _jax, rules
 from numpyro_rad.ad.codecs import BitMask, Codec, Keep, Offload
 from numpyro_rad.ad.graph import Edge, Graph, Split, Value
 from numpyro_rad.ad.loops import n_boundaries
@@ -169,6 +171,23 @@ def read_by_segments(node: Split) -> list[Value]:
     """What a loop takes from outside besides its carry: its segments need all of it to run again."""
     n_consts, n_carry = node.params["primal_counts"]
     return [a for i, a in enumerate(node.operands) if isinstance(a, Value) and not n_consts <= i < n_consts + n_carry]
+
+
+def carrier_of(graph: Graph, residual: Value) -> Value:
+    """The smallest value of which ``residual`` is a linear rearrangement (the earliest among equals)."""
+    best = value = residual
+    while True:
+        equation = graph.producer.get(value)
+        if equation is None or equation.name not in rules.PASSES_ESTIMATE:
+            return best
+        operands = [a for a in equation.inputs if isinstance(a, Value)]
+        if len(operands) != 1 or len(equation.inputs) != 1 or not rules.is_real_float(operands[0].aval.dtype):
+            return best
+        if jnp.promote_types(operands[0].aval.dtype, value.aval.dtype) != value.aval.dtype:
+            return best  # rounding an estimate to a narrower dtype would bias it
+        (value,) = operands
+        if value.aval.dtype.itemsize >= best.aval.dtype.itemsize and value.aval.size <= best.aval.size:
+            best = value
 
 
 def kept_bytes(value: Value) -> int:

@@ -99,17 +99,38 @@ def nanoseconds(equation: _jax.JaxprEquation) -> float:
     if inner and name not in _PER_ENTRY:
         return max(inner) if name == "cond" else sum(inner) * equation.params.get("length", 1)
     sizes = [v.aval.size for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "size")]
-    if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        depth = [equation.invars[0].aval.shape[i] for i in contracted]
-        return _product_nanoseconds(equation.outvars[0].aval.size * float(np.prod(depth)))
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-        return _product_nanoseconds(equation.outvars[0].aval.size * kernel.size / max(features, 1))
+    if name in ("dot_general", "conv_general_dilated"):
+        return _product_nanoseconds(_operations(equation))
     if name in _CUBIC:
         return 4 * _product_nanoseconds(max(v.aval.size * v.aval.shape[-1] for v in equation.outvars if v.aval.shape))
     return max(sizes, default=0) * _PER_ENTRY.get(name, 0.3)
+
+
+def _operations(product: _jax.JaxprEquation) -> float:
+    """Multiplications of a contraction or a convolution."""
+    size = product.outvars[0].aval.size
+    if product.primitive.name == "dot_general":
+        (contracted, _), _ = product.params["dimension_numbers"]
+        return size * float(np.prod([product.invars[0].aval.shape[i] for i in contracted]))
+    kernel = product.invars[1].aval
+    return size * kernel.size / max(kernel.shape[product.params["dimension_numbers"].rhs_spec[0]], 1)
+
+
+_PICKS = frozenset("broadcast_in_dim slice gather dynamic_slice".split())
+
+
+def jacobian_entries(equation: _jax.JaxprEquation, position: int) -> float:
+    """How many entries of the Jacobian in the operand at ``position`` are not zero, of a linear step and for what is
+    known: of others, one for each entry of the operand.
+    """
+    name, aval, out = equation.primitive.name, equation.invars[position].aval, equation.outvars[0].aval
+    if name in _PICKS:  # each entry of the result is one of the operand
+        return out.size
+    if name in ("dot_general", "conv_general_dilated"):
+        return _operations(equation)
+    if name == "cumsum":
+        return aval.size * (aval.shape[equation.params["axis"]] + 1) / 2
+    return aval.size
 
 
 def _product_nanoseconds(operations: float) -> float:

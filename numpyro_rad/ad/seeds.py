@@ -46,6 +46,12 @@ def uniform(seed, shape, dtype):
     return bits.astype(jnp.int32).astype(dtype) * np.asarray(2.0**-24, dtype)
 
 
+def signs(seed, shape, dtype):
+    """-1 and 1, as likely."""
+    words = hash_words(seed, linear_index(shape)) >> u32(31)
+    return (words.astype(jnp.int32) * 2 - 1).astype(dtype)
+
+
 def seed_words(key):
     """Seed of the codecs from one JAX PRNG key.
 

@@ -7,7 +7,8 @@ A code replaces a residual r by r + e, E[e] = 0, and the gradient is linear in r
 with z of independent random signs, one for each parameter (Hutchinson 1990): the square of the derivative of a random
 projection of the gradient is, on average, the sum of the squares of the derivatives of its components. One reverse
 sweep over the backward sweep gives s for all residuals at once, and each codec knows Var <s, e> in closed form. Of
-large residuals that is computed for a random part of the rows.
+large residuals that is computed for a random part of the rows. How such errors multiply is up to ``noise``, which takes
+two more numbers of each residual from here: its mean square, and the variance of its codes relative to that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ import numpy as np
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Graph, Value
 from numpyro_rad.ad.plan import Path, Plan
+from numpyro_rad.ad.seeds import signs
 from numpyro_rad.ad.sweep import Tape, backward, forward
-from numpyro_rad.planning import decision, plans
+from numpyro_rad.planning import plans
+from numpyro_rad.planning.noise import EqualShares, VarianceModel, effects_of
 
 MOST_ENTRIES = 65536
 """Of larger residuals, all iterations of the loops around them counted, a part of so many entries is looked at."""
@@ -42,6 +45,20 @@ LEAST_ROW = 256
 
 
 @dataclasses.dataclass(frozen=True)
+class ResidualNoise:
+    """What was measured of one residual.
+
+    :ivar added: the variance that each codec adds to the gradient if all else is exact.
+    :ivar relative: the variance of each code, relative to its squared norm.
+    :ivar mean_square: of its entries.
+    """
+
+    added: tuple[float, ...]
+    relative: tuple[float, ...]
+    mean_square: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Calibration:
     """Measured variances; pass it to ``Planner(calibration=...)``.
 
@@ -49,7 +66,8 @@ class Calibration:
     :ivar gradient_variance: tr Cov of the exact gradient over the draws of guide and minibatch.
     :ivar gradient_norm: its root mean square norm.
     :ivar codecs: the codecs that were measured.
-    :ivar added: for each residual the variance that each of these codecs adds.
+    :ivar residuals: what was measured of each residual, by its path.
+    :ivar reach: for each differentiated input the mean square of the derivative of the parameters in it.
     :ivar n_draws: gradients that were taken.
     """
 
@@ -57,10 +75,11 @@ class Calibration:
     gradient_variance: float
     gradient_norm: float
     codecs: tuple[Codec, ...]
-    added: dict[Path, tuple[float, ...]]
+    residuals: dict[Path, ResidualNoise]
+    reach: tuple[float, ...]
     n_draws: int
 
-    def variance_model(self, graph: Graph) -> decision.VarianceModel:
+    def variance_model(self, graph: Graph) -> VarianceModel:
         """Prices for the codes of ``graph``: added variance / variance of the exact gradient.
 
         For another program than that of the calibration it warns and falls back to the model without data.
@@ -71,19 +90,8 @@ class Calibration:
                 "without it. Calibrate again.",
                 stacklevel=2,
             )
-            return decision.equal_shares(graph)
-        unit = self.reference_variance
-
-        def variance(path: Path, value: Value, codec: Codec, n_draws: int) -> float:
-            known = self.added.get(path)
-            if known is None:
-                return 0.0  # nothing that was differentiated depends on it
-            if codec in self.codecs:
-                return known[self.codecs.index(codec)] / unit
-            shape, first = value.aval.shape, self.codecs[0]
-            return known[0] / unit * codec.relative_variance(shape) / max(first.relative_variance(shape), 1e-30)
-
-        return variance
+            return EqualShares(graph)
+        return _Measured(self)
 
     @property
     def reference_variance(self) -> float:
@@ -94,8 +102,10 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """All of it, as what ``json.dumps`` takes; :meth:`from_dict` gives the same to the bit."""
         codecs = [{"name": type(c).__name__, **dataclasses.asdict(c)} for c in self.codecs]
-        added = [[list(path), list(variances)] for path, variances in self.added.items()]
-        return {**vars(self), "codecs": codecs, "added": added}
+        residuals = [
+            [list(path), *map(list, (r.added, r.relative)), r.mean_square] for path, r in self.residuals.items()
+        ]
+        return {**vars(self), "codecs": codecs, "residuals": residuals, "reach": list(self.reach)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
@@ -105,8 +115,11 @@ class Calibration:
         """
         try:
             codecs = tuple(plans.codec_from(dict(fields)) for fields in data["codecs"])
-            added = {tuple(path): tuple(variances) for path, variances in data["added"]}
-            return cls(**{**data, "codecs": codecs, "added": added})
+            residuals = {
+                tuple(path): ResidualNoise(tuple(added), tuple(relative), mean_square)
+                for path, added, relative, mean_square in data["residuals"]
+            }
+            return cls(**{**data, "codecs": codecs, "residuals": residuals, "reach": tuple(data["reach"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"this is not what Calibration.to_dict() gave: {error!r}. Calibrate again if it is lost."
@@ -114,23 +127,52 @@ class Calibration:
 
     def predicted(self, plan: Plan) -> float:
         """Variance that the codes of a plan add, relative to that of the exact gradient."""
-        model = self.variance_model(plan.graph)
-        return sum(
-            model((*p.path, v.number), v, e.codec, len(e.readers)) for p in plan.walk() for v, e in p.encoded.items()
-        )
+        return effects_of(plan, self.variance_model(plan.graph)).total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """The prices of a calibration."""
+
+    knows_energies: ClassVar[bool] = True
+    calibration: Calibration
+
+    def alone(self, path: Path, value: Value, codec: Codec) -> float:
+        return self._of("added", path, value, codec) / self.calibration.reference_variance
+
+    def relative(self, path: Path, value: Value, codec: Codec) -> float:
+        return self._of("relative", path, value, codec)
+
+    def mean_square(self, path: Path) -> float | None:
+        known = self.calibration.residuals.get(path)
+        return None if known is None else known.mean_square
+
+    def reach(self, position: int) -> float:
+        return self.calibration.reach[position]
+
+    def _of(self, kind: str, path: Path, value: Value, codec: Codec) -> float:
+        residual, codecs = self.calibration.residuals.get(path), self.calibration.codecs
+        if residual is None:
+            return 0.0  # nothing that was differentiated depends on it
+        known = getattr(residual, kind)
+        if codec in codecs:
+            return known[codecs.index(codec)]
+        shape, first = value.aval.shape, codecs[0]
+        return known[0] * codec.relative_variance(shape) / max(first.relative_variance(shape), 1e-30)
 
 
 def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], list[Path]]:
     """A function that measures one gradient and all its codes, and the paths of these.
 
-    :return: ``(key, operands, signs) -> (gradient, variances)``, the gradient of the first output of the graph in its
-        tangent inputs; ``signs`` are aligned with these. ``variances[i, j]`` is what codec j adds by residual i. The
-        key draws the rows of large residuals.
+    :return: ``(key, operands, signs) -> (gradient, squares, variances)``, the gradient of the first output of the graph
+        in its tangent inputs; ``signs`` are aligned with these. ``squares[i]`` is the mean square of residual i,
+        ``variances[0, i, j]`` what codec j adds by it, ``variances[1, i, j]`` the variance of the code for each entry.
+        The key draws the rows of large residuals, and the signs along which codes are looked at.
     """
     plan = plans.all_coded(graph)
     paths = [(*p.path, v.number) for p, v in _coded(plan)]
 
-    def measure(key: Any, operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any]:
+    def measure(key: Any, operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any, Any]:
         seed = jnp.zeros(2, jnp.uint32)
         _, tape = forward(plan, seed, operands)
         reads = {v: a for v, a in zip(graph.inputs, operands, strict=True) if v in plan.reads}
@@ -147,15 +189,18 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
         arrays = list(_arrays(plan, tape))
         directions, gradient = jax.grad(projection, has_aux=True)(arrays)
         values = [value for _, value in _coded(plan)]
-        return gradient, _variances(key, codecs, values, arrays, directions)
+        squares = jnp.stack([jnp.mean(jnp.square(x.astype(jnp.float32))) for x, *_ in arrays])
+        return gradient, squares, _variances(key, codecs, values, arrays, directions)
 
     return measure, paths
 
 
-def _part(key: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, float]:
+def _part(words: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, float]:
     """A residual and a direction as (iterations of the loops around it, *its shape), or where that is large a random
     part of it: every so many iterations, and of each every so many blocks of rows, beginning anywhere and going round,
     so that all are as likely. Last, how often the part goes into the whole.
+
+    :param words: two random ``uint32``; what draws more takes long to compile, hundreds of times.
     """
     shape = value.aval.shape
     x, direction = x.reshape(-1, *shape), direction.reshape(-1, *shape)
@@ -167,12 +212,11 @@ def _part(key: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, flo
     rows = x[0].size // inner
     block = min(ROWS_TOGETHER, rows)
     blocks = min(rows // block, -(-MOST_ENTRIES // (iterations * block * inner)))
-    keys = jax.random.split(key)
 
-    def every(key: Any, length: int, n: int) -> Any:
-        return (np.arange(n) * length // n + jax.random.randint(key, (), 0, length)) % length
+    def every(word: Any, length: int, n: int) -> Any:
+        return (np.arange(n) * length // n + (word % np.uint32(length)).astype(np.int32)) % length
 
-    taken, starts = every(keys[0], len(x), iterations), every(keys[1], rows, blocks)
+    taken, starts = every(words[0], len(x), iterations), every(words[1], rows, blocks)
     chosen = (starts[:, None] + np.arange(block)).ravel() % rows
 
     def part(a: Any) -> Any:
@@ -199,18 +243,22 @@ def _variances(
     arrays: Sequence[tuple[Any, ...]],
     directions: Sequence[tuple[Any, ...]],
 ) -> Any:
-    """(residuals, codecs): what all the codes of each residual add. Residuals of the same shape go through one loop:
-    there may be hundreds, and each codec takes a while to compile.
+    """(2, residuals, codecs): what all the codes of each residual add, and the variance of one for each entry, which is
+    that along random signs. Residuals of the same shape go through one loop: there may be hundreds, and each codec
+    takes a while to compile.
     """
-    alike: dict[tuple[Any, ...], list[tuple[int, Any, Any, float]]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[int, Any, Any, float, int]]] = {}
+    words = jax.random.bits(key, (len(values), 2), jnp.uint32)
     for i, (value, draws, along) in enumerate(zip(values, arrays, directions, strict=True)):
-        for x, s in zip(draws, along, strict=True):
-            x, s, times = _part(jax.random.fold_in(key, i), value, x, s)
-            alike.setdefault((value.aval.shape, value.aval.dtype, x.shape), []).append((i, x, s, times))
-    table = jnp.zeros((len(values), len(codecs)))
+        parts = [_part(words[i], value, x, s) for x, s in zip(draws, along, strict=True)]
+        x = parts[0][0]
+        found = alike.setdefault((value.aval.shape, value.aval.dtype, x.shape), [])
+        found += [(i, x, s, times, 0) for x, s, times in parts]
+        found.append((i, x, signs(words[i], x.shape, x.dtype), 1 / max(x.size, 1), 1))
+    table = jnp.zeros((2, len(values), len(codecs)))
     for (shape, dtype, _), found in alike.items():
         able = [j for j, codec in enumerate(codecs) if codec.supports(shape, dtype)]
-        owners, xs, along, times = zip(*found, strict=True)
+        owners, xs, along, times, kinds = zip(*found, strict=True)
         ends = np.cumsum([len(x) for x in xs])[:-1]
 
         def added(pair: tuple[Any, Any], able: list[int] = able) -> Any:
@@ -220,7 +268,7 @@ def _variances(
             one_by_one = jax.lax.map(added, (jnp.concatenate(xs), jnp.concatenate(along)))
             sums = jnp.stack([a.sum(0) for a in jnp.split(one_by_one, ends)])
             sums = sums * np.asarray(times, np.float32)[:, None]
-            table = table.at[np.asarray(owners)[:, None], np.asarray(able)].add(sums)
+            table = table.at[np.asarray(kinds)[:, None], np.asarray(owners)[:, None], np.asarray(able)].add(sums)
     return table
 
 
@@ -261,6 +309,8 @@ class Calibrator:
         self._measure = jax.jit(measure)
         self._gradients: list[list[np.ndarray]] = []
         self._tables: list[np.ndarray] = []
+        self._squares: list[np.ndarray] = []
+        self._reaches: list[list[float]] = []
 
     def add(
         self, key: Any, operands: Sequence[Any], signs: Sequence[Any], pull: Callable[[list[Any]], Any]
@@ -273,9 +323,11 @@ class Calibrator:
         :param pull: from the gradient in these operands to the gradient whose variance counts.
         :return: the gradient in the differentiated operands.
         """
-        gradient, table = self._measure(key, operands, signs)
+        gradient, squares, table = self._measure(key, operands, signs)
         self._gradients.append([np.asarray(x) for x in jax.tree.leaves(pull(gradient))])
         self._tables.append(np.asarray(table))
+        self._squares.append(np.asarray(squares))
+        self._reaches.append([float(jnp.mean(jnp.square(s))) for s in signs])
         return gradient
 
     def result(self) -> Calibration:
@@ -284,11 +336,17 @@ class Calibrator:
         squares = sum(float(np.vdot(x, x).real) for gradient in self._gradients for x in gradient) / n_draws
         means = [sum(parts) / n_draws for parts in zip(*self._gradients, strict=True)]
         apart = (np.abs(x - m) ** 2 for gradient in self._gradients for x, m in zip(gradient, means, strict=True))
+        added, variances = np.mean(self._tables, axis=0, dtype=np.float64)
+        mean_squares = np.mean(self._squares, axis=0, dtype=np.float64)
+        relative = variances / np.maximum(mean_squares, 1e-300)[:, None]
+        measured = zip(added.tolist(), relative.tolist(), mean_squares.tolist(), strict=True)
+        noises = [ResidualNoise(tuple(a), tuple(r), m) for a, r, m in measured]
         return Calibration(
             self._graph.fingerprint(),
             sum(float(a.sum()) for a in apart) / (n_draws - 1),
             squares**0.5,
             self._codecs,
-            dict(zip(self._paths, map(tuple, np.mean(self._tables, axis=0).tolist()), strict=True)),
+            dict(zip(self._paths, noises, strict=True)),
+            tuple(np.mean(self._reaches, axis=0).tolist()),
             n_draws,
         )

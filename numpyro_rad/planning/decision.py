@@ -19,9 +19,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
-
-from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, Offload
 from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
 from numpyro_rad.ad.loops import n_boundaries
@@ -30,6 +28,7 @@ from numpyro_rad.ad.plan import (
     Path,
     Plan,
     Prediction,
+    carrier_of,
     carry_bytes,
     keep_codec,
     kept_bytes,
@@ -38,6 +37,7 @@ from numpyro_rad.ad.plan import (
 )
 from numpyro_rad.ad.segments import Chain, segment_lengths
 from numpyro_rad.planning import solver
+from numpyro_rad.planning.noise import Code, Effects, EqualShares, Flow
 
 SMALL_BYTES = 64
 """Values of up to this size (PRNG keys, scalars) are kept rather than made again: chains of key splits stay short."""
@@ -52,10 +52,6 @@ Codecs = Callable[[Path, Value, int], tuple[Codec, ...]]
 """From a residual's path (loop numbers, then its own) and its number of repetitions to the codecs that it may have
 besides being exact."""
 
-VarianceModel = Callable[[Path, Value, Codec, int], float]
-"""From a residual's path, the residual, its codec and the number of independent draws to the variance that they add to
-the gradient, relative to the variance of the exact gradient."""
-
 MayOffload = Callable[[Path, Value], bool]
 """From a value's path and the value to whether it may wait on the host."""
 
@@ -68,14 +64,14 @@ class Wanted:
     """What plans are chosen from, and by what.
 
     :ivar codecs: what each residual may be coded with.
-    :ivar variance: prices the codes; None for :func:`equal_shares`.
+    :ivar flow: what codes do to the gradient; None for the model without data.
     :ivar offload: which values of the program, outside of its loops, may wait in the memory of the host.
     :ivar objective: ``"balanced"`` for the sum of added time and added variance; ``"time"`` or ``"variance"`` for that
         one, the other deciding between equals.
     """
 
     codecs: Codecs
-    variance: VarianceModel | None = None
+    flow: Flow | None = None
     objective: str = "balanced"
     offload: MayOffload = lambda path, value: False
 
@@ -93,20 +89,6 @@ def any_of(codecs: tuple[Codec, ...]) -> Codecs:
         return tuple(c for codec in codecs for c in forced(codec, value)) if worth_it else ()
 
     return choices
-
-
-def equal_shares(graph: Graph) -> VarianceModel:
-    """The variance model without data: every code has an equal share in the gradient.
-
-    If all residuals were coded with relative variance v each, the gradient would get v times its squared norm, which
-    is also taken for the variance of the exact gradient (on image classification at usual batch sizes it is).
-    """
-    n_residuals = max(1, len({r for g in graph.walk() for e in g.edges for r in e.residuals}))
-
-    def variance(path: Path, value: Value, codec: Codec, n_draws: int) -> float:
-        return codec.relative_variance(value.aval.shape) / n_residuals
-
-    return variance
 
 
 def forced(codec: Codec, value: Value) -> tuple[Codec, ...]:
@@ -141,23 +123,6 @@ def _is_carried(node: Split, position: int) -> bool:
         return False
     n_consts, n_carry = node.params["primal_counts"]
     return n_consts <= position < n_consts + n_carry
-
-
-def carrier_of(graph: Graph, residual: Value) -> Value:
-    """The smallest value of which ``residual`` is a linear rearrangement (the earliest among equals)."""
-    best = value = residual
-    while True:
-        equation = graph.producer.get(value)
-        if equation is None or equation.name not in rules.PASSES_ESTIMATE:
-            return best
-        operands = [a for a in equation.inputs if isinstance(a, Value)]
-        if len(operands) != 1 or len(equation.inputs) != 1 or not rules.is_real_float(operands[0].aval.dtype):
-            return best
-        if jnp.promote_types(operands[0].aval.dtype, value.aval.dtype) != value.aval.dtype:
-            return best  # rounding an estimate to a narrower dtype would bias it
-        (value,) = operands
-        if value.aval.dtype.itemsize >= best.aval.dtype.itemsize and value.aval.size <= best.aval.size:
-            best = value
 
 
 def _disjoint_groups(graph: Graph, linear: dict[Value, set[Edge]]) -> dict[Value, tuple[frozenset[Edge], ...]]:
@@ -223,7 +188,7 @@ class Decision:
     ) -> None:
         self.graph, self.codecs, self.segments, self.chain = graph, wanted.codecs, segments or {}, chain
         self.late = chain.late if chain is not None else {}
-        self.variance = wanted.variance or equal_shares(graph)
+        self.flow = wanted.flow or Flow(graph, EqualShares(graph))
         self.time_weight, self.variance_weight = _OBJECTIVES[wanted.objective]
         self.problem = solver.Problem()
         self.number: dict[Value, int] = {}
@@ -234,7 +199,7 @@ class Decision:
         self.offload = wanted.offload
         self.offloadable: set[Value] = set()
         self.demands: list[tuple[Graph, Value | None, tuple[Encoded, ...]]] = []
-        self.added: list[tuple[float, ...]] = []  # variance added by each code of each demand
+        self.noises: list[tuple[Path, tuple[Code, ...]]] = []  # of each demand: the residual, and what its codes do
         self.storing, size = self._exact_storing(graph, 1)
         self.hold = HELD_NANOSECONDS_PER_BYTE if size >= HELD_FROM else 0.0
         self.storing += self.hold * size  # nanoseconds that the exact step spends on its residuals
@@ -328,17 +293,14 @@ class Decision:
     def _demand(
         self, graph: Graph, value: Value, choices: tuple[Encoded, ...], repeat: int, held: int, path: Path
     ) -> None:
-        codes, added = [], []
+        name, timed, noises = (*path, value.number), [], []
         for entry in choices:
-            draws = len(entry.readers)
-            variance = self.variance((*path, value.number), value, entry.codec, draws)
             nanoseconds = CODE_NANOSECONDS_PER_ENTRY * entry.codec.work * value.aval.size + CODE_START
-            nanoseconds *= repeat * draws
+            nanoseconds *= repeat * len(entry.readers)
             size = entry.stored_bytes * self._held(value, held)
-            added.append(variance)
-            cost = self._price(nanoseconds + self.hold * size) + self.variance_weight * variance
-            codes.append(solver.Code(size, cost))
-        self._ask(graph, value, choices, self.number[value], codes, added)
+            timed.append(solver.Code(size, self._price(nanoseconds + self.hold * size)))
+            noises.append(self.flow.code(name, value, entry.codec))
+        self._ask(graph, value, choices, self.number[value], timed, (name, tuple(noises)))
 
     def _ask(
         self,
@@ -347,10 +309,10 @@ class Decision:
         choices: tuple[Encoded, ...],
         number: int,
         codes: Sequence[solver.Code] = (),
-        added: Sequence[float] = (),
+        noises: tuple[Path, tuple[Code, ...]] = ((), ()),
     ) -> None:
         self.demands.append((graph, value, choices))
-        self.added.append(tuple(added))
+        self.noises.append(noises)
         self.problem.demands.append(solver.Demand(number, tuple(codes)))
 
     def _readers(self, graph: Graph) -> tuple[set[Value], dict[Value, set[Edge]], dict[Value, Value]]:
@@ -415,8 +377,9 @@ class Decision:
         """
         if not any(e.split is not None and e.split.kind == "scan" for e in self.graph.edges):
             return []
-        exact = dataclasses.replace(self.problem, demands=[solver.Demand(d.value) for d in self.problem.demands])
-        solutions = (solver.smallest(self.problem), solver.priced(self.problem, 0.0), solver.smallest(exact))
+        problem = self.priced()
+        exact = dataclasses.replace(problem, demands=[solver.Demand(d.value) for d in problem.demands])
+        solutions = (solver.smallest(problem), solver.priced(problem, 0.0), solver.smallest(exact))
         plans = [self.plan(solution) for solution in solutions]
         found: list[dict[Split, tuple[int, ...]]] = []
         for n_levels, plan in itertools.product(levels, plans):
@@ -431,42 +394,39 @@ class Decision:
             found.append(cut)
         return [cut for i, cut in enumerate(found) if cut and cut not in found[:i]]
 
-    def within(self, budget_bytes: float) -> solver.Solution:
-        """The solution of least cost within a budget.
+    # -- the variance of codes, which they do not have one by one
 
-        :raises solver.Infeasible: if there is none.
+    def added(self, prices: Effects | None) -> list[list[float]]:
+        """Variance by each code of each demand: the change that it makes in the plan of which these are the effects, or
+        without any what it adds alone.
         """
-        budget = budget_bytes
-        for _ in range(4):
-            try:
-                solution = solver.solve(self.problem, budget)
-            except solver.Infeasible:
-                break
-            excess = self.plan(solution).stored_bytes / max(1, budget_bytes)
-            if excess <= 1:
-                return solution
-            budget *= 0.99 / excess  # the problem takes segments to be equal, and the largest one counts
-        smallest = solver.smallest(self.problem)
-        if self.plan(smallest).stored_bytes <= budget_bytes:
-            return smallest
-        raise solver.Infeasible(smallest)
+        if prices is None:
+            return [[code.alone for code in codes] for _, codes in self.noises]
+        return [[prices.change(path, code) for code in codes] for path, codes in self.noises]
 
-    def least_bytes_at(self, added_variance: float) -> solver.Solution:
-        """The solution of fewest bytes (and least time) for a budget of variance: both change places in the problem."""
-        unit = 1 / max(1, self.residual_bytes)
-        old = self.problem
-        costs = [c + unit * b for c, b in zip(old.keep_cost, old.keep_bytes, strict=True)]
+    def priced(self, prices: Effects | None = None) -> solver.Problem:
+        """The problem with that variance in its costs."""
         demands = []
-        for demand, added in zip(old.demands, self.added, strict=True):
-            codes = zip(demand.codes, added, strict=True)
-            swapped = tuple(solver.Code(a, c.cost - self.variance_weight * a + unit * c.bytes) for c, a in codes)
-            demands.append(solver.Demand(demand.value, swapped))
-        problem = solver.Problem([0] * len(costs), costs, old.maker, old.makers, demands)
-        try:
-            found = solver.solve(problem, added_variance)
-        except solver.Infeasible:  # so little that a cut cannot tell it from zero
-            found = solver.priced(dataclasses.replace(problem, demands=[solver.Demand(d.value) for d in demands]), 0.0)
-        return dataclasses.replace(solver.settled(old, set(found.kept), found.codes), bound=found.bound)
+        for demand, added in zip(self.problem.demands, self.added(prices), strict=True):
+            costs = [c.cost + self.variance_weight * a for c, a in zip(demand.codes, added, strict=True)]
+            codes = tuple(solver.Code(c.bytes, cost) for c, cost in zip(demand.codes, costs, strict=True))
+            demands.append(solver.Demand(demand.value, codes))
+        return dataclasses.replace(self.problem, demands=demands)
+
+    def together(self, solution: solver.Solution, most: float = math.inf) -> Effects:
+        """What the codes of a solution do together, if their relative variances were at most so large."""
+        chosen = zip(self.noises, solution.codes, strict=True)
+        codes = {path: codes[k] for (path, codes), k in chosen if k is not None}
+        return self.flow.effects({path: Code(c.alone, min(c.relative, most)) for path, c in codes.items()})
+
+    def judged(self, solution: solver.Solution) -> solver.Solution:
+        """A solution with the cost of its codes together, as far from its bound as before."""
+        cost = self._timed(solution) + self.variance_weight * self.together(solution).total
+        return dataclasses.replace(solution, cost=cost, bound=solution.bound + cost - solution.cost)
+
+    def _timed(self, solution: solver.Solution) -> float:
+        """The cost of a solution without that of variance."""
+        return solver.settled(self.problem, set(solution.kept), solution.codes).cost
 
     @property
     def free(self) -> set[int]:
@@ -482,8 +442,8 @@ class Decision:
 
     def plan(self, solution: solver.Solution) -> Plan:
         """The plan that stores what the solution says."""
-        variance = sum(a[c] for a, c in zip(self.added, solution.codes, strict=True) if c is not None)
-        seconds = max(0.0, solution.cost - self.variance_weight * variance) / self.time_weight
+        variance = self.together(solution).total
+        seconds = self._timed(solution) / self.time_weight
         predicted = Prediction(
             seconds - self.storing / self.step,
             variance,

@@ -21,9 +21,10 @@ import jax
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value, site_name, sites
-from numpyro_rad.ad.plan import Path, Plan, kept_bytes
+from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
 from numpyro_rad.planning import decision, plans
 from numpyro_rad.planning.decision import Wanted
+from numpyro_rad.planning.noise import Flow
 
 DEFAULT_CODEC = StochasticRound(bits=4)
 """Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""
@@ -172,8 +173,8 @@ class Planner:
         """
         if self.plan is not None:
             return plans.restored(graph, self.plan)
-        variance = self.calibration.variance_model(graph) if self.calibration is not None else None
-        wanted = Wanted(self._codecs(graph, names or {}), variance, self.objective)
+        flow = Flow(graph, self.calibration.variance_model(graph)) if self.calibration is not None else None
+        wanted = Wanted(self._codecs(graph, names or {}), flow, self.objective)
         if self.offload:
             if not _jax.has_host_memory():
                 raise ValueError(
@@ -250,7 +251,7 @@ def _residuals(graph: Graph, names: Mapping[Value, str], path: Path) -> list[tup
     for edge in graph.edges:
         for residual, linear in zip(edge.residuals, edge.linear, strict=True):
             if linear:
-                carrier = decision.carrier_of(graph, residual)
+                carrier = carrier_of(graph, residual)
                 producer = graph.producer.get(residual)
                 line = producer.line if producer is not None and producer.line else edge.line
                 seen = Residual(labels.get(edge, ""), line, edge.name, residual.aval.shape, str(residual.aval.dtype))

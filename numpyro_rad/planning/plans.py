@@ -16,7 +16,7 @@ from numpyro_rad.ad.codecs import Codec, Keep, RandomProjection, SampleAxis, Sam
 from numpyro_rad.ad.graph import Graph, Value
 from numpyro_rad.ad.plan import BudgetError, Path, Plan, Prediction
 from numpyro_rad.ad.segments import cut_chain
-from numpyro_rad.planning import solver
+from numpyro_rad.planning import search, solver
 from numpyro_rad.planning.decision import Decision, Wanted
 
 LADDER: tuple[Codec, ...] = (
@@ -42,13 +42,13 @@ CHAIN_LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 def make_plan(graph: Graph, wanted: Wanted) -> Plan:
     """The plan that stores the fewest bytes in one pass over the program, whatever else it costs."""
     decision = Decision(graph, wanted)
-    return decision.plan(solver.smallest(decision.problem))
+    return decision.plan(solver.smallest(decision.priced()))
 
 
 def balanced_plan(graph: Graph, wanted: Wanted) -> Plan:
     """The plan of least cost where a share of the residuals' bytes is worth the same share of the step's time."""
     decision = Decision(graph, wanted)
-    return decision.plan(solver.priced(decision.problem, 1 / max(1, decision.residual_bytes)))
+    return decision.plan(solver.priced(decision.priced(), 1 / max(1, decision.residual_bytes)))
 
 
 def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
@@ -64,7 +64,7 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
     decisions = [Decision(graph, wanted)]
     for decision in decisions:  # grows while it is read
         try:
-            solution = decision.within(budget_bytes)
+            solution = search.within(decision, budget_bytes)
         except solver.Infeasible as error:
             solution = None
             too_large.append(decision.plan(error.smallest))
@@ -92,7 +92,7 @@ def plan_for_variance(graph: Graph, added_variance: float, wanted: Wanted) -> Pl
     much variance, relative to that of the exact gradient.
     """
     decision = Decision(graph, dataclasses.replace(wanted, objective="time"))
-    return decision.plan(decision.least_bytes_at(added_variance))
+    return decision.plan(search.least_bytes_at(decision, added_variance))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,17 +127,16 @@ def priced(problem: Problem, byte_price: float) -> Solution:
     return _Network(problem).cut(byte_price, 1.0)
 
 
-def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> Solution:
-    """The cheapest solution within a budget.
+def relaxed(problem: Problem, budget_bytes: float) -> Solution:
+    """A solution within a budget from the relaxation alone: in milliseconds, mostly within a tenth of the cheapest.
 
     :param budget_bytes: an int, or infinity.
-    :param time_limit: seconds for the mixed-integer program; the best solution found is returned, with its bound.
     :raises Infeasible: if there is none.
     """
     network = _Network(problem)
     rich = network.cut(0.0, 1.0)
     if rich.bytes <= budget_bytes:
-        return rich
+        return dataclasses.replace(rich, bound=rich.cost)
     poor = _smallest(network)
     if poor.bytes > budget_bytes:
         raise Infeasible(poor)
@@ -155,7 +154,17 @@ def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> So
             poor = new
         else:
             rich = new
-    best = dataclasses.replace(_upgraded(problem, poor, budget_bytes), bound=bound)
+    return dataclasses.replace(_upgraded(problem, poor, budget_bytes), bound=bound)
+
+
+def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> Solution:
+    """The cheapest solution within a budget.
+
+    :param budget_bytes: an int, or infinity.
+    :param time_limit: seconds for the mixed-integer program; the best solution found is returned, with its bound.
+    :raises Infeasible: if there is none.
+    """
+    best = relaxed(problem, budget_bytes)
     n_unknowns = len(problem.maker) + len(problem.makers) + sum(len(d.codes) for d in problem.demands)
     if best.gap <= GOOD_GAP or n_unknowns > EXACT_LIMIT:
         return best

@@ -1,0 +1,122 @@
+"""Looking for the best plan, though what a code costs depends on the others: errors multiply.
+
+Prices are what each code changes in a plan that is at hand (``noise``). By them the problem is solved (``solver``), its
+solution gives new prices, and after a few rounds the best of all solutions, judged by what its codes do together, is
+taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from numpyro_rad.planning import solver
+from numpyro_rad.planning.decision import Decision
+from numpyro_rad.planning.noise import Effects
+
+ROUNDS = 6
+"""So often codes are priced. More rounds change costs by less than a hundredth."""
+
+FEW_CODES = 100
+"""Problems with so many codes are solved exactly in each round, others only in the last."""
+
+FIRST_LIMIT = 1.0
+"""The first solution, priced by what codes add alone, may be full of codes of great variance. In its effects they count
+with this relative variance at most, or the second would avoid all of them."""
+
+MOST_VARIANCE = 10.0
+"""Nobody can use a gradient with so many times the variance, and where errors multiply prices of more mean nothing."""
+
+
+def within(decision: Decision, budget_bytes: float) -> solver.Solution:
+    """The solution of least cost within a budget.
+
+    :raises solver.Infeasible: if there is none.
+    """
+    few = sum(len(d.codes) for d in decision.problem.demands) <= FEW_CODES
+    solve = solver.solve if few else solver.relaxed
+    prices: Effects | None = None
+    found: list[tuple[solver.Solution, Effects | None]] = []
+    for _ in range(ROUNDS):
+        solution = _fitting(decision, solve, prices, budget_bytes)
+        found.append((decision.judged(solution), prices))
+        if abs(found[-1][0].cost - solution.cost) <= solver.GOOD_GAP * solution.cost:
+            break
+        prices = _next(decision, prices, solution)
+    best, prices = min(found, key=lambda pair: pair[0].cost)
+    if few:
+        return best
+    solution = decision.judged(_fitting(decision, solver.solve, prices, budget_bytes))
+    return solution if solution.cost <= best.cost else best
+
+
+def _fitting(
+    decision: Decision,
+    solve: Callable[[solver.Problem, float], solver.Solution],
+    prices: Effects | None,
+    budget_bytes: float,
+) -> solver.Solution:
+    """A solution whose plan fits into a budget."""
+    problem, budget = decision.priced(prices), budget_bytes
+    for _ in range(4):
+        try:
+            solution = solve(problem, budget)
+        except solver.Infeasible:
+            break
+        excess = decision.plan(solution).stored_bytes / max(1, budget_bytes)
+        if excess <= 1:
+            return solution
+        budget *= 0.99 / excess  # the problem takes segments to be equal, and the largest one counts
+    smallest = solver.smallest(problem)
+    if decision.plan(smallest).stored_bytes <= budget_bytes:
+        return smallest
+    raise solver.Infeasible(smallest)
+
+
+def _next(decision: Decision, prices: Effects | None, solution: solver.Solution, weight: float = 0.5) -> Effects:
+    """New prices after a solution that was found by old ones, which count in them as well."""
+    if prices is None:
+        return decision.together(solution, FIRST_LIMIT)
+    return prices.towards(decision.together(solution), weight)
+
+
+def least_bytes_at(decision: Decision, added_variance: float) -> solver.Solution:
+    """The solution of fewest bytes (and least time) that adds at most so much variance: in the problem the two change
+    places.
+    """
+    best = solver.priced(_swapped(decision, None), 0.0)
+    added_variance = min(added_variance, MOST_VARIANCE)
+    prices, allowed = None, added_variance
+    for n in range(2 * ROUNDS):
+        added = decision.added(prices)
+        try:
+            solution = solver.solve(_swapped(decision, added), allowed)
+        except solver.Infeasible:  # so little that a cut cannot tell it from zero
+            break
+        total = decision.together(solution).total
+        if total <= added_variance:
+            if solution.cost < best.cost:
+                best = solution
+            spent = sum(a[k] for a, k in zip(added, solution.codes, strict=True) if k is not None)
+            if total >= 0.9 * min(spent, added_variance):
+                break
+            allowed *= min(2.0, 0.98 * added_variance / total)  # what two codes do together counts twice in prices
+        elif n > 1:  # now prices do not change by orders of magnitude any more
+            allowed *= max(0.3, 0.95 * added_variance / total)
+        prices = _next(decision, prices, solution, 1 / (n + 1))
+    return dataclasses.replace(solver.settled(decision.problem, set(best.kept), best.codes), bound=best.bound)
+
+
+def _swapped(decision: Decision, added: list[list[float]] | None) -> solver.Problem:
+    """The problem with bytes, at the price that makes all residuals worth one step, among its costs, and such variances
+    of codes in the place of bytes; without any, the one without codes.
+    """
+    old = decision.problem
+    unit = 1 / max(1, decision.residual_bytes)
+    costs = [c + unit * b for c, b in zip(old.keep_cost, old.keep_bytes, strict=True)]
+    demands = [solver.Demand(d.value) for d in old.demands]
+    if added is not None:
+        codes = [zip(d.codes, more, strict=True) for d, more in zip(old.demands, added, strict=True)]
+        swapped = [tuple(solver.Code(a, c.cost + unit * c.bytes) for c, a in pairs) for pairs in codes]
+        demands = [solver.Demand(d.value, codes) for d, codes in zip(old.demands, swapped, strict=True)]
+    return solver.Problem([0] * len(costs), costs, old.maker, old.makers, demands)
