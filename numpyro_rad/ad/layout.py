@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,8 @@ LEAST_ROW = 32
 """Trailing axes of so many entries make rows on their own; shorter ones are taken together with a part of the next."""
 
 
-def _devices(length):
-    """How many devices may share an axis of this length in equal parts, of those that there are."""
-    devices = jax.device_count()
+def _sharing(length, devices):
+    """How many of the devices may share an axis of this length in equal parts: all or one."""
     return devices if length % devices == 0 else 1
 
 
@@ -40,7 +40,7 @@ def sampled_rows(shape):
     """Where an axis is to be sampled or projected: that of an array as it is, or of a vector cut into rows."""
     if len(shape) != 1:
         return shape
-    row = _cut(shape[0], 1, 256, _devices(shape[0]))
+    row = _cut(shape[0], 1, 256, _sharing(shape[0], jax.device_count()))
     return (shape[0] // row, row) if row else (1, 0)
 
 
@@ -69,9 +69,14 @@ class Layout:
         """
         :param group: most entries of a group; None for groups of one run, of any length.
         """
+        return cls._of(tuple(shape), slots, group, jax.device_count())
+
+    @classmethod
+    @lru_cache(maxsize=4096)
+    def _of(cls, shape, slots, group, all_devices):
         if not math.prod(shape):
             return cls(0, 1, 1, 1, 1, 1, slots)
-        size, devices = max(256, group or 0), _devices(shape[0]) if shape else 1
+        size, devices = max(256, group or 0), _sharing(shape[0], all_devices) if shape else 1
         axis, inner, rest = len(shape), 1, 1  # a row takes all of the axes from this one on, or 1 / rest of it
         while axis and inner < LEAST_ROW and rest == 1:
             axis -= 1

@@ -361,6 +361,11 @@ class Decision:
         return any(d.codes for d in self.problem.demands)
 
     @property
+    def in_one_pass(self) -> bool:
+        """Whether nothing is cut into segments: then the bytes of a solution are those of its plan."""
+        return not self.segments and self.chain is None
+
+    @property
     def residual_bytes(self) -> float:
         """Bytes of all residuals stored exactly."""
         return sum(self.problem.keep_bytes[d.value] for d in self.problem.demands)
@@ -419,9 +424,9 @@ class Decision:
         codes = {path: codes[k] for (path, codes), k in chosen if k is not None}
         return self.flow.effects({path: Code(c.alone, min(c.relative, most)) for path, c in codes.items()})
 
-    def judged(self, solution: solver.Solution) -> solver.Solution:
+    def judged(self, solution: solver.Solution, effects: Effects) -> solver.Solution:
         """A solution with the cost of its codes together, as far from its bound as before."""
-        cost = self._timed(solution) + self.variance_weight * self.together(solution).total
+        cost = self._timed(solution) + self.variance_weight * effects.total
         return dataclasses.replace(solution, cost=cost, bound=solution.bound + cost - solution.cost)
 
     def _timed(self, solution: solver.Solution) -> float:

@@ -14,7 +14,7 @@ from numpyro_rad.planning import solver
 from numpyro_rad.planning.decision import Decision
 from numpyro_rad.planning.noise import Effects
 
-ROUNDS = 6
+ROUNDS = 4
 """So often codes are priced. More rounds change costs by less than a hundredth."""
 
 FEW_CODES = 100
@@ -39,14 +39,17 @@ def within(decision: Decision, budget_bytes: float) -> solver.Solution:
     found: list[tuple[solver.Solution, Effects | None]] = []
     for _ in range(ROUNDS):
         solution = _fitting(decision, solve, prices, budget_bytes)
-        found.append((decision.judged(solution), prices))
-        if abs(found[-1][0].cost - solution.cost) <= solver.GOOD_GAP * solution.cost:
+        effects = decision.together(solution)
+        again = any((s.kept, s.codes) == (solution.kept, solution.codes) for s, _ in found)
+        found.append((decision.judged(solution, effects), prices))
+        if again or abs(found[-1][0].cost - solution.cost) <= solver.GOOD_GAP * solution.cost:
             break
-        prices = _next(decision, prices, solution)
+        prices = prices.towards(effects, 0.5) if prices is not None else decision.together(solution, FIRST_LIMIT)
     best, prices = min(found, key=lambda pair: pair[0].cost)
     if few:
         return best
-    solution = decision.judged(_fitting(decision, solver.solve, prices, budget_bytes))
+    solution = _fitting(decision, solver.solve, prices, budget_bytes)
+    solution = decision.judged(solution, decision.together(solution))
     return solution if solution.cost <= best.cost else best
 
 
@@ -63,6 +66,8 @@ def _fitting(
             solution = solve(problem, budget)
         except solver.Infeasible:
             break
+        if decision.in_one_pass:
+            return solution
         excess = decision.plan(solution).stored_bytes / max(1, budget_bytes)
         if excess <= 1:
             return solution
@@ -73,13 +78,6 @@ def _fitting(
     raise solver.Infeasible(smallest)
 
 
-def _next(decision: Decision, prices: Effects | None, solution: solver.Solution, weight: float = 0.5) -> Effects:
-    """New prices after a solution that was found by old ones, which count in them as well."""
-    if prices is None:
-        return decision.together(solution, FIRST_LIMIT)
-    return prices.towards(decision.together(solution), weight)
-
-
 def least_bytes_at(decision: Decision, added_variance: float) -> solver.Solution:
     """The solution of fewest bytes (and least time) that adds at most so much variance: in the problem the two change
     places.
@@ -87,13 +85,14 @@ def least_bytes_at(decision: Decision, added_variance: float) -> solver.Solution
     best = solver.priced(_swapped(decision, None), 0.0)
     added_variance = min(added_variance, MOST_VARIANCE)
     prices, allowed = None, added_variance
-    for n in range(2 * ROUNDS):
+    for n in range(3 * ROUNDS):
         added = decision.added(prices)
         try:
             solution = solver.solve(_swapped(decision, added), allowed)
         except solver.Infeasible:  # so little that a cut cannot tell it from zero
             break
-        total = decision.together(solution).total
+        effects = decision.together(solution)
+        total = effects.total
         if total <= added_variance:
             if solution.cost < best.cost:
                 best = solution
@@ -103,7 +102,7 @@ def least_bytes_at(decision: Decision, added_variance: float) -> solver.Solution
             allowed *= min(2.0, 0.98 * added_variance / total)  # what two codes do together counts twice in prices
         elif n > 1:  # now prices do not change by orders of magnitude any more
             allowed *= max(0.3, 0.95 * added_variance / total)
-        prices = _next(decision, prices, solution, 1 / (n + 1))
+        prices = decision.together(solution, FIRST_LIMIT) if prices is None else prices.towards(effects, 1 / (n + 1))
     return dataclasses.replace(solver.settled(decision.problem, set(best.kept), best.codes), bound=best.bound)
 
 

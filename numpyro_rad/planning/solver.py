@@ -119,12 +119,12 @@ EXACT_LIMIT = 20_000
 
 def smallest(problem: Problem) -> Solution:
     """The solution that takes the fewest bytes (the cheapest of those, to rounding)."""
-    return _smallest(_Network(problem))
+    return _smallest(_Network(problem)).solution
 
 
 def priced(problem: Problem, byte_price: float) -> Solution:
     """The solution of least ``cost + byte_price * bytes``."""
-    return _Network(problem).cut(byte_price, 1.0)
+    return _Network(problem).cut(byte_price, 1.0).solution
 
 
 def relaxed(problem: Problem, budget_bytes: float) -> Solution:
@@ -136,10 +136,10 @@ def relaxed(problem: Problem, budget_bytes: float) -> Solution:
     network = _Network(problem)
     rich = network.cut(0.0, 1.0)
     if rich.bytes <= budget_bytes:
-        return dataclasses.replace(rich, bound=rich.cost)
+        return dataclasses.replace(rich.solution, bound=rich.cost)
     poor = _smallest(network)
     if poor.bytes > budget_bytes:
-        raise Infeasible(poor)
+        raise Infeasible(poor.solution)
     bound = rich.cost
     for _ in range(64):
         # A new cut at the price at which both ends cost the same lies below the line through them, or there is none.
@@ -154,7 +154,7 @@ def relaxed(problem: Problem, budget_bytes: float) -> Solution:
             poor = new
         else:
             rich = new
-    return dataclasses.replace(_upgraded(problem, poor, budget_bytes), bound=bound)
+    return dataclasses.replace(_upgraded(problem, poor.solution, budget_bytes), bound=bound)
 
 
 def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> Solution:
@@ -172,6 +172,21 @@ def solve(problem: Problem, budget_bytes: float, time_limit: float = 10.0) -> So
 
 
 # -- minimum cut -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """What a cut stands for, before what nobody needs is dropped; ``codes`` by the numbers of their demands."""
+
+    problem: Problem
+    kept: set[int]
+    codes: dict[int, int]
+    bytes: float
+    cost: float
+
+    @property
+    def solution(self) -> Solution:
+        return settled(self.problem, self.kept, [self.codes.get(i) for i in range(len(self.problem.demands))])
 
 
 class _Network:
@@ -208,6 +223,8 @@ class _Network:
         self._tails, self._heads = np.array([*keep, *make, *code, *sorted(must)], dtype=np.int32).reshape(-1, 2).T
         self._n_must = len(must)
         self._there = np.array([there[d.value] for d in problem.demands], dtype=np.int64)
+        position = {m: i for i, m in enumerate(makers)}  # of the maker of each value; -1 for none
+        self._maker_of = np.array([position.get(problem.maker[v], -1) for v in values], dtype=np.int64)
 
     @property
     def total_bytes(self) -> float:
@@ -220,26 +237,25 @@ class _Network:
         codes = np.where(np.isfinite(self._code_cost), self._code_cost, 0.0)
         return float(self._keep_cost.sum() + self._make_cost.sum() + codes.sum())
 
-    def cut(self, byte_price: float, cost_weight: float) -> Solution:
-        """The solution of least ``byte_price * bytes + cost_weight * cost``."""
-        problem = self.problem
-        codes: list[int | None] = [None] * len(problem.demands)
-        cheapest = np.zeros(0)
+    def cut(self, byte_price: float, cost_weight: float) -> _Cut:
+        """The choice of least ``byte_price * bytes + cost_weight * cost``."""
+        best, cheapest = np.zeros(0, np.int64), np.zeros(0)
         if self._coded:
             with np.errstate(invalid="ignore"):
                 prices = np.nan_to_num(byte_price * self._code_bytes + cost_weight * self._code_cost, nan=np.inf)
             best = prices.argmin(1)
             cheapest = prices[np.arange(len(best)), best]
-            for i, k in zip(self._coded, best.tolist(), strict=True):
-                codes[i] = k
         keep = byte_price * self._keep_bytes + cost_weight * self._keep_cost
         outside = self._source_side(np.concatenate([keep, cost_weight * self._make_cost, cheapest]))
         n = len(self._values)
-        is_made = dict(zip(self._makers.tolist(), (~outside[2 + n :]).tolist(), strict=True))
-        inside = self._values[~outside[2 : 2 + n]].tolist()
-        kept = {v for v in inside if not is_made.get(problem.maker[v], False)}
-        met = (~outside[self._there]).tolist()
-        return settled(problem, kept, [None if exact else k for exact, k in zip(met, codes, strict=True)])
+        made = ~outside[2 + n :]
+        kept = ~outside[2 : 2 + n] & ~np.append(made, False)[self._maker_of]
+        rows = np.flatnonzero(outside[self._there[self._coded]]) if self._coded else np.zeros(0, np.int64)
+        best = best[rows]
+        size = self._keep_bytes[kept].sum() + self._code_bytes[rows, best].sum()
+        cost = self._keep_cost[kept].sum() + self._make_cost[made].sum() + self._code_cost[rows, best].sum()
+        codes = {self._coded[row]: k for row, k in zip(rows.tolist(), best.tolist(), strict=True)}
+        return _Cut(self.problem, set(self._values[kept].tolist()), codes, float(size), float(cost))
 
     def _source_side(self, prices: np.ndarray) -> np.ndarray:
         """For each node whether it is on the source's side of the minimum cut (the smallest such side: ties are broken
@@ -262,7 +278,7 @@ class _Network:
 _SOURCE, _SINK = 0, 1
 
 
-def _smallest(network: _Network) -> Solution:
+def _smallest(network: _Network) -> _Cut:
     total = network.total_cost
     return network.cut(1.0, 1e-7 * max(network.total_bytes, 1.0) / total if total > 0 else 0.0)
 
