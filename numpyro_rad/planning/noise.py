@@ -166,7 +166,7 @@ class Flow:
         self._at_end = [model.reach(i) for i in range(len(graph.tangent_inputs))]
         self._damping: dict[Split, float] = {}
         self._plain = self._reaches({})
-        signal = self._energies({}, self._plain, [1.0] * len(graph.tangent_outputs), {})
+        signal = self._energies({}, {}, 1.0)
         through: dict[Path, list[tuple[_Way, float]]] = {}
         for way in itertools.chain(*self._ways.values()):
             if way.residual is not None:
@@ -193,7 +193,7 @@ class Flow:
             if path in codes:
                 for way, share, plain in parts:
                     made[way] = codes[path].alone * share / plain
-        energies = self._energies(relative, reaches, [0.0] * len(self._graph.tangent_outputs), made)
+        energies = self._energies(relative, made)
         arriving = {
             path: sum(energies[w.source] * w.gain * reaches[w.target] * w.repeat for w, _ in ways)
             for path, ways in self._shares.items()
@@ -272,18 +272,14 @@ class Flow:
     # -- towards the gradient: the energy that comes to every place
 
     def _energies(
-        self,
-        relative: Mapping[Path, float],
-        reaches: Mapping[Value, float],
-        at_outputs: list[float],
-        made: Mapping[_Way, float],
+        self, relative: Mapping[Path, float], made: Mapping[_Way, float], at_outputs: float = 0.0
     ) -> dict[Value, float]:
         """Of the error in the cotangent of each tangent; in loops the mean over the iterations.
 
         :param made: energies of the errors that codes make, on the ways that meet them.
         """
         found: dict[Value, float] = {}
-        self._pull_through(self._graph, at_outputs, relative, made, found)
+        self._pull_through(self._graph, [at_outputs] * len(self._graph.tangent_outputs), relative, made, found)
         return found
 
     def _pull_through(
