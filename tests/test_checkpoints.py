@@ -21,7 +21,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_rad import RAD_ELBO
 from numpyro_rad.ad.codecs import SampleAxis, StochasticRound
 from numpyro_rad.diagnostics.tracking import Tracking
-from numpyro_rad.planning.calibration import Calibration
+from numpyro_rad.planning.calibration import Calibration, ResidualNoise
 from numpyro_rad.training.checkpoints import Checkpoint, CheckpointError
 from numpyro_rad.training.svi import RAD_SVI
 
@@ -157,7 +157,8 @@ def test_wrong_options():
 
 
 def test_calibrations_survive_json():
-    made = Calibration("ab", 0.1, 1 / 3, (StochasticRound(4), SampleAxis(0.1)), {(1, 2): (0.1, 1e-30)}, 3)
+    residuals = {(1, 2): ResidualNoise((0.1, 1e-30), (0.7, 2 / 3), 1e-3)}
+    made = Calibration("ab", 0.1, 1 / 3, (StochasticRound(4), SampleAxis(0.1)), residuals, (1.0, 0.1), 3)
     again = Calibration.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made
     with pytest.raises(ValueError, match="Calibrate again"):

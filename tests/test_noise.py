@@ -159,6 +159,23 @@ def test_a_loop_that_explodes_says_nothing():
     assert np.isfinite(Flow(graph, Known()).effects({path: Code(1.0, 1.0)}).total)
 
 
+@pytest.mark.parametrize("square", [1e30, 1e-30, np.inf, np.nan, 0.0])
+@pytest.mark.parametrize("f", [loop, chain])
+def test_numbers_out_of_range(f, square):
+    """A plan is found whatever the residuals are like."""
+    graph, paths = graph_and_paths(f, X, *((normal(4000, 16, 8),) if f is loop else WEIGHTS * 6))
+    flow = Flow(graph, Known(dict.fromkeys(paths, square)))
+    found = flow.effects(codes_of(paths, 100.0))
+    for numbers in ([found.total], found.amplified.values(), found.arriving.values()):
+        assert np.isfinite(list(numbers)).all()
+    assert found.towards(flow.effects(codes_of(paths, 0.1)), 0.5)
+
+
+def test_a_loop_that_never_runs():
+    graph, (path,) = graph_and_paths(loop, X, normal(0, 16, 8))
+    assert Flow(graph, Known()).effects({path: Code(0.0, 1.0)}).total == 0
+
+
 def nested(x, scales):
     def step(h, scales):
         return loop_of(h, scales), None

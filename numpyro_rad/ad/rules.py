@@ -123,9 +123,9 @@ def jacobian_entries(equation: _jax.JaxprEquation, position: int) -> float:
     """How many entries of the Jacobian in the operand at ``position`` are not zero, of a linear step and for what is
     known: of others, one for each entry of the operand.
     """
-    name, aval, out = equation.primitive.name, equation.invars[position].aval, equation.outvars[0].aval
+    name, aval = equation.primitive.name, equation.invars[position].aval
     if name in _PICKS:  # each entry of the result is one of the operand
-        return out.size
+        return equation.outvars[0].aval.size
     if name in ("dot_general", "conv_general_dilated"):
         return _operations(equation)
     if name == "cumsum":

@@ -31,7 +31,7 @@ from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Edge, Graph, Split, Value
 from numpyro_rad.ad.plan import Path, Plan, carrier_of
 
-HUGE = 1e60
+HUGE = 1e100
 """Energies beyond this are not told apart."""
 
 TINY = 1e-30
@@ -149,7 +149,7 @@ class _Way:
     def passed(self, energy: float, relative: Mapping[Path, float]) -> float:
         """What comes out of so much energy, with codes of such relative variances."""
         variance = 0.0 if self.residual is None else relative.get(self.residual, 0.0)
-        return energy * self.gain * (1 + variance)
+        return min(energy * self.gain * (1 + variance), HUGE)
 
 
 class Flow:
@@ -192,10 +192,10 @@ class Flow:
             amplified[path] = sum(s * reaches[w.target] / plain for w, s, plain in parts) if parts else 1.0
             if path in codes:
                 for way, share, plain in parts:
-                    made[way] = codes[path].alone * share / plain
+                    made[way] = min(codes[path].alone * share / plain, HUGE)
         energies = self._energies(relative, made)
         arriving = {
-            path: sum(energies[w.source] * w.gain * reaches[w.target] * w.repeat for w, _ in ways)
+            path: min(sum(energies[w.source] * w.gain * reaches[w.target] * w.repeat for w, _ in ways), HUGE)
             for path, ways in self._shares.items()
         }
         total = sum(code.alone * amplified.get(path, 1.0) for path, code in codes.items())
@@ -229,7 +229,7 @@ class Flow:
         for edge in graph.edges:
             if edge.split is None:
                 for way in self._ways[edge]:
-                    found[way.source] += way.passed(found[way.target], relative)
+                    found[way.source] = min(found[way.source] + way.passed(found[way.target], relative), HUGE)
                 continue
             node = edge.split
             inside = [0.0 if t is None else found[t] for t in node.tangents]
@@ -250,9 +250,9 @@ class Flow:
         consts, carry, xs = inside[:n_consts], inside[n_consts : n_consts + n_carry], inside[n_consts + n_carry :]
         each = self._reach_through(body, [*consts, *[0.0] * n_carry, *xs], relative, {})[:n_carry]
         last, total = _repeated(step, np.array(carry), np.array(each), length)
-        mean = [*consts, *(total / length).tolist(), *xs]
+        mean = [*consts, *np.minimum(total / max(1, length), HUGE).tolist(), *xs]
         outs = self._reach_through(body, mean, relative, found)
-        return [*last.tolist(), *outs[n_carry:]]
+        return [*np.minimum(last, HUGE).tolist(), *outs[n_carry:]]
 
     def _step(self, node: Split, relative: Mapping[Path, float]) -> np.ndarray:
         """What one iteration of a loop makes of the reaches of its carry. Mean gains above one say nothing about
@@ -326,20 +326,20 @@ class Flow:
     ) -> list[float]:
         n_consts, n_carry = node.params["tangent_counts"]
         (body,), length = node.bodies, node.params["length"]
-        step = self._step(node, relative).T
-        ys = [y / length for y in outs[n_carry:]]
-        each = self._pull_through(body, [*[0.0] * n_carry, *ys], relative, made, {}, times * length)
+        step, runs = self._step(node, relative).T, max(1, length)
+        ys = [y / runs for y in outs[n_carry:]]
+        each = self._pull_through(body, [*[0.0] * n_carry, *ys], relative, made, {}, times * runs)
         added = np.array(each[n_consts : n_consts + n_carry])
         first, total = _repeated(step, np.array(outs[:n_carry]), added, length)
-        mean = [*(total / length).tolist(), *ys]
-        pulled = self._pull_through(body, mean, relative, made, found, times * length)
+        mean = [*np.minimum(total / runs, HUGE).tolist(), *ys]
+        pulled = self._pull_through(body, mean, relative, made, found, times * runs)
         consts, xs = pulled[:n_consts], pulled[n_consts + n_carry :]
-        return [*(c * length for c in consts), *first.tolist(), *(x * length for x in xs)]
+        return [*(c * length for c in consts), *np.minimum(first, HUGE).tolist(), *(x * length for x in xs)]
 
 
 def _ways(graph: Graph, edge: Edge, path: Path, repeat: int, model: VarianceModel) -> Iterator[_Way]:
     """The ways through an edge that is no control flow."""
-    share = 1 / len(edge.inputs)
+    share = 1 / max(1, len(edge.inputs))
     arrays = iter(edge.residuals)
     for position, target in enumerate(edge.inputs):
         scale, residual = 1.0, None
@@ -355,7 +355,7 @@ def _ways(graph: Graph, edge: Edge, path: Path, repeat: int, model: VarianceMode
         for source in edge.outputs:
             entries = target.aval.size if edge.terms or not edge.entries else edge.entries[position]
             gain = share if square is None else scale * square * entries / max(1, source.aval.size)
-            yield _Way(source, target, gain, name, repeat)
+            yield _Way(source, target, gain if math.isfinite(gain) else share, name, repeat)
 
 
 def _normalized(ways: list[tuple[_Way, float]]) -> list[tuple[_Way, float]]:
