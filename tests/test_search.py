@@ -65,16 +65,11 @@ def test_the_best_within_a_budget(graph, seed):
     choices = list(everything(made))
     assert len(choices) > 500
     most = max(c.bytes for c in choices)
-    for share, slack in (
-        (0.5, 1.03),
-        (0.2, 1.03),
-        (0.15, 1.03),
-        (0.1, 1.3),
-    ):  # below 0.1 codes add several times too much
+    for share in (0.5, 0.2, 0.15):  # with less, codes add several times the gradient's own variance
         best = min(c.cost for c in choices if c.bytes <= share * most)
         found = search.within(made, share * most)
         assert found.bytes <= share * most
-        assert found.cost <= slack * best, share
+        assert found.cost <= 1.03 * best, share
 
 
 def test_what_codes_add_alone_is_no_guide(graph, monkeypatch):
