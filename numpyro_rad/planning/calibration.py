@@ -336,8 +336,8 @@ class Calibrator:
         squares = sum(float(np.vdot(x, x).real) for gradient in self._gradients for x in gradient) / n_draws
         means = [sum(parts) / n_draws for parts in zip(*self._gradients, strict=True)]
         apart = (np.abs(x - m) ** 2 for gradient in self._gradients for x, m in zip(gradient, means, strict=True))
-        added, variances = np.mean(self._tables, axis=0, dtype=np.float64)
-        mean_squares = np.mean(self._squares, axis=0, dtype=np.float64)
+        added, variances = np.stack(self._tables).astype(np.float64).mean(axis=0)
+        mean_squares = np.stack(self._squares).astype(np.float64).mean(axis=0)
         relative = variances / np.maximum(mean_squares, 1e-300)[:, None]
         measured = zip(added.tolist(), relative.tolist(), mean_squares.tolist(), strict=True)
         noises = [ResidualNoise(tuple(a), tuple(r), m) for a, r, m in measured]
@@ -347,6 +347,6 @@ class Calibrator:
             squares**0.5,
             self._codecs,
             dict(zip(self._paths, noises, strict=True)),
-            tuple(np.mean(self._reaches, axis=0).tolist()),
+            tuple(np.array(self._reaches).mean(axis=0).tolist()),
             n_draws,
         )
