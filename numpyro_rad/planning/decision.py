@@ -37,7 +37,7 @@ from numpyro_rad.ad.plan import (
 )
 from numpyro_rad.ad.segments import Chain, segment_lengths
 from numpyro_rad.planning import solver
-from numpyro_rad.planning.noise import Code, Effects, EqualShares, Flow
+from numpyro_rad.planning.noise import CodeNoise, Effects, EqualShares, Flow
 
 SMALL_BYTES = 64
 """Values of up to this size (PRNG keys, scalars) are kept rather than made again: chains of key splits stay short."""
@@ -199,7 +199,9 @@ class Decision:
         self.offload = wanted.offload
         self.offloadable: set[Value] = set()
         self.demands: list[tuple[Graph, Value | None, tuple[Encoded, ...]]] = []
-        self.noises: list[tuple[Path, tuple[Code, ...]]] = []  # of each demand: the residual, and what its codes do
+        self.noises: list[
+            tuple[Path, tuple[CodeNoise, ...]]
+        ] = []  # of each demand: the residual, and what its codes do
         self.storing, size = self._exact_storing(graph, 1)
         self.hold = HELD_NANOSECONDS_PER_BYTE if size >= HELD_FROM else 0.0
         self.storing += self.hold * size  # nanoseconds that the exact step spends on its residuals
@@ -309,7 +311,7 @@ class Decision:
         choices: tuple[Encoded, ...],
         number: int,
         codes: Sequence[solver.Code] = (),
-        noises: tuple[Path, tuple[Code, ...]] = ((), ()),
+        noises: tuple[Path, tuple[CodeNoise, ...]] = ((), ()),
     ) -> None:
         self.demands.append((graph, value, choices))
         self.noises.append(noises)
@@ -383,8 +385,8 @@ class Decision:
         if not any(e.split is not None and e.split.kind == "scan" for e in self.graph.edges):
             return []
         problem = self.priced()
-        exact = dataclasses.replace(problem, demands=[solver.Demand(d.value) for d in problem.demands])
-        solutions = (solver.smallest(problem), solver.priced(problem, 0.0), solver.smallest(exact))
+        exact = solver.smallest(problem.without_codes())
+        solutions = (solver.smallest(problem), solver.priced(problem, 0.0), exact)
         plans = [self.plan(solution) for solution in solutions]
         found: list[dict[Split, tuple[int, ...]]] = []
         for n_levels, plan in itertools.product(levels, plans):
@@ -422,7 +424,7 @@ class Decision:
         """What the codes of a solution do together, if their relative variances were at most so large."""
         chosen = zip(self.noises, solution.codes, strict=True)
         codes = {path: codes[k] for (path, codes), k in chosen if k is not None}
-        return self.flow.effects({path: Code(c.alone, min(c.relative, most)) for path, c in codes.items()})
+        return self.flow.effects({path: CodeNoise(c.alone, min(c.relative, most)) for path, c in codes.items()})
 
     def judged(self, solution: solver.Solution, effects: Effects) -> solver.Solution:
         """A solution with the cost of its codes together, as far from its bound as before."""

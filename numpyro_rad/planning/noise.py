@@ -93,7 +93,7 @@ class EqualShares:
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
+class CodeNoise:
     """A code of one residual: what it adds alone, and its variance relative to its squared norm."""
 
     alone: float
@@ -114,7 +114,7 @@ class Effects:
     amplified: dict[Path, float]
     arriving: dict[Path, float]
 
-    def change(self, path: Path, code: Code) -> float:
+    def change(self, path: Path, code: CodeNoise) -> float:
         """What a code of one residual changes, all others being those of the plan."""
         return code.alone * self.amplified[path] + code.relative * self.arriving[path]
 
@@ -174,11 +174,11 @@ class Flow:
                 through.setdefault(way.residual, []).append((way, energy))
         self._shares = {path: _normalized(ways) for path, ways in through.items()}
 
-    def code(self, path: Path, value: Value, codec: Codec) -> Code:
+    def code(self, path: Path, value: Value, codec: Codec) -> CodeNoise:
         """What a code of a residual does."""
-        return Code(self._model.alone(path, value, codec), self._model.relative(path, value, codec))
+        return CodeNoise(self._model.alone(path, value, codec), self._model.relative(path, value, codec))
 
-    def effects(self, codes: Mapping[Path, Code]) -> Effects:
+    def effects(self, codes: Mapping[Path, CodeNoise]) -> Effects:
         """What codes do together.
 
         :param codes: those of a plan, by the paths of the residuals; the rest is exact.
@@ -198,7 +198,7 @@ class Flow:
             path: min(sum(energies[w.source] * w.gain * reaches[w.target] * w.repeat for w, _ in ways), HUGE)
             for path, ways in self._shares.items()
         }
-        total = sum(code.alone * amplified.get(path, 1.0) for path, code in codes.items())
+        total = sum(code.alone * amplified[path] for path, code in codes.items())
         return Effects(total, amplified, arriving)
 
     # -- ways
@@ -250,9 +250,9 @@ class Flow:
         consts, carry, xs = inside[:n_consts], inside[n_consts : n_consts + n_carry], inside[n_consts + n_carry :]
         each = self._reach_through(body, [*consts, *[0.0] * n_carry, *xs], relative, {})[:n_carry]
         last, total = _repeated(step, np.array(carry), np.array(each), length)
-        mean = [*consts, *np.minimum(total / max(1, length), HUGE).tolist(), *xs]
+        mean = [*consts, *(total / max(1, length)).tolist(), *xs]
         outs = self._reach_through(body, mean, relative, found)
-        return [*np.minimum(last, HUGE).tolist(), *outs[n_carry:]]
+        return [*last.tolist(), *outs[n_carry:]]
 
     def _step(self, node: Split, relative: Mapping[Path, float]) -> np.ndarray:
         """What one iteration of a loop makes of the reaches of its carry. Mean gains above one say nothing about
@@ -331,10 +331,10 @@ class Flow:
         each = self._pull_through(body, [*[0.0] * n_carry, *ys], relative, made, {}, times * runs)
         added = np.array(each[n_consts : n_consts + n_carry])
         first, total = _repeated(step, np.array(outs[:n_carry]), added, length)
-        mean = [*np.minimum(total / runs, HUGE).tolist(), *ys]
+        mean = [*(total / runs).tolist(), *ys]
         pulled = self._pull_through(body, mean, relative, made, found, times * runs)
         consts, xs = pulled[:n_consts], pulled[n_consts + n_carry :]
-        return [*(c * length for c in consts), *np.minimum(first, HUGE).tolist(), *(x * length for x in xs)]
+        return [*(c * length for c in consts), *first.tolist(), *(x * length for x in xs)]
 
 
 def _ways(graph: Graph, edge: Edge, path: Path, repeat: int, model: VarianceModel) -> Iterator[_Way]:
@@ -369,7 +369,7 @@ def _growth(step: np.ndarray) -> float:
 
 
 def _repeated(step: np.ndarray, start: np.ndarray, each: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """x_0 = start, x_(k+1) = step x_k + each: x_length, and the sum of all before it."""
+    """x_0 = start, x_(k+1) = step x_k + each: x_length, and the sum of all before it (none above ``HUGE``)."""
     size = len(start)
     if not size or not length:
         return start, start * length
@@ -379,7 +379,8 @@ def _repeated(step: np.ndarray, start: np.ndarray, each: np.ndarray, length: int
     both = np.block([[affine, np.eye(size + 1)], [np.zeros_like(affine), np.eye(size + 1)]])
     power = np.linalg.matrix_power(both, length)
     begin = np.append(start, 1.0)
-    return (power[: size + 1, : size + 1] @ begin)[:size], (power[: size + 1, size + 1 :] @ begin)[:size]
+    last, total = (np.minimum(part @ begin, HUGE)[:size] for part in np.split(power[: size + 1], 2, axis=1))
+    return last, total
 
 
 def effects_of(plan: Plan, model: VarianceModel) -> Effects:

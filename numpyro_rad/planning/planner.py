@@ -24,7 +24,7 @@ from numpyro_rad.ad.graph import Graph, Value, site_name, sites
 from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
 from numpyro_rad.planning import decision, plans
 from numpyro_rad.planning.decision import Wanted
-from numpyro_rad.planning.noise import Flow
+from numpyro_rad.planning.noise import EqualShares, Flow
 
 DEFAULT_CODEC = StochasticRound(bits=4)
 """Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""
@@ -95,7 +95,7 @@ class Planner:
     :param memory_budget: the most bytes that may be held between the two sweeps of one gradient, an int or a string
         such as ``"64MiB"``. Of the plans that fit, the one of least added time and variance.
     :param added_variance: the most variance that may be added, as a share of the exact gradient's own. Of these plans
-        the one of fewest bytes.
+        the one of fewest bytes. More than 10 counts as 10: nobody can use such a gradient.
     :param plan: a saved plan (the dictionary of :meth:`Plan.to_dict`), for the program that it was made for.
     :param exact: no codes: recompute and keep only. Gradients are then exact.
     :param objective: with a budget, ``"balanced"`` for the least sum of added time and variance, ``"time"`` or
@@ -173,8 +173,8 @@ class Planner:
         """
         if self.plan is not None:
             return plans.restored(graph, self.plan)
-        flow = Flow(graph, self.calibration.variance_model(graph)) if self.calibration is not None else None
-        wanted = Wanted(self._codecs(graph, names or {}), flow, self.objective)
+        model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
+        wanted = Wanted(self._codecs(graph, names or {}), Flow(graph, model), self.objective)
         if self.offload:
             if not _jax.has_host_memory():
                 raise ValueError(

@@ -72,6 +72,10 @@ class Problem:
         self.maker.append(-1)
         return len(self.maker) - 1
 
+    def without_codes(self) -> Problem:
+        """The same with all demands to be met by their values."""
+        return dataclasses.replace(self, demands=[Demand(d.value) for d in self.demands])
+
     def add_maker(self, values: Sequence[int], operands: Sequence[int], cost: float) -> None:
         """A step that makes all of ``values`` from ``operands``."""
         for value in values:
@@ -201,7 +205,6 @@ class _Network:
         self.problem = problem
         values, makers = _wanted(problem)
         self._values = np.array(values, dtype=np.int64)
-        self._makers = np.array(makers, dtype=np.int64)
         there = {v: 2 + i for i, v in enumerate(values)}
         made = {m: 2 + len(values) + i for i, m in enumerate(makers)}
         self.n_nodes = 2 + len(values) + len(makers)
