@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,12 @@ from numpyro.primitives import Messenger
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
+from numpyro_rad.mistakes import options_of, shown
 from numpyro_rad.planning import plans
 from numpyro_rad.planning.calibration import Calibration, Calibrator
-from numpyro_rad.planning.planner import Planner, parse_bytes
+from numpyro_rad.planning.planner import Options, Planner, parse_bytes
 from numpyro_rad.transform import Closure, path_seed, randomized
+from numpyro_rad.wording import arguments_text, call_text
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
 
@@ -68,11 +71,12 @@ class RAD_ELBO(Trace_ELBO):
     :param base: the ELBO to take the value from instead of ``Trace_ELBO``: an instance of ``TraceMeanField_ELBO``,
         ``RenyiELBO``, ``TraceGraph_ELBO``, ``TraceEnum_ELBO`` or any subclass of ``numpyro.infer.elbo.ELBO``. The four
         arguments above belong to ``Trace_ELBO`` and are then set on the base.
-    :param options: how to plan, see :class:`numpyro_rad.Planner`; above all ``memory_budget="256MiB"``, the most bytes
-        that may be held between the two sweeps of one gradient, all particles together (codes, scales and kept values
-        count, parameters and data do not). Without any, residuals are rounded to 4 bits where the bytes saved are worth
-        the time.
-    :raises TypeError: for a wrong ``base`` or option.
+    :param options: how to plan, each as in :class:`numpyro_rad.Planner`: ``codec``, ``memory_budget``,
+        ``added_variance``, ``plan``, ``exact``, ``objective``, ``offload``, ``overrides``, ``calibration``. Above all
+        ``memory_budget="256MiB"``, the most bytes that may be held between the two sweeps of one gradient, all
+        particles together (codes, scales and kept values count, parameters and data do not). Without any, residuals are
+        rounded to 4 bits where the bytes saved are worth the time.
+    :raises TypeError: for a wrong ``base`` or option, and for a number of particles that is none.
     :raises ValueError: for an option that cannot be read, for two that exclude each other, or for a ``base`` together
         with an argument that belongs on it.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.
@@ -87,6 +91,7 @@ class RAD_ELBO(Trace_ELBO):
         svi = SVI(model, guide, optax.adam(1e-3), RAD_ELBO(base=TraceMeanField_ELBO(num_particles=8)))
     """
 
+    @options_of(Planner)
     def __init__(
         self,
         num_particles: int = 1,
@@ -95,7 +100,7 @@ class RAD_ELBO(Trace_ELBO):
         sum_sites: bool = True,
         *,
         base: ELBO | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         own = (num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         if base is None:
@@ -107,13 +112,20 @@ class RAD_ELBO(Trace_ELBO):
             )
         if not isinstance(base, ELBO) or isinstance(base, RAD_ELBO):
             raise TypeError(
-                f"base={base!r} is not an instance of one of NumPyro's ELBOs. Pass one, for example "
+                f"base={shown(base)} is not an instance of one of NumPyro's ELBOs. Pass one, for example "
                 "base=TraceMeanField_ELBO(), or nothing for Trace_ELBO."
             )
+        _check_particles(base)
         planner = Planner(**options)  # complains now rather than in the first step
         self.can_infer_discrete = base.can_infer_discrete  # the class has one of its own
         self.planner = planner
         self.base = base
+
+    def __repr__(self) -> str:
+        """The call that makes it; measured variances are left out."""
+        plain = type(self.base) is Trace_ELBO
+        base = arguments_text(self.base) if plain else [f"base={call_text(self.base)}"]
+        return call_text(self, [*base, *self.planner.settings()])
 
     def __getattr__(self, name: str) -> Any:
         """What ``SVI`` and users ask of an ELBO (``num_particles``, ``max_plate_nesting``, ...) is the base's."""
@@ -336,6 +348,20 @@ class RAD_ELBO(Trace_ELBO):
             if not _jax.is_traced(value):
                 return value
         return randomized(run, self.planner, seed, param_map)
+
+
+def _check_particles(base: ELBO) -> None:
+    """Complain of arguments that NumPyro takes without a look and stumbles over in the first step."""
+    particles = getattr(base, "num_particles", 1)
+    whole = isinstance(particles, numbers.Integral) and not isinstance(particles, bool)
+    if not whole or particles < 1:
+        advice = " A size is an option: RAD_ELBO(memory_budget=...)." if isinstance(particles, str) else ""
+        raise (ValueError if whole else TypeError)(
+            f"num_particles={shown(particles)}: a number of samples of the guide is expected, at least 1.{advice}"
+        )
+    for name in ("multi_sample_guide", "sum_sites"):
+        if not isinstance(getattr(base, name, False), bool):
+            raise TypeError(f"{name}={shown(getattr(base, name))}: True or False is expected.")
 
 
 def loss_by_keys(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
-from numpyro_rad.planning.planner import Planner
+from numpyro_rad.mistakes import options_of
+from numpyro_rad.planning.planner import Options, Planner
 
 
 class Program:
@@ -133,7 +134,8 @@ class _Stored:
         return cls(children[0], active)
 
 
-def rad(f: Callable, **options: Any) -> Callable:
+@options_of(Planner)
+def rad(f: Callable, **options: Unpack[Options]) -> Callable:
     """``f`` with a randomized reverse-mode derivative that stores less (Oktay et al., ICLR 2021).
 
     The value is that of ``f``. Under ``jax.grad`` and its kin the residuals are recomputed where that is cheap and
@@ -260,11 +262,12 @@ def path_seed(key: Any) -> Any:
         ) from error
 
 
+@options_of(Planner)
 def value_and_grad(
     f: Callable,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Callable:
     """Value and randomized gradient: ``jax.value_and_grad`` of :func:`rad`, key first.
 
@@ -298,11 +301,12 @@ def value_and_grad(
     return jax.value_and_grad(checked, shifted, has_aux)
 
 
+@options_of(Planner)
 def grad(
     f: Callable,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Callable:
     """Randomized gradient: ``jax.grad`` of :func:`rad`, key first. Parameters as in :func:`value_and_grad`.
 

@@ -23,6 +23,7 @@ from jax import lax
 
 from numpyro_rad.ad.layout import Layout, sampled_rows
 from numpyro_rad.ad.seeds import fold, hash_words, linear_index, signs, u32, uniform
+from numpyro_rad.mistakes import fields_checked
 
 
 def _itemsize(dtype):
@@ -205,6 +206,7 @@ def _normal_rounding_variance(bits, size):
     return float((part * (1 - part) * (span / (2**bits - 1)) ** 2).sum() / (x**2).sum())
 
 
+@fields_checked
 @dataclass(frozen=True)
 class StochasticRound(Codec):
     """Unbiased stochastic rounding to 2**bits evenly spaced levels, from the minimum to the maximum of each group.
@@ -294,6 +296,7 @@ class StochasticRound(Codec):
         return f"{self.bits}-bit" + (f" groups of {self.group}" if self.group != 256 else "")
 
 
+@fields_checked
 @dataclass(frozen=True)
 class SampledRound(StochasticRound):
     """Stochastic rounding of a sampled part: below one bit for an entry.
@@ -402,6 +405,7 @@ class SampledRound(StochasticRound):
         return f"{self.bits}-bit, 1 of {self.size}"
 
 
+@fields_checked
 @dataclass(frozen=True)
 class SampleAxis(Codec):
     """Stratified sampling of the last axis, the estimator of RAD (Oktay et al., ICLR 2021).
@@ -502,6 +506,7 @@ class SampleAxis(Codec):
         return f"{'centred ' if self.centred else ''}sample {self.keep:g} {how}"
 
 
+@fields_checked
 @dataclass(frozen=True)
 class RandomProjection(Codec):
     """Random projection of the last axis, the other estimator of RAD (Oktay et al., ICLR 2021).

@@ -27,6 +27,7 @@ import numpy as np
 from numpyro_rad.diagnostics.records import Alarm, Track, from_dict, to_dict
 from numpyro_rad.diagnostics.variance import GUIDE, NORM, PATH, Gradient, reduce_gradients
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, training_keys
+from numpyro_rad.mistakes import fields_checked
 from numpyro_rad.transform import named_leaves
 
 _TAG = 0x52414424  # folded into the state's key: the draws of a look
@@ -44,6 +45,7 @@ class TrackingWarning(UserWarning):
     """A fit has a problem that its user should know of."""
 
 
+@fields_checked
 @dataclasses.dataclass(frozen=True)
 class Tracking:
     """How to watch a fit.

@@ -14,7 +14,7 @@ import numbers
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
@@ -22,9 +22,11 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value, site_name, sites
 from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
+from numpyro_rad.mistakes import fields_checked, shown
 from numpyro_rad.planning import decision, plans
 from numpyro_rad.planning.decision import Wanted
 from numpyro_rad.planning.noise import EqualShares, Flow
+from numpyro_rad.wording import arguments_text, call_text
 
 DEFAULT_CODEC = StochasticRound(bits=4)
 """Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""
@@ -36,15 +38,16 @@ _UNITS = {"": 1, "B": 1} | {f"{p}{u}": b**e for u, b in (("B", 1000), ("iB", 102
 _UNITS |= {"KB": 1000, "KiB": 1024}
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
     """A number of bytes from an int or a string such as ``"64MiB"`` or ``"1.5 GB"``.
 
+    :param name: of the argument, for messages.
     :raises TypeError: if ``size`` is neither.
     :raises ValueError: if it is negative or cannot be read.
     """
     if isinstance(size, bool) or not isinstance(size, (numbers.Integral, str)):
         raise TypeError(
-            f"memory_budget={size!r}: a number of bytes is expected. Pass an int, or a string such as '256MiB'."
+            f"{name}={shown(size)}: a number of bytes is expected. Pass an int, or a string such as '256MiB'."
         )
     if not isinstance(size, str):
         number, unit = int(size), ""
@@ -52,12 +55,12 @@ def parse_bytes(size: int | str) -> int:
         match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", size)
         if match is None or match[2] not in _UNITS or math.isinf(float(match[1])):
             raise ValueError(
-                f"memory_budget={size!r} cannot be read as a number of bytes. Write a number and one of the units "
+                f"{name}={shown(size)} cannot be read as a number of bytes. Write a number and one of the units "
                 "B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), for example '256MiB'."
             )
         number, unit = float(match[1]), match[2]
     if number < 0:
-        raise ValueError(f"memory_budget={size!r} is negative: no plan stores less than nothing. Try '64MiB'.")
+        raise ValueError(f"{name}={size!r} is negative: no plan stores less than nothing. Try '64MiB'.")
     return int(number * _UNITS[unit])
 
 
@@ -86,6 +89,21 @@ class Residual:
 Rule = str | Callable[[Residual], bool]
 
 
+class Options(TypedDict, total=False):
+    """The fields of :class:`Planner`, for type checkers of functions that take them as options."""
+
+    codec: Codec | None
+    memory_budget: int | str | None
+    added_variance: float | None
+    plan: Mapping[str, Any] | None
+    exact: bool
+    objective: str
+    offload: bool
+    overrides: Mapping[Rule, Codec]
+    calibration: Any
+
+
+@fields_checked
 @dataclasses.dataclass(frozen=True)
 class Planner:
     """How to choose a plan; at most one of the first four.
@@ -163,6 +181,13 @@ class Planner:
                 raise TypeError(f"overrides: {rule!r} is neither a name, a glob, a line nor a predicate.")
             if not isinstance(codec, Codec):
                 raise TypeError(f"overrides[{rule!r}]={codec!r} is not a codec. Pass one, or Keep() for exact.")
+
+    def __repr__(self) -> str:
+        return call_text(self, self.settings())
+
+    def settings(self) -> list[str]:
+        """The options that differ from their defaults, as text; measured variances are left out."""
+        return arguments_text(self, without=["calibration"])
 
     def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a program.

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_rad.mistakes import fields_checked
+
 _PREFIX = "array"
 
 
@@ -26,6 +28,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, cannot be read or belongs to another run."""
 
 
+@fields_checked
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """Where a run is saved, and how often.

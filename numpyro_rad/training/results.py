@@ -27,6 +27,7 @@ from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.figures import exact_timeline, timeline
+from numpyro_rad.wording import call_text
 
 _ASSESS_TAG = 0x52414425  # folded into the state's key: the draws of an assessment
 
@@ -264,17 +265,4 @@ def _name(fn: Any) -> str:
 
 def described(loss: Any) -> str:
     """An ELBO with its options, as text; measured variances are left out."""
-    particles = getattr(loss, "num_particles", 1)
-    inner = [f"num_particles={particles}"] if particles != 1 else []
-    if not isinstance(loss, RAD_ELBO):
-        return f"{type(loss).__name__}({', '.join(inner)})"
-    base = type(loss.base).__name__
-    inner += [f"base={base}"] if base != "Trace_ELBO" else []
-    for field in dataclasses.fields(loss.planner):
-        value = getattr(loss.planner, field.name)
-        if field.name == "calibration" or value == type(loss.planner)().__getattribute__(field.name):
-            continue
-        if field.name == "overrides":
-            value = {rule if isinstance(rule, str) else _name(rule): codec for rule, codec in value.items()}
-        inner.append(f"{field.name}={value!r}" if field.name != "plan" else "plan=...")
-    return f"{type(loss).__name__}({', '.join(inner)})"
+    return repr(loss) if isinstance(loss, RAD_ELBO) else call_text(loss)

@@ -1,0 +1,105 @@
+"""What a caller's mistake is told in: values in a few words, and the option that was meant where a name is misspelt.
+
+A message says what was handed over, so it has to be short whatever that is: :func:`shown`. Functions with options are
+decorated with :func:`names_checked`, or :func:`options_of` where a dataclass says what the options are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+T = TypeVar("T")
+
+_MOST_LETTERS = 60  # of a value in a message; longer ones are named by their type
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def shown(x: Any) -> str:
+    """A value in a message: as Python writes it where that is short, otherwise what it is."""
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        dtype, shape = str(x.dtype), tuple(x.shape)
+        if dtype.startswith("key<"):
+            return "a JAX PRNG key" if shape == () else f"JAX PRNG keys of shape {shape}"
+        return f"{'an' if dtype[0] in 'aeio' else 'a'} {dtype} array of shape {shape}"
+    if inspect.isroutine(x):
+        return f"the function {getattr(x, '__name__', '?')}"
+    text = repr(x)
+    if len(text) <= _MOST_LETTERS and "\n" not in text and " at 0x" not in text:
+        return text
+    entries = f" of {len(x)} entries" if isinstance(x, (list, tuple, set, Mapping)) and not _is_named(x) else ""
+    name = type(x).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}{entries}"
+
+
+def _is_named(x: Any) -> bool:
+    return hasattr(x, "_fields")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """A question that names what is known and closest to a misspelt name; empty if nothing is close."""
+    close = difflib.get_close_matches(name.lower(), list(known), 1)
+    return f"Did you mean {close[0]}=?" if close else ""
+
+
+def misspelt(where: str, name: str, known: Iterable[str]) -> TypeError:
+    """What to raise for an option that does not exist."""
+    known = list(known)
+    advice = meant(name, known) or f"There are {', '.join(f'{k}=' for k in known)}."
+    return TypeError(f"{where} has no option {name}=. {advice}")
+
+
+def names_checked(f: F, known: Iterable[str] = ()) -> F:
+    """``f``, which names the option that was meant where one is misspelt.
+
+    :param known: its options besides those that its signature names.
+    """
+    names = [p.name for p in inspect.signature(f).parameters.values() if p.kind in _NAMED and p.name != "self"]
+    names += [name for name in known if name not in names]
+    called, taken = f.__qualname__.removesuffix(".__init__"), frozenset(names)
+
+    @functools.wraps(f)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in taken:
+                raise misspelt(called, name, names)
+        return f(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def fields_checked(cls: type[T]) -> type[T]:
+    """A dataclass whose misspelt fields are told of."""
+    cls.__init__ = names_checked(cls.__init__)
+    return cls
+
+
+def options_of(source: type) -> Callable[[F], F]:
+    """A decorator of a function whose ``**options`` are the fields of a dataclass: its signature names each of them."""
+
+    def spelled_out(f: F) -> F:
+        more = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default if field.default is not dataclasses.MISSING else field.default_factory(),  # type: ignore
+                annotation=field.type,
+            )
+            for field in dataclasses.fields(source)
+        ]
+        signature = inspect.signature(f)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        checked = names_checked(f, [p.name for p in more])
+        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return checked
+
+    return spelled_out
