@@ -28,7 +28,7 @@ from numpyro_rad.mistakes import options_of, shown
 from numpyro_rad.planning import plans
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Options, Planner, parse_bytes
-from numpyro_rad.transform import Closure, path_seed, randomized
+from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves
 from numpyro_rad.wording import arguments_text, call_text
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
@@ -170,17 +170,17 @@ class RAD_ELBO(Trace_ELBO):
     def plan(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> tuple[Plan, list]:
-        """The plan for gradients with respect to ``param_map``, and the names of its arrays in order."""
+        """The plan for gradients with respect to ``param_map``, and the sites of its arrays in order."""
         if not jax.tree.leaves(param_map):
             raise ValueError(
                 "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter and "
                 "no gradient has a plan. Use a guide with parameters, for example AutoNormal(model)."
             )
         taken, _ = self._closure(rng_key, param_map, model, guide, args, kwargs)
-        return taken.plan, taken.names
+        return taken.plan, taken.labels
 
     def plan_of_update(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[Plan, list]:
-        """The plan of one ``svi.update``, and the names of the arrays that it differentiates in order.
+        """The plan of one ``svi.update``, and the sites of the arrays that it differentiates in order.
 
         :param svi: the ``SVI`` that this ELBO is the loss of.
         :param svi_state: its state.
@@ -193,7 +193,7 @@ class RAD_ELBO(Trace_ELBO):
             raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
         operands = (svi_state.rng_key, params, svi.model, svi.guide, args, options, svi_state.mutable_state)
         taken, _ = self._closure(*operands)
-        return taken.plan, taken.names
+        return taken.plan, taken.labels
 
     def calibrate(
         self, svi: SVI, svi_state: Any, *args: Any, batches: Sequence[tuple] = (), draws: int = 3, **kwargs: Any
@@ -229,6 +229,8 @@ class RAD_ELBO(Trace_ELBO):
         constrained, pull = jax.vjp(constrain, free)
         mutable = svi_state.mutable_state
         options = {**kwargs, **svi.static_kwargs}
+        leaves, treedef = jax.tree.flatten(constrained)
+        names = [name for name, _ in named_leaves(constrained)]
 
         def closure(key: Any, batch: tuple) -> tuple[Closure, Any]:
             return self._closure(key, constrained, svi.model, svi.guide, batch, options, mutable)
@@ -241,16 +243,18 @@ class RAD_ELBO(Trace_ELBO):
             _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))
 
             def unconstrained(gradient: list[Any]) -> Any:
-                found = dict(zip(taken.names, gradient, strict=True))
-                return pull({n: found.get(n, jnp.zeros_like(x)) for n, x in constrained.items()})
+                found = dict(zip(taken.leaves, gradient, strict=True))
+                every = [found[i] if i in found else jnp.zeros_like(x) for i, x in enumerate(leaves)]
+                return pull(treedef.unflatten(every))
 
             batch = (args, *batches)[i % (1 + len(batches))]
             if others is None:  # key and batch are part of the program
                 operands = closure(loss_key, batch)[0].operands
             else:
                 operands = taken.operands_at(constrained, (loss_key, mutable, batch, options))
-            gradient = calibrator.add(row_key, operands, [signs[name] for name in taken.names], unconstrained)
-            bad = [n for n, g in zip(taken.names, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
+            signs = jax.tree.leaves(signs)
+            gradient = calibrator.add(row_key, operands, [signs[i] for i in taken.leaves], unconstrained)
+            bad = [names[i] for i, g in zip(taken.leaves, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
             if bad:
                 raise ValueError(
                     f"calibrate: the gradient in {', '.join(bad)} is not finite in draw {i + 1} of {draws}: there is "
@@ -319,10 +323,11 @@ class RAD_ELBO(Trace_ELBO):
             return _loss_and_state(self.base, rng_key, {**params, **mutable}, model, guide, *args, **kwargs)
 
         others = (rng_key, mutable, args, kwargs)
+        labels = [site for site, _ in site_leaves(param_map)]
         try:
-            return Closure(loss, param_map, self.planner, others), others
+            return Closure(loss, param_map, self.planner, others, labels), others
         except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
-            return Closure(lambda params: loss(params, others), param_map, self.planner), None
+            return Closure(lambda params: loss(params, others), param_map, self.planner, labels=labels), None
 
     def _randomized(
         self,
@@ -347,7 +352,7 @@ class RAD_ELBO(Trace_ELBO):
             value = run()  # outside of any transformation a model may look at its numbers
             if not _jax.is_traced(value):
                 return value
-        return randomized(run, self.planner, seed, param_map)
+        return randomized(run, self.planner, seed, site_leaves(param_map))
 
 
 def _check_particles(base: ELBO) -> None:

@@ -9,7 +9,8 @@ is lifted to an argument of that ``custom_vjp``, so the result composes with ``j
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad.ad import _jax
-from numpyro_rad.ad.graph import Graph
+from numpyro_rad.ad.graph import Graph, site_name
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import seed_words
@@ -99,19 +100,29 @@ class Program:
         return jax.tree.unflatten(self._out_tree, run(seed, *operands))
 
 
-def randomized(f: Callable, planner: Planner, seed: Any, named: Any = None) -> Any:
+def randomized(f: Callable, planner: Planner, seed: Any, labels: Iterable[tuple[str, Any]] = ()) -> Any:
     """The value of ``f()``, with a derivative in all that it closes over whose randomness comes from ``seed``.
 
-    :param named: a pytree of some of what ``f`` closes over, by whose paths it is called.
+    :param labels: what to call some of the arrays that ``f`` closes over, and these.
     """
-    program, operands = Program.trace(f, (), planner, {id(leaf): name for name, leaf in named_leaves(named)})
+    program, operands = Program.trace(f, (), planner, {id(leaf): name for name, leaf in labels})
     return program(seed, *operands)
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a pytree with their paths in words."""
+    """The leaves of a pytree with their paths in words, no two of them the same."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]
+    short = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    often = Counter(short)  # {"a.b": x, "a": {"b": y}} has two of one name
+    names = [n if often[n] == 1 else jax.tree_util.keystr(path) for n, (path, _) in zip(short, paths, strict=True)]
+    return [(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
+
+
+def site_leaves(params: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The leaves of parameters, each with the site that it belongs to: a parameter may be a pytree, of a network's
+    weights for instance."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [(site_name(jax.tree_util.keystr(path[:1], simple=True)), leaf) for path, leaf in paths]
 
 
 def _as_arrays(results: Sequence[Any]) -> list[Any]:
@@ -161,9 +172,8 @@ def rad(f: Callable, **options: Unpack[Options]) -> Callable:
 
     @functools.wraps(f)
     def with_key(key: Any, /, *args: Any, **kwargs: Any) -> Any:
-        named = (dict(enumerate(args)), kwargs)
-        leaves = [pair for part in named for pair in named_leaves(part)]
-        return randomized(lambda: f(*args, **kwargs), planner, path_seed(key), dict(leaves))
+        labels = named_leaves({**{str(i): arg for i, arg in enumerate(args)}, **kwargs})
+        return randomized(lambda: f(*args, **kwargs), planner, path_seed(key), labels)
 
     with_key.planned = partial(_planned, f, planner)  # type: ignore[attr-defined]
     with_key.planner = planner  # type: ignore[attr-defined]
@@ -180,7 +190,7 @@ def _planned(
         return f(*(chosen.get(i, a) for i, a in enumerate(args)), **kwargs)
 
     taken = Closure(of_chosen, {i: args[i] for i in positions}, planner)
-    return taken.plan, taken.names
+    return taken.plan, taken.labels
 
 
 class Closure:
@@ -191,16 +201,21 @@ class Closure:
     :ivar active: which of them are differentiated.
     :ivar graph: its linearized graph.
     :ivar plan: its plan.
-    :ivar names: the names of the differentiated arrays, in the order of the operands.
+    :ivar leaves: the positions of the differentiated arrays among the leaves of ``tree``, in the order of the operands.
+    :ivar labels: what they are called, in the same order.
     """
 
-    def __init__(self, f: Callable, tree: Any, planner: Planner, others: Any = ()) -> None:
+    def __init__(
+        self, f: Callable, tree: Any, planner: Planner, others: Any = (), labels: Sequence[str] | None = None
+    ) -> None:
         """Trace ``f(tree)``, or ``f(tree, others)`` if there are others.
 
         :param others: what ``f`` gets besides; its arrays are traced too, and the rest is handed over as it is.
+        :param labels: what to call the leaves of ``tree``, by default their paths.
         """
-        named, (rest, treedef) = named_leaves(tree), jax.tree.flatten(others)
-        leaves, is_array = [leaf for _, leaf in named], [hasattr(x, "dtype") for x in rest]
+        labels = [name for name, _ in named_leaves(tree)] if labels is None else labels
+        leaves, (rest, treedef) = jax.tree.leaves(tree), jax.tree.flatten(others)
+        is_array = [hasattr(x, "dtype") for x in rest]
         values = _arrays_of(tree, others)
         programs: list[Program] = []
         origins: list[tuple[int | None, Any]] = []
@@ -211,7 +226,7 @@ class Closure:
                 treedef, [next(fixed) if on else x for x, on in zip(rest, is_array, strict=True)]
             )
             trees = (jax.tree.unflatten(jax.tree.structure(tree), moving), *((inner,) if treedef.num_nodes > 1 else ()))
-            called = {id(x): name for x, (name, _) in zip(moving, named, strict=True)}
+            called = {id(x): label for x, label in zip(moving, labels, strict=True)}
             program, closed_over = Program.trace(lambda: f(*trees), (), planner, called)
             position = {id(x): i for i, x in enumerate(arrays)}
             programs.append(program)
@@ -223,7 +238,8 @@ class Closure:
         self.operands = self.operands_at(tree, others)
         moves = [at is not None and at < len(leaves) and _floats(values[at]) for at, _ in origins]
         self.active = tuple(moves)
-        self.names = [named[at][0] for (at, _), on in zip(origins, moves, strict=True) if on and at is not None]
+        self.leaves = [at for (at, _), on in zip(origins, moves, strict=True) if on and at is not None]
+        self.labels = [labels[at] for at in self.leaves]
 
     def operands_at(self, tree: Any, others: Any = ()) -> list[Any]:
         """The operands at another ``tree`` and other ``others`` of the same structure, shapes and dtypes."""

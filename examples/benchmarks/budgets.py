@@ -35,7 +35,7 @@ from run import DEFAULT_FOLDER, Benchmark, common_parser, describe, sensible_riv
 from workloads import WORKLOADS
 
 from numpyro_rad import RAD_ELBO, Calibration, NoiseKeys, StochasticRound
-from numpyro_rad.transform import path_seed, randomized
+from numpyro_rad.transform import path_seed, randomized, site_leaves
 
 MODES: dict[str, tuple[str, Kind]] = {
     "recompute": ("recompute only", "exact"),
@@ -109,7 +109,7 @@ class SameProgram(RAD_ELBO):
 
     def loss_with_keys(self, keys: NoiseKeys, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         loss = partial(self.base.loss, keys.guide, param_map, model, guide, *args, **kwargs)
-        return randomized(loss, self.planner, path_seed(keys.path), param_map)
+        return randomized(loss, self.planner, path_seed(keys.path), site_leaves(param_map))
 
 
 class Curves(Benchmark):

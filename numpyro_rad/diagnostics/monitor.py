@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from numpyro_rad.transform import named_leaves
+
 
 class GradientSignalState(NamedTuple):
     """State of :func:`gradient_signal`; each field but the first is a pytree like the parameters.
@@ -141,10 +143,9 @@ def _watched(state: Any) -> dict[str, tuple]:
     found: dict[str, tuple] = {}
     states = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
     for one in states:
-        paths, _ = jax.tree.flatten_with_path(one.count)
+        names = [name for name, _ in named_leaves(one.count)]
         norms = [jnp.vdot(m, m) for m in jax.tree.leaves(one.mean)]
         columns = [jax.tree.leaves(x) for x in (one.count, norms, one.square, one.nonfinite)]
-        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
         twice = sorted(found.keys() & set(names))
         if twice:
             raise ValueError(

@@ -36,11 +36,10 @@ import numpy as np
 from numpyro.infer import SVI
 from scipy.special import stdtrit
 
-from numpyro_rad.ad.graph import site_name
 from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVariance
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_keys
 from numpyro_rad.planning.planner import Planner, VarianceWarning
-from numpyro_rad.transform import named_leaves
+from numpyro_rad.transform import named_leaves, site_leaves
 
 _TAG = 0x52414423  # folded into the state's key: the draws of gradient_variance
 
@@ -269,7 +268,7 @@ class _Sampler:
                 "example AutoNormal(model)."
             )
         self.names, self.sizes = [name for name, _ in named], [int(np.size(leaf)) for _, leaf in named]
-        self._sites = [site_name(name) for name, values in sorted(free.items()) for _ in jax.tree.leaves(values)]
+        self._sites = [site for site, _ in site_leaves(free)]
         _check_shapes(pool)
         options = {**kwargs, **svi.static_kwargs}
         params, mutable = svi.get_params(svi_state), svi_state.mutable_state

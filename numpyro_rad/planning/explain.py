@@ -13,7 +13,7 @@ from typing import Any
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.graph import Edge, Split, Value, site_name, sites
+from numpyro_rad.ad.graph import Edge, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
 
 
@@ -146,13 +146,12 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
 
         print(explain(RAD_ELBO(), key, svi.get_params(state), model, guide, x, y))
     """
-    plan, names = plan_of(target, args, argnums, kwargs)
-    names = [site_name(name) for name in names] if _is_elbo(target) else names
-    return explained(plan, dict(zip(plan.graph.tangent_inputs, names, strict=True)))
+    plan, labels = plan_of(target, args, argnums, kwargs)
+    return explained(plan, dict(zip(plan.graph.tangent_inputs, labels, strict=True)))
 
 
 def plan_of(target: Any, args: tuple, argnums: int | Sequence[int], kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
-    """The plan for ``target`` and the names of the differentiated arrays; parameters as for :func:`explain`."""
+    """The plan for ``target`` and the sites (or arguments) of its arrays; parameters as for :func:`explain`."""
     if _is_elbo(target):
         return target.plan(*args, **kwargs)
     if hasattr(target, "planned"):

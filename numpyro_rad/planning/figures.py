@@ -70,13 +70,12 @@ def plan_figure(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plan_figure draws with matplotlib: pip install numpyro_rad[plots]") from error
-    plan, names = plan_of(target, args, argnums, kwargs)
+    plan, labels = plan_of(target, args, argnums, kwargs)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_timeline(left, plan)
-    candidates = list(
-        _candidates(target.planner, plan, dict(zip(plan.graph.tangent_inputs, names, strict=True)), budgets)
-    )
+    called = dict(zip(plan.graph.tangent_inputs, labels, strict=True))
+    candidates = list(_candidates(target.planner, plan, called, budgets))
     _draw_trade_off(right, plan, candidates)
     return figure
 

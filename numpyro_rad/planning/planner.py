@@ -20,7 +20,7 @@ import jax
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, StochasticRound
-from numpyro_rad.ad.graph import Graph, Value, site_name, sites
+from numpyro_rad.ad.graph import Graph, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
 from numpyro_rad.planning import decision, plans
@@ -240,7 +240,7 @@ class Planner:
             general = decision.uniform(DEFAULT_CODEC if self.codec is None else self.codec)
         if not self.overrides:
             return general
-        residuals = dict(_residuals(graph, {t: site_name(name) for t, name in names.items()}, ()))
+        residuals = dict(_residuals(graph, names, ()))
         special: dict[Path, Codec] = {}
         for path, seen in residuals.items():
             for rule, codec in self.overrides.items():

@@ -19,7 +19,6 @@ import numpy as np
 from numpyro.infer.svi import SVI, SVIRunResult
 
 from numpyro_rad import report
-from numpyro_rad.ad.graph import site_name
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.diagnostics.quality import Iterates, fit_quality
 from numpyro_rad.diagnostics.records import Alarm, FitRecord, PlanRecord, PlanRow, Track
@@ -204,13 +203,13 @@ def assessed(
 # -- parts of a record -------------------------------------------------------------------------------------------------
 
 
-def plan_record(plan: Plan, names: list[str], temporary_bytes: int | None) -> PlanRecord:
+def plan_record(plan: Plan, sites: list[str], temporary_bytes: int | None) -> PlanRecord:
     """A plan as reports show it.
 
-    :param names: of the differentiated arrays, in order.
+    :param sites: of the differentiated arrays, in order.
     :param temporary_bytes: of the compiled step.
     """
-    table = explained(plan, dict(zip(plan.graph.tangent_inputs, map(site_name, names), strict=True)))
+    table = explained(plan, dict(zip(plan.graph.tangent_inputs, sites, strict=True)))
     rows = tuple(
         PlanRow(r.line, r.site, r.operation, r.shape, r.decision, r.exact_bytes, r.stored_bytes, r.relative_variance)
         for r in table.rows

@@ -36,7 +36,7 @@ class Steps:
         compiled in, as ``SVI.run`` does.
     :param plans: saved plans by signature of the arguments, of a run that goes on; new ones are added.
     :ivar temporary_bytes: temporary memory of the largest compiled step, None where the compiler does not say.
-    :ivar plan: the plan of the first one and the names of what it differentiates, None for other ELBOs than RAD's.
+    :ivar plan: the plan of the first one and the sites of what it differentiates, None for other ELBOs than RAD's.
     """
 
     def __init__(self, svi: Any, update: Any, fixed: bool, plans: dict[str, dict[str, Any]]) -> None:
