@@ -16,6 +16,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO
 from numpyro_rad.diagnostics.tracking import Tracking
+from numpyro_rad.report.verdict import findings
 from numpyro_rad.training.batches import Batches
 from numpyro_rad.training.svi import RAD_SVI
 
@@ -224,7 +225,10 @@ def test_a_run_over_one_batch_is_a_run():
 
 
 def test_a_generator_that_ends_ends_the_run():
-    result = fit().run(jax.random.key(0), 100, batches=generator(), progress_bar=False)
+    with pytest.warns(UserWarning, match="batches ended after step 3 of 100: .* Pass a list, or a function"):
+        result = fit().run(jax.random.key(0), 100, batches=generator(), progress_bar=False)
+    (found,) = [f for f in findings(result.record) if "early end" in f.what]
+    assert found.level == "warning" and "after step 3 of 100" in found.advice
     assert result.stopped_at == len(result.losses) == 3 and not result.interrupted
     assert "batches ended" in result.record.options["ending"]
 

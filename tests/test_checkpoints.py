@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -19,10 +21,12 @@ import pytest
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO
+from numpyro_rad.ad._jax import digest
 from numpyro_rad.ad.codecs import SampleAxis, StochasticRound
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.planning.calibration import Calibration, ResidualNoise
-from numpyro_rad.training.checkpoints import Checkpoint, CheckpointError
+from numpyro_rad.training.checkpoints import Checkpoint, CheckpointError, Store, check_same_run
+from numpyro_rad.training.fingerprint import checksum, fingerprint, inside
 from numpyro_rad.training.svi import RAD_SVI
 
 X = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float32)
@@ -65,7 +69,9 @@ def test_a_run_that_is_asked_for_more_steps_goes_on(tmp_path):
     assert same_run(rest, whole)
     assert rest.track.steps.tolist() == [10, 20, 30, 40]
     assert np.array_equal(rest.track.total, whole.track.total)
-    assert same_run(run(40, tmp_path), whole)  # nothing is left to do
+    with pytest.warns(UserWarning, match="nothing is left to do.* all 40 steps were taken before"):
+        again = run(40, tmp_path)
+    assert same_run(again, whole) and again.record.options["ending"].startswith("nothing was left to do")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["35", "40"]
     with pytest.raises(ValueError, match="has 40 steps already"):
         run(30, tmp_path)
@@ -99,17 +105,124 @@ def test_nothing_that_can_be_read(tmp_path):
 
 def test_checkpoints_of_another_run(tmp_path):
     run(7, tmp_path)
+    wider = RAD_SVI(lambda x, y: model(x, y, 1.0), AutoNormal(model), optax.adam(1e-2))
+    other = {"w_auto_loc": np.ones(3, np.float32), "w_auto_scale": np.ones(3, np.float32)}
     wrong = {
         "state of the optimizer": lambda: run(9, tmp_path, svi=fit(optax.sgd(1e-2))),
-        "rng_key": lambda: run(9, tmp_path, key=1),
-        "arguments": lambda: run(9, tmp_path, data=(X[:40], Y[:40])),
+        r"optimizer: scale\.update_fn\.step_size is -0.01 in the checkpoint and -0.02 here\.": lambda: run(
+            9, tmp_path, svi=fit(optax.adam(2e-2))
+        ),
+        "rng_key: it is another key": lambda: run(9, tmp_path, key=1),
+        r"in arguments: argument 1 'x' is float32\[60, 3\] in the checkpoint and float32\[59, 3\]": lambda: run(
+            9, tmp_path, data=(X[:59], Y[:59])
+        ),
+        r"in data: argument 2 'y' has other values\.": lambda: run(9, tmp_path, data=(X, -Y)),
+        "in data: argument 1 'x' has other values, argument 2 'y'": lambda: run(9, tmp_path, data=(X[::-1], Y[::-1])),
+        "initial values: init_params": lambda: run(9, tmp_path, init_params=other),
         "ELBO": lambda: run(9, tmp_path, svi=fit(loss=RAD_ELBO(codec=StochasticRound(2)))),
         "options": lambda: run(9, tmp_path, stable_update=True),
-        "program": lambda: run(9, tmp_path, scale=0.25),
+        "program: model, guide or ELBO compute something else": lambda: run(9, tmp_path, svi=wider),
+        "keyword argument 'scale' is not there": lambda: run(9, tmp_path, svi=fit(scale=0.25)),
     }
     for what, attempt in wrong.items():
-        with pytest.raises(CheckpointError, match=f"{tmp_path} belongs to another run; they differ in.*{what}"):
+        with pytest.raises(CheckpointError, match=f"{tmp_path} belongs to another run; they differ .*{what}"):
             attempt()
+
+
+def test_batches_of_another_run(tmp_path):
+    """The first batch of the epoch is compared, of whichever epoch the run had come to."""
+    run(5, tmp_path, data=(), batches=shuffled)
+    for wrong in (lambda epoch: shuffled(epoch + 7), lambda epoch: [(x, -y) for x, y in shuffled(epoch)]):
+        with pytest.raises(CheckpointError, match=r"differ in data: argument .*A loader that shuffles has to"):
+            run(9, tmp_path, data=(), batches=wrong)
+
+
+RATE = 0.1
+
+
+def test_what_an_optimizer_holds_is_found():
+    def named(optimizer):
+        return inside(fit(optimizer).optim)
+
+    def rate(step):
+        return 0.1 / (step + ten)
+
+    ten = 10
+    assert named(optax.adam(0.1)) == named(optax.adam(0.1))
+    assert named(optax.adam(rate))[f"{test_what_an_optimizer_holds_is_found.__name__}.rate.ten"] == "10"
+    assert "0.25" in named(numpyro.optim.ClippedAdam(0.1, clip_norm=0.25)).values()
+    assert "0.9" in named(numpyro.optim.Momentum(0.1, 0.9)).values()
+    pairs = [
+        (optax.adam(0.1), optax.adam(0.2)),
+        (optax.adam(0.1, b2=0.99), optax.adam(0.1)),
+        (optax.chain(optax.clip(1.0), optax.sgd(0.1)), optax.chain(optax.clip(2.0), optax.sgd(0.1))),
+        (optax.adam(lambda step: 0.1 * step), optax.adam(lambda step: 0.2 * step)),
+        (optax.adam(partial(pow, 0.5)), optax.adam(partial(pow, 0.6))),
+        (numpyro.optim.Adam(0.1), numpyro.optim.Adam(0.2)),
+        (numpyro.optim.Minimize(tol=0.1), numpyro.optim.Minimize(tol=0.2)),
+        (optax.inject_hyperparams(optax.adam)(0.1), optax.inject_hyperparams(optax.adam)(0.2)),
+    ]
+    for one, other in pairs:
+        assert named(one) != named(other)
+
+
+def test_what_is_no_closure_of_the_optimizer_is_in_its_program(monkeypatch):
+    """A rate that a schedule reads from a global variable."""
+
+    def update():
+        svi = fit(optax.sgd(lambda step: RATE / (1.0 + step)))
+        return fingerprint(svi, svi.init(jax.random.key(0), X, Y), {}, ((X, Y), {}))["update"]
+
+    before, again = update(), update()
+    monkeypatch.setitem(globals(), "RATE", 0.2)
+    assert before == again != update()
+
+
+def test_programs_that_differ_in_a_parameter_alone():
+    """What calls another program, and what chooses by an enumeration."""
+
+    def summed(x, reverse):
+        return jax.lax.scan(lambda carry, x: (carry * x, carry), 1.0, x, reverse=reverse)[1]
+
+    x = jnp.ones(3)
+    assert len({digest(partial(summed, reverse=on), x) for on in (False, True)}) == 2
+    assert len({digest(partial(jnp.take, indices=jnp.arange(2), mode=mode), x) for mode in ("clip", "fill")}) == 2
+
+
+def test_large_arrays_are_told_apart_by_any_entry(monkeypatch):
+    monkeypatch.setattr("numpyro_rad.training.fingerprint._CHUNK_BYTES", 100)
+    values = np.arange(60.0)
+    sums = {checksum(values), checksum(-values), checksum(values[::-1]), checksum(values.reshape(6, 10))}
+    for entry in (0, 31, 59):
+        changed = values.copy()
+        changed[entry] += 1e-9
+        sums.add(checksum(changed))
+    assert len(sums) == 7
+    assert checksum(values) == checksum(values.copy()) == checksum(np.stack([values, values], 1)[:, 0])
+    assert checksum(jax.random.key(0)) != checksum(jax.random.key(1))
+
+
+def test_checkpoints_of_older_versions(tmp_path):
+    saved = {"program": "ab", "versions": "numpyro_rad 0.0"}
+    with pytest.raises(CheckpointError, match=f"{tmp_path} was written by an older version .* Choose another folder"):
+        check_same_run(tmp_path, saved, {**saved, "data": {}})
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "2023/january.csv", "figures/1.png"])
+def test_files_of_others_are_neither_touched_nor_mixed_with(tmp_path, name):
+    """Orbax would delete folders that are called like numbers."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("of somebody else")
+    top = name.split("/")[0]
+    with pytest.raises(
+        CheckpointError, match=f"holds what is no checkpoint of numpyro_rad: {top}.*{tmp_path}/checkpoints"
+    ):
+        run(7, tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [file.name]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".DS_Store").write_text("of the system")
+    Store(Checkpoint(tmp_path / "checkpoints")).__exit__()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -168,11 +281,11 @@ def test_calibrations_survive_json():
 SAME_PROGRAM = """
 import sys; sys.path.insert(0, {tests!r})
 from test_checkpoints import RAD_ELBO, X, Y, fit
-from numpyro_rad.training.loop import fingerprint
-import jax
+from numpyro_rad.training.fingerprint import fingerprint
+import jax, json
 svi = fit()
 state = svi.init(jax.random.key(0), X, Y)
-print(fingerprint(svi, state, {{}}, ((X, Y), {{"scale": float(sys.argv[1])}}))["program"])
+print(json.dumps(fingerprint(svi, state, {{}}, ((X, Y), {{"scale": float(sys.argv[1])}}))))
 """
 
 
@@ -183,11 +296,12 @@ def test_the_program_of_a_run_is_known_in_other_processes():
     def of_process(seed, scale):
         env = {**os.environ, "PYTHONHASHSEED": str(seed)}
         done = subprocess.run([sys.executable, "-c", program, scale], env=env, capture_output=True, text=True)
-        return done.stdout.strip()
+        return json.loads(done.stdout)
 
     known = [of_process(seed, "0.5") for seed in (0, 1)]
-    assert len(known[0]) == 16 and len(set(known)) == 1
-    assert of_process(0, "0.25") != known[0]
+    assert known[0] == known[1] and len(known[0]["program"]) == len(known[0]["update"]) == 16
+    other = of_process(0, "0.25")
+    assert {name for name in other if other[name] != known[0][name]} == {"arguments", "program"}
 
 
 # -- kill -9 -----------------------------------------------------------------------------------------------------------

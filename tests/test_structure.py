@@ -49,6 +49,7 @@ LAYERS = (
     ("report",),
     ("training", "training.batches", "training.checkpoints"),
     ("training.results", "training.steps"),
+    ("training.fingerprint",),
     ("training.loop",),
     ("training.svi",),
     ("__init__",),

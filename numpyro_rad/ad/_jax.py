@@ -7,6 +7,7 @@ the user's program an equation comes from). A new JAX release should need change
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import os
 import re
@@ -87,9 +88,11 @@ def _digest(jaxpr: Any, known: Sequence[str] = ()) -> str:
             names[out] = f"{_hash('sum', *summands[out])}:{out.aval}"
             continue
         called = inner_jaxprs(equation)
-        simple = {k: v for k, v in equation.params.items() if isinstance(v, (int, float, str, tuple, np.dtype))}
-        # what calls another program has parameters that name it, in words that hold addresses
-        words = [_digest(body) for body in called] or [_ADDRESS.sub("", str(sorted(simple.items())))]
+        # what calls another program has parameters that name it, in words that hold addresses; its numbers count (a
+        # scan may be reversed)
+        kinds = (int, enum.Enum) if called else (int, float, str, tuple, np.dtype, enum.Enum)
+        simple = {k: v for k, v in equation.params.items() if isinstance(v, kinds)}
+        words = [_digest(body) for body in called] + [_ADDRESS.sub("", str(sorted(simple.items())))]
         made = _hash(equation.primitive.name, *words, *map(name, equation.invars))
         for number, v in enumerate(equation.outvars):
             names[v] = f"{made}.{number}:{v.aval}"
@@ -102,7 +105,7 @@ def _hash(*words: str) -> str:
 
 def _array_words(x: Any) -> tuple[str, ...]:
     array = np.asarray(to_raw(x))
-    return str(array.dtype), str(array.shape), array.tobytes().hex()
+    return str(array.dtype), str(array.shape), hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:

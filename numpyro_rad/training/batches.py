@@ -304,6 +304,8 @@ class Varying:
             return None
         self.position, self.name = (batch.epoch, batch.index + 1), batch.name
         self.last = self._joined(batch)
+        if batch.index == 0:  # as a run that is resumed in this epoch finds it
+            self.first = self.last
         return self.last
 
     def next_few(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:

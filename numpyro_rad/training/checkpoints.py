@@ -2,13 +2,15 @@
 
 Orbax writes; each checkpoint is a folder that gets its name only when it is complete, so a run that is killed at any
 time leaves complete ones. A checksum of the arrays finds files that were damaged later, and the fingerprint of the run
-(parameters, options, program, key) finds checkpoints of another one.
+(data, optimizer, parameters, options, program, key) finds checkpoints of another one. A folder is the run's own: old
+checkpoints are deleted there, so one that holds anything else is not touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -83,14 +85,21 @@ class Store:
         self._ocp, self.folder = ocp, Path(checkpoint.folder).expanduser().resolve()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+            others = sorted(p.name for p in self.folder.iterdir() if not _ours(p))
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint: the folder {self.folder} cannot be written ({error}). No step was taken. Choose another "
                 "folder, or look at its permissions and at the free space."
             ) from error
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise CheckpointError(
+                f"checkpoint: the folder {self.folder} holds what is no checkpoint of numpyro_rad: "
+                f"{', '.join(others[:3])}{more}. A run needs a folder of its own, since its old checkpoints are "
+                f"deleted. Try checkpoint={str(Path(checkpoint.folder) / 'checkpoints')!r}."
+            )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=checkpoint.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
@@ -170,36 +179,75 @@ class Store:
         return Snapshot(step, arrays, meta)
 
 
-def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
+def _ours(path: Path) -> bool:
+    """Whether a run may have put this into its folder; hidden files, which systems leave everywhere, do no harm."""
+    if path.name.startswith("."):
+        return True
+    step, _, unfinished = path.name.removeprefix("broken-").partition(".orbax-checkpoint-tmp")
+    if not (step.isdigit() and path.is_dir()):
+        return False
+    return bool(unfinished) or any((path / item).is_dir() for item in ("arrays", "meta"))
+
+
+_UPGRADES = {"program", "optimizer", "update"}  # may change with the versions of packages
+
+_OTHER = {
+    "program": "model, guide or ELBO compute something else",
+    "update": "the optimizer computes something else",
+    "rng_key": "it is another key",
+}
+
+
+def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any], batches: bool = False) -> None:
     """Complain of a checkpoint of another run.
 
     :param saved: the fingerprint in the checkpoint.
     :param here: that of the run that is to go on.
+    :param batches: whether its data come from a loader.
     :raises CheckpointError: naming what differs.
     """
-    differs = [name for name in here if saved.get(name) != here[name] and name != "versions"]
+    if "data" not in saved:
+        raise CheckpointError(
+            f"checkpoint: {folder} was written by an older version of numpyro_rad, which did not say of which data and "
+            "optimizer, so that it may be of another run. Choose another folder, or delete that one."
+        )
+    differs = [name for name in here if saved[name] != here[name] and name != "versions"]
     if not differs:
         return
-    old, new = saved.get("versions"), here["versions"]
-    if differs == ["program"] and old != new:
+    old, new = saved["versions"], here["versions"]
+    if set(differs) <= _UPGRADES and old != new:
         warnings.warn(
             f"checkpoint: {folder} was written with {old}, this is {new}; the compiled program may differ, so the run "
             "goes on from there but perhaps not bit for bit.",
             stacklevel=4,
         )
         return
-    details = "; ".join(f"{name}: {_difference(saved.get(name), here[name])}" for name in differs)
+    implied = {"data": "arguments", "program": "arguments", "update": "optimizer"}  # not said where the other one is
+    told = [name for name in differs if implied.get(name) not in differs]
+    details = "; ".join(f"{name}: {_difference(name, saved[name], here[name])}" for name in told)
+    advice = ""
+    if "data" in told and batches:
+        advice = (
+            " A loader that shuffles has to come to the same order again, for example from the number of the epoch."
+        )
     raise CheckpointError(
         f"checkpoint: {folder} belongs to another run; they differ in {details}. Choose another folder for this run, "
-        "or delete that one."
+        f"or delete that one.{advice}"
     )
 
 
-def _difference(saved: Any, here: Any) -> str:
-    if isinstance(saved, dict) and isinstance(here, dict):
-        name = next(k for k in (*saved, *here) if saved.get(k) != here.get(k))
-        return f"{name} is {saved.get(name, 'not there')} in the checkpoint and {here.get(name, 'not there')} here"
-    return f"{saved} in the checkpoint and {here} here"
+def _difference(what: str, saved: Any, here: Any) -> str:
+    """Of one entry of a fingerprint, in words."""
+    if what in _OTHER:
+        return _OTHER[what]
+    if not isinstance(saved, dict):
+        return f"{saved} in the checkpoint and {here} here"
+    names = [k for k in dict.fromkeys((*saved, *here)) if saved.get(k) != here.get(k)]
+    if what in ("data", "initial values"):
+        both = {(True, True): "has other values", (True, False): "is not given here", (False, True): "is new"}
+        return ", ".join(f"{name} {both[name in saved, name in here]}" for name in names)
+    found = [f"{k} is {saved.get(k, 'not there')} in the checkpoint and {here.get(k, 'not there')} here" for k in names]
+    return found[0] + (f", and {len(found) - 1} more" if found[1:] else "")
 
 
 def _checksum(arrays: Sequence[np.ndarray]) -> int:

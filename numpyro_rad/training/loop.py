@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 import warnings
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.quality import Iterates
 from numpyro_rad.diagnostics.records import Alarm, FitRecord, Track, from_dict, to_dict
 from numpyro_rad.diagnostics.tracking import Tracker
@@ -32,7 +30,7 @@ from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.explain import size_text
 from numpyro_rad.training import results
-from numpyro_rad.training.batches import Fixed, words
+from numpyro_rad.training.batches import Fixed
 from numpyro_rad.training.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -42,8 +40,9 @@ from numpyro_rad.training.checkpoints import (
     from_host,
     to_host,
 )
+from numpyro_rad.training.fingerprint import data, fingerprint
 from numpyro_rad.training.results import RAD_SVIRunResult
-from numpyro_rad.training.steps import Steps, split
+from numpyro_rad.training.steps import Steps
 
 CALIBRATION_DRAWS = 3
 
@@ -52,6 +51,8 @@ _INTERVAL = 100  # steps between two callbacks where nothing is tracked
 _CHUNK_SECONDS = 0.2  # between two looks of the host: the progress bar moves, Ctrl-C is noticed
 
 _IN_FLIGHT = 2  # calls that are handed to the device before the first one has to be done
+
+_EARLY_END = "early end"
 
 _ITERATES = 1000  # that are remembered of a run, at most
 
@@ -91,6 +92,7 @@ class Fit:
         store: Store | None,
         checkpoint: Checkpoint | None,
         snapshot: Snapshot | None,
+        start: dict[str, Any],
     ) -> None:
         self.svi, self.num_steps, self.feed, self.options = svi, num_steps, feed, options
         self.store, self.checkpoint = store, checkpoint
@@ -112,7 +114,9 @@ class Fit:
         self.sketches: list[tuple[int, Any]] = []
         self._sketch = jax.jit(lambda optim_state: Iterates.sketch(svi.optim.get_params(optim_state)))
         self.plans: dict[str, dict[str, Any]] = {}
-        self.fingerprint = fingerprint(svi, self.state, options, feed.first) if store is not None else {}
+        self.resumed = snapshot is not None
+        self.fingerprint = fingerprint(svi, self.state, options, feed.first, start) if store is not None else {}
+        self.epoch = feed.position[0]  # whose first batch the fingerprint is of
         if snapshot is not None:
             self._restore(snapshot)
         self.steps = self._new_steps()
@@ -141,8 +145,7 @@ class Fit:
 
     def go(self, progress_bar: bool, callbacks: tuple, stop: Stop | None) -> None:
         """Take the steps."""
-        if self.stopped and stop is not None:
-            self.stopped_at = self.step
+        if self._nothing_left(stop):
             return
         losses = self.steps.buffer(self.state, *self.feed.first)
         flying: deque = deque()
@@ -187,14 +190,36 @@ class Fit:
             if self.store is not None:
                 self._save()
 
+    def _nothing_left(self, stop: Stop | None) -> bool:
+        """Whether the run had ended before it was resumed, which is said."""
+        if not self.resumed or not (self.step == self.num_steps or (self.stopped and stop is not None)):
+            return False
+        assert self.store is not None
+        how = f"all {self.step} steps were taken"
+        if self.stopped and stop is not None:
+            self.stopped_at, how = self.step, f"a rule stopped it after step {self.step}"
+        self.ending = f"nothing was left to do: {how} before"
+        warnings.warn(
+            f"run: nothing is left to do. The checkpoint in {self.store.folder} is of this very run, and {how} before; "
+            "its result is returned. Ask for more steps in all to go on, or choose another folder to train again.",
+            stacklevel=4,
+        )
+        return True
+
     def _end(self, asked: threading.Event) -> None:
         """Say why the run ended before its last step, if it did."""
         if self.step == self.num_steps or self.stopped_at is not None:
             return
         if asked.is_set():
             self.interrupted, self.ending = True, f"interrupted after step {self.step}"
-        else:
-            self.stopped_at, self.ending = self.step, f"the batches ended after step {self.step}"
+            return
+        self.stopped_at, self.ending = self.step, f"the batches ended after step {self.step}"
+        message = (
+            f"The batches ended after step {self.step} of {self.num_steps}: they are an iterator, which is read once. "
+            "Pass a list, or a function epoch -> iterable, for more than one epoch."
+        )
+        self.alarms.append(Alarm(self.step, _EARLY_END, "", message))
+        warnings.warn(f"run: {message}", stacklevel=4)
 
     def _steps_until_something(self) -> int:
         """How many steps the next call takes."""
@@ -322,6 +347,8 @@ class Fit:
             return
         elbo = self.svi.loss
         calibration = elbo.planner.calibration if isinstance(elbo, RAD_ELBO) else None
+        if self.epoch != self.feed.position[0]:
+            self.epoch, self.fingerprint["data"] = self.feed.position[0], data(self.svi, self.feed.first)
         meta = {
             "fingerprint": self.fingerprint,
             "position": list(self.feed.position),
@@ -345,12 +372,12 @@ class Fit:
     def _restore(self, snapshot: Snapshot) -> None:
         assert self.store is not None
         meta, elbo = snapshot.meta, self.svi.loss
-        check_same_run(self.store.folder, meta["fingerprint"], self.fingerprint)
+        check_same_run(self.store.folder, meta["fingerprint"], self.fingerprint, bool(self.feed.name))
         *leaves, losses = snapshot.arrays
         self.state = from_host(leaves, self.state)
         self.step, self.fetched, self.saved = snapshot.step, [losses], snapshot.step
         self.begun -= meta["seconds"]
-        self.alarms = [from_dict(Alarm, a) for a in meta["alarms"]]
+        self.alarms = [from_dict(Alarm, a) for a in meta["alarms"] if a["kind"] != _EARLY_END]  # it goes on now
         self.iterates = Iterates.restore(meta["iterates"])
         self.plans, self.stopped, self.diagnosed = meta["plans"], meta["stopped"], meta["diagnosed"]
         if isinstance(elbo, RAD_ELBO) and meta["calibration"] is not None:
@@ -419,38 +446,3 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def fingerprint(svi: Any, state: Any, options: dict[str, bool], given: tuple[tuple, dict[str, Any]]) -> dict[str, Any]:
-    """What has to be the same for a run to be the same one."""
-    args, kwargs = given
-    key = b"".join(x.tobytes() for x in to_host(state.rng_key))
-    installed = results.versions()
-    return {
-        "parameters": words(svi.optim.get_params(state.optim_state)),
-        "state of the optimizer": words((state.optim_state, state.mutable_state)),
-        "ELBO": results.described(svi.loss),
-        "options": dict(options),
-        "rng_key": f"{zlib.crc32(key):08x}",
-        "arguments": words((args, kwargs)),
-        "program": _program(svi, state, args, kwargs),
-        "versions": ", ".join(f"{k} {installed[k]}" for k in ("numpyro_rad", "jax", "jaxlib", "numpyro", "device")),
-    }
-
-
-def _program(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-    """Hash of the program of the loss, whatever is stored for its gradient."""
-
-    def digest(traced: bool) -> str:
-        arrays, merge = split(args, kwargs, traced)
-
-        def loss(state: Any, arrays: list[Any]) -> Any:
-            args, kwargs = merge(arrays)
-            return svi.evaluate(state, *args, **kwargs)
-
-        return _jax.digest(loss, state, arrays)
-
-    try:
-        return digest(True)
-    except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
-        return digest(False)

@@ -125,9 +125,10 @@ class RAD_SVI(SVI):
         :param stop: ``"converged"`` to stop by the convergence of the iterates
             (:meth:`numpyro_rad.Iterates.converged`), or a function ``(step, losses) -> bool``. It is asked when
             callbacks are called.
-        :param checkpoint: where to save the run. If there is a checkpoint of it, the run goes on from there, to the
-            same bits as if it had never ended; batches have to come in the same order again, since they are read from
-            the beginning of the epoch and passed over. In another process that takes the same ``PYTHONHASHSEED``:
+        :param checkpoint: where to save the run, a folder of its own. If there is a checkpoint of it, the run goes on
+            from there, to the same bits as if it had never ended; with other data or another optimizer it is refused.
+            Batches have to come in the same order again, since they are read from the beginning of the epoch and passed
+            over; the first one of the epoch is compared. In another process that takes the same ``PYTHONHASHSEED``:
             NumPyro adds up sites in the order of a set of names, and sums are rounded differently in another order.
         :param kwargs: keyword arguments of model and guide.
         :return: result with the fields ``params``, ``state`` and ``losses``.
@@ -166,7 +167,8 @@ class RAD_SVI(SVI):
                 more = [a for a, k in feed.next_few(CALIBRATION_DRAWS)[1:] if not k and words(a) == words(args)]
                 if init_state is None or self._measured is None:
                     self._calibrate(state, args, kwargs, more)
-            fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot)
+            start = {"init_state": init_state, "init_params": init_params}
+            fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start)
             fit.go(progress_bar, tuple(callbacks), stop)
             return fit.result(stop)
 
