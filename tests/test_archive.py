@@ -3,6 +3,7 @@
 The slow twins are NumPyro's own ``log_density``, ``log_likelihood`` and closed forms, one draw at a time.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 
@@ -129,16 +130,12 @@ def test_record_has_its_groups(line_fit):
     assert [a["kind"] for a in json.loads(data["fit"].attrs["alarms"])] == ["rho"] * 3
 
 
-@pytest.mark.parametrize("record", [fits.minimal, fits.good])
-@pytest.mark.parametrize("kind", ["netcdf", "zarr"])
-@pytest.mark.filterwarnings("ignore:Consolidated metadata")  # xarray's way to write zarr
-def test_files(line_fit, tmp_path, record, kind):
+def written(data, tmp_path, kind):
+    """What comes back from a file, and that it is all that was written."""
     if kind == "zarr":
         zarr = pytest.importorskip("zarr", reason="zarr is not installed")
         if not NEW and not zarr.__version__.startswith("2."):
             pytest.skip("ArviZ 0.23 writes the files of zarr 2")
-    svi, result = line_fit
-    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=4, record=record())
     path = str(tmp_path / f"fit.{kind}")
     getattr(data, f"to_{kind}")(path)
     again = getattr(az, f"from_{kind}")(path)
@@ -147,10 +144,147 @@ def test_files(line_fit, tmp_path, record, kind):
     for name in names:
         ours, theirs = (d[name].to_dataset() if NEW else d[name] for d in (data, again))
         assert ours.equals(theirs)
-        assert {k: theirs.attrs[k] for k in ours.attrs if ours.attrs[k] == ours.attrs[k]} == {
-            k: v for k, v in ours.attrs.items() if v == v
-        }
+        pairs = [(ours, theirs), *((ours[n], theirs[n]) for n in ours.data_vars)]
+        for old, new in pairs:
+            known = {k: v for k, v in old.attrs.items() if v == v}
+            assert {k: new.attrs[k] for k in known} == known
+            assert old is ours or old.dtype == new.dtype
     again.close()
+
+
+FILES = [
+    pytest.param("netcdf"),
+    pytest.param("zarr", marks=pytest.mark.filterwarnings("ignore:Consolidated metadata")),  # xarray's way to write it
+]
+
+
+@pytest.mark.parametrize("record", [fits.minimal, fits.good])
+@pytest.mark.parametrize("kind", FILES)
+def test_files(line_fit, tmp_path, record, kind):
+    svi, result = line_fit
+    written(to_arviz(svi, result, X, Y, key=KEY, num_samples=4, record=record()), tmp_path, kind)
+
+
+# Names that are special somewhere, in the order of the model, and what becomes of them.
+NAMES = {
+    "chain": "chain__",
+    "chain_": "chain_",
+    "draw": "draw_",
+    "sample": "sample_",
+    "": "_",
+    ".": "._",
+    "..": ".._",
+    "net/a": "net.a_",
+    "net.a": "net.a",
+    "net/a_": "net.a__",
+    "a": "a",
+    "A": "A",
+    " a\n'\"": " a\n'\"",
+    "é": "é",
+    "x": "x",
+    "x_dim_0": "x_dim_0",
+    "variable": "variable",
+    "lp": "lp",
+    "step": "step",
+    "fit": "fit",
+    "posterior": "posterior",
+    **{name: name for name in ("site", "block", "source", "total", "__sample__")},
+}
+
+
+def specially_named(y):
+    for number, name in enumerate(NAMES):
+        numpyro.deterministic(name, jnp.full((2,) if name == "x" else (), float(number)))
+    with numpyro.plate("a/b", 2):
+        inner = numpyro.sample("inner", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(inner, 1), obs=y)
+    with numpyro.plate("a.b", 3):
+        numpyro.sample("other", dist.Normal(0, 1))
+
+
+@pytest.fixture(scope="module")
+def special():
+    y = np.zeros(2, np.float32)
+    svi, params = prepared(specially_named, AutoNormal(specially_named), y)
+    return to_arviz(svi, params, y, key=KEY, num_samples=4)
+
+
+def test_no_site_is_lost_whatever_it_is_called(special):
+    posterior = special["posterior"]
+    assert set(posterior.data_vars) == {*NAMES.values(), "inner", "other"}
+    for number, (name, stored) in enumerate(NAMES.items()):
+        assert posterior[stored].dims[:2] == ("chain", "draw")
+        assert (posterior[stored].values == number).all()
+        assert posterior[stored].attrs == ({} if stored == name else {"site": name})
+    assert posterior["x"].dims == ("chain", "draw", "x_dim_0_")
+    assert posterior["inner"].dims == special["log_likelihood"]["y"].dims == ("chain", "draw", "a.b")
+    assert posterior["other"].dims == ("chain", "draw", "a.b_")
+    assert len(az.extract(special).data_vars) == len(NAMES) + 2
+    assert set(special["sample_stats"].data_vars) == {"lp", "log_q"}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_take_every_name(special, tmp_path, kind):
+    written(special, tmp_path, kind)
+
+
+def of_all_kinds(empty):
+    a = numpyro.sample("a", dist.Normal(0, 1))
+    numpyro.sample("nothing", dist.Normal(0, 1).expand([0]).to_event(1))
+    numpyro.sample("no data", dist.Normal(a, 1).expand([0]).to_event(1), obs=empty)
+    numpyro.sample("flag", dist.Bernoulli(0.5), obs=jnp.array(True))
+    numpyro.sample("count", dist.Poisson(2.0), obs=jnp.array(3))
+    with numpyro.plate("points", 2):
+        numpyro.factor("penalty", -(a**2))
+    with numpyro.plate("chain", 2), numpyro.plate("draw", 3), numpyro.plate("", 1), numpyro.plate("sample", 2):
+        numpyro.sample("in plates", dist.Normal(0, 1))
+    numpyro.deterministic("true", a == a)
+    numpyro.deterministic("three", jnp.full((2,), 3, jnp.int8))
+    numpyro.deterministic("narrow", jnp.full((2,), 3, jnp.int4))
+    numpyro.deterministic("imaginary", 1j * (a == a))
+    numpyro.deterministic("half", jnp.asarray(0.5, jnp.bfloat16))
+    numpyro.deterministic("quarter", jnp.asarray(0.25, jnp.float8_e4m3fn))
+    numpyro.deterministic("tree", {"one": jnp.ones(2), "two": (jnp.full((), 2.0), 3.0)})
+
+
+@pytest.fixture(scope="module")
+def all_kinds():
+    svi, params = prepared(of_all_kinds, AutoNormal(of_all_kinds), np.zeros(0, np.float32))
+    return to_arviz(svi, params, np.zeros(0, np.float32), key=KEY, num_samples=3)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_take_sites_of_all_kinds(all_kinds, tmp_path, kind):
+    written(all_kinds, tmp_path, kind)
+
+
+def test_sites_of_all_kinds(all_kinds):
+    data = all_kinds
+    found = {n: v.values[0, -1] for n, v in data["posterior"].data_vars.items()}
+    assert found["nothing"].shape == (0,)
+    assert data["posterior"]["in plates"].dims == ("chain", "draw", "sample_", "_", "draw_", "chain_")
+    assert (
+        found["true"].dtype == bool and found["true"] and found["three"].tolist() == found["narrow"].tolist() == [3, 3]
+    )
+    assert found["imaginary"] == 1j and found["half"] == 0.5 and found["quarter"] == 0.25
+    assert found["tree.one"].tolist() == [1, 1] and (found["tree.two.0"], found["tree.two.1"]) == (2, 3)
+    for group in ("observed_data", "log_likelihood", "posterior_predictive"):
+        assert set(data[group].data_vars) == {"no data", "flag", "count"}  # a factor has no data
+    assert data["observed_data"]["flag"].values.item() is True
+
+
+def test_labels_of_a_record_are_told_apart(line_fit):
+    svi, result = line_fit
+    names = ("total", "total_", "a", "site")
+    record = dataclasses.replace(
+        fits.good(parameters=("a", "a", "b")), gradient_variance=fits.gradient_variance(names, rho=0.1)
+    )
+    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=2, record=record)
+    blocks = data["gradient_variance"]["block"].values.tolist()
+    assert blocks == ["total", "total_", "total__", "a", "site"]
+    first = float(data["gradient_variance"]["variance"].sel(block="total_", source="path"))
+    assert first == record.gradient_variance.blocks[0].path.value
+    assert data["gradient_variance"]["site"].values.tolist() == ["a", "a_", "b"]
 
 
 def test_minibatches_of_plates_become_the_data():
@@ -278,17 +412,9 @@ def test_wrong_arguments(line_fit, monkeypatch):
     with pytest.raises(ValueError, match="multi_sample_guide"):
         to_arviz(several, result, X, Y, key=KEY)
 
-    def twins(y):
-        a = numpyro.sample("net/a", dist.Normal(0, 1))
-        numpyro.sample("net.a", dist.Normal(a, 1))
-
-    svi, params = prepared(twins, AutoNormal(twins), Y)
-    with pytest.raises(ValueError, match=r"two sites would be called 'net\.a'"):
-        to_arviz(svi, params, Y, key=KEY, num_samples=2)
-
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(archive.importlib.metadata, "version", absent)
     with pytest.raises(ImportError, match=r"pip install numpyro_rad\[arviz\]"):
-        to_arviz(svi, params, Y, key=KEY)
+        to_arviz(svi, result, X, Y, key=KEY)

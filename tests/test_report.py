@@ -122,6 +122,8 @@ def test_figures_can_be_read_without_seeing_them(record):
 def test_text_of_users_is_shown_as_it_is():
     page = Page(report.html(evil()))
     assert EVIL.replace("\x00", "\ufffd").replace("\x1b", "\ufffd") in page.text
+    entity = dataclasses.replace(fits.minimal(), title="a &lt;b&gt;")
+    assert r"# a \&lt;b\&gt;" in report.markdown(entity).splitlines()
 
 
 def test_colours_have_contrast_in_light_and_dark():

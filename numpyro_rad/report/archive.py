@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions.distribution import Unit
 from numpyro.handlers import replay, seed, substitute, trace, uncondition
 from numpyro.infer import SVI
 from numpyro.infer.util import log_density
@@ -25,6 +26,8 @@ from numpyro.primitives import Messenger
 from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, to_dict
 
 SAMPLE = ("chain", "draw")
+
+_RESERVED = (*SAMPLE, "sample")  # the last is what ArviZ calls chain and draw when it stacks them
 
 
 def to_arviz(
@@ -44,9 +47,15 @@ def to_arviz(
     The groups are ``posterior`` (latent and deterministic sites), ``posterior_predictive``, ``log_likelihood``,
     ``observed_data``, ``sample_stats`` (``lp`` and ``log_q``, the log densities of model and guide) and, with a record,
     ``fit`` (the losses) and ``gradient_variance`` (by site, step, block and source; see
-    :class:`~numpyro_rad.diagnostics.records.Track`). Dimensions of plates bear their names. A slash in the name of a
-    site becomes a dot, since netCDF and zarr take a slash for a group. Plates that draw minibatches take all data here.
-    Discrete sites of the model that the guide leaves out are drawn given the rest; that takes ``funsor``.
+    :class:`~numpyro_rad.diagnostics.records.Track`). Dimensions of plates bear their names. Plates that draw
+    minibatches take all data here. Discrete sites of the model that the guide leaves out are drawn given the rest; that
+    takes ``funsor``.
+
+    Sites keep their names except where ArviZ or a file could not tell them apart. A slash becomes a dot, since netCDF
+    and zarr take it for a group. The names ``chain``, ``draw`` and ``sample``, the empty one, those of dots alone and
+    those that another site has already get as many underscores at the end as it takes (``chain_``). The name in the
+    model is then the attribute ``site`` of the variable. Plates are renamed in the same way, also where a site has
+    their name. A deterministic site that is a tree of arrays becomes one variable for each of them, ``site.entry``.
 
     R-hat and effective sample size of these draws say nothing about the fit: they are independent by construction.
 
@@ -62,8 +71,7 @@ def to_arviz(
     :param kwargs: keyword arguments of model and guide.
     :return: a ``DataTree`` (ArviZ 1.x) or ``InferenceData`` (0.x), arrays on the host.
     :raises ImportError: without ArviZ.
-    :raises ValueError: for ``num_samples`` or ``batch_size`` below 1, a guide of several samples at once, or names of
-        sites that are the same but for slashes.
+    :raises ValueError: for ``num_samples`` or ``batch_size`` below 1, or a guide of several samples at once.
 
     Example::
 
@@ -85,10 +93,13 @@ def to_arviz(
     draws = _Draws(svi, {**values, **mutable}, args, {**kwargs, **svi.static_kwargs})
     wanted = [*["log_likelihood"] * log_likelihood, *["posterior_predictive"] * posterior_predictive]
     found = _collected(draws, key, num_samples, batch_size, ["posterior", "sample_stats", *wanted])
-    groups = {group: _dataset(sites, draws.dims(group), SAMPLE) for group, sites in found.items() if sites}
+    stats = {"sample_stats": _dataset(found.pop("sample_stats"), {}, SAMPLE, _Names(()))}
     observed = {name: np.asarray(site["value"]) for name, site in draws.observed.items()}
+    names = _Names([*found["posterior"], *observed])
+    groups = {group: _dataset(sites, draws.dims(group), SAMPLE, names) for group, sites in found.items() if sites}
+    groups |= stats
     if observed:
-        groups["observed_data"] = _dataset(observed, draws.dims("observed_data"), ())
+        groups["observed_data"] = _dataset(observed, draws.dims("observed_data"), (), names)
     groups.update(_of_record(record) if record is not None else ())
     return _container(groups, generation)
 
@@ -127,7 +138,7 @@ class _Draws:
             model = replay(substitute(seed(self.model, key), self._values(guide_trace)), guide_trace)
             self.sites = trace(model).get_trace(*args, **kwargs)
         sampled = {n: s for n, s in self.sites.items() if s["type"] == "sample"}
-        self.observed = {n: s for n, s in sampled.items() if s["is_observed"] and jnp.size(s["value"])}
+        self.observed = {n: s for n, s in sampled.items() if s["is_observed"] and not _is_factor(s["fn"])}
         latent = {n: s for n, s in sampled.items() if not s["is_observed"]}
         self.enumerated = {
             n for n, s in latent.items() if n not in guide_trace and getattr(s["fn"], "has_enumerate_support", False)
@@ -150,7 +161,7 @@ class _Draws:
             values = self._values(guide_trace)
             lp, sites = self._of_model(guide_trace, values, model_key)
             found = {
-                "posterior": {n: sites[n]["value"] for n in self.posterior},
+                "posterior": dict(x for n in self.posterior for x in _arrays(n, sites[n]["value"])),
                 "sample_stats": {"lp": lp, "log_q": log_q},
             }
             if "log_likelihood" in wanted:
@@ -185,19 +196,34 @@ class _Draws:
         return {name: list(_plate_dims(site, group)) for name, site in self.sites.items()}
 
 
+def _is_factor(fn: Any) -> bool:
+    """Whether this is the distribution of ``numpyro.factor``, which has no data; plates and masks wrap it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Unit)
+
+
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A site's value; if it is a tree, its arrays with names of their own."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+        yield name + "." * bool(path) + jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
 def _plate_dims(site: Any, group: str) -> Iterator[str | None]:
     """Names of the plates along the dimensions of a site's value, or of its log density."""
     if site["type"] not in ("sample", "deterministic"):
         return
     stack = site["cond_indep_stack"]
-    shape = jnp.shape(site["value"])
+    if not isinstance(site["value"], (jax.Array, np.ndarray)):  # a number or a tree
+        return
+    shape = site["value"].shape
     batch = max((-f.dim for f in stack), default=0)
     if site["type"] == "sample":
         batch = len(shape) - len(site["fn"].event_shape)
     at = {batch + f.dim: f for f in stack}
     for axis in range(batch if group == "log_likelihood" else len(shape)):
         frame = at.get(axis)
-        fits = frame is not None and shape[axis] == frame.size and frame.name not in SAMPLE
+        fits = frame is not None and shape[axis] == frame.size
         yield frame.name if frame is not None and fits else None
 
 
@@ -213,27 +239,78 @@ def _collected(draws: _Draws, key: Any, n: int, batch_size: int, wanted: list[st
 # -- containers --------------------------------------------------------------------------------------------------------
 
 
-def _dataset(sites: Mapping[str, Any], dims: Mapping[str, list[str | None]], leading: tuple[str, ...]) -> Any:
+class _Names:
+    """Names that containers and files take: of sites, and of dimensions, which make room for them.
+
+    The same name is given the same one in all groups.
+
+    :param sites: names of the sites, in order; those that can be kept are.
+    """
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        self._taken: set[str] = set(_RESERVED)
+        self._given: dict[Any, str] = {}
+        for site in sorted(sites, key=lambda name: _free(name, _RESERVED) != name):  # stable: otherwise in order
+            self._new(site, site)
+
+    def of(self, site: str) -> str:
+        return self._new(site, site)
+
+    def of_plate(self, plate: str, size: int) -> str:
+        return self._new((plate, size), plate)
+
+    def of_axis(self, site: str, axis: int, size: int) -> str:
+        return self._new((site, axis, size), f"{self.of(site)}_dim_{axis}")
+
+    def _new(self, key: Any, name: str) -> str:
+        if key not in self._given:
+            self._given[key] = _free(name, self._taken)
+            self._taken.add(self._given[key])
+        return self._given[key]
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    """The name, made safe and with as many underscores as it takes to be another one than those that are taken."""
+    name = name.replace("/", ".")
+    while name in taken or not name.strip("."):  # dots alone are a folder, to files and to DataTree
+        name += "_"
+    return name
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    """Labels of a coordinate, each once."""
+    found: list[str] = []
+    for name in names:
+        while name in found:
+            name += "_"
+        found.append(name)
+    return found
+
+
+def _dataset(
+    sites: Mapping[str, Any], dims: Mapping[str, list[str | None]], leading: tuple[str, ...], names: _Names
+) -> Any:
     import xarray
 
     variables, coords = {}, {}
-    for name, value in sites.items():
-        safe = name.replace("/", ".")
-        if safe in variables:
-            raise ValueError(f"two sites would be called {safe!r}, {name!r} among them: rename one of them.")
-        own = value.shape[len(leading) :]
-        named = dims.get(name, [])
+    for site, value in sites.items():
+        name, own = names.of(site), value.shape[len(leading) :]
+        named = dims.get(site, [])
         named = named if len(named) == len(own) else [None] * len(own)
-        tail = [d.replace("/", ".") if d else f"{safe}_dim_{i}" for i, d in enumerate(named)]
-        variables[safe] = ((*leading, *tail), _storable(value))
+        tail = [
+            names.of_axis(site, i, size) if plate is None else names.of_plate(plate, size)
+            for i, (plate, size) in enumerate(zip(named, own, strict=True))
+        ]
+        variables[name] = ((*leading, *tail), _storable(value), {} if name == site else {"site": site})
         coords.update({d: np.arange(s) for d, s in zip((*leading, *tail), value.shape, strict=True)})
     return xarray.Dataset(variables, coords, {"inference_library": "numpyro", "created_by": "numpyro_rad"})
 
 
 def _storable(value: np.ndarray) -> np.ndarray:
-    """Half precision, which files do not know, as single precision."""
-    half = value.dtype.itemsize == 2 and jnp.issubdtype(value.dtype, jnp.floating)
-    return value.astype(np.float32) if half else value
+    """Numbers of fewer bits than files know (half precision, ``int4``, ...) in the next kind that they do."""
+    if jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4:
+        return value.astype(np.float32)
+    return value if value.dtype.kind in "biufc" else value.astype(np.int16)
 
 
 def _of_record(record: FitRecord) -> Iterator[tuple[str, Any]]:
@@ -256,7 +333,7 @@ def _tracked(track: Track) -> Any:
 
     by_site = {f: (("step", "site"), getattr(track, f)) for f in ("path", "total", "squared_norm")}
     by_step = {f: ("step", getattr(track, f)) for f in ("rho", "seconds")}
-    return xarray.Dataset({**by_site, **by_step}, {"step": track.steps, "site": list(track.names)})
+    return xarray.Dataset({**by_site, **by_step}, {"step": track.steps, "site": _unique(track.names)})
 
 
 def _by_source(measured: GradientVariance) -> Any:
@@ -272,7 +349,7 @@ def _by_source(measured: GradientVariance) -> Any:
     variables["size"] = ("block", np.array([b.size for b in blocks]))
     rest = {k: v for k, v in to_dict(measured).items() if k not in ("total", "blocks")}
     attributes = {"measured": json.dumps(rest)}
-    return xarray.Dataset(variables, {"block": [b.name for b in blocks], "source": sources}, attributes)
+    return xarray.Dataset(variables, {"block": _unique(b.name for b in blocks), "source": sources}, attributes)
 
 
 def _container(groups: dict[str, Any], generation: int) -> Any:
