@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Unpack
 
@@ -24,7 +24,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
-from numpyro_rad.mistakes import options_of, shown
+from numpyro_rad.mistakes import check_fit, is_key, options_of, shown
 from numpyro_rad.planning import plans
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Options, Planner, parse_bytes
@@ -139,6 +139,7 @@ class RAD_ELBO(Trace_ELBO):
 
     def loss(self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Negative ELBO as the base returns it; ``rng_key`` seeds the paths too."""
+        _check_object(self)
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
         return self._randomized(path_key, self.base.loss, rng_key, param_map, model, guide, args, kwargs)
 
@@ -146,6 +147,7 @@ class RAD_ELBO(Trace_ELBO):
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Negative ELBO and mutable state, as the base returns them; ``rng_key`` seeds the paths too."""
+        _check_object(self)
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
         return self._randomized(
             path_key, partial(_loss_and_state, self.base), rng_key, param_map, model, guide, args, kwargs
@@ -171,6 +173,7 @@ class RAD_ELBO(Trace_ELBO):
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> tuple[Plan, list]:
         """The plan for gradients with respect to ``param_map``, and the sites of its arrays in order."""
+        _check_operands(rng_key, param_map, model, guide)
         if not jax.tree.leaves(param_map):
             raise ValueError(
                 "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter and "
@@ -188,6 +191,7 @@ class RAD_ELBO(Trace_ELBO):
         :raises ValueError: if there is no parameter.
         :raises BudgetError: if no plan meets the budget.
         """
+        check_fit("plan_of_update", svi, svi_state)
         params, options = svi.get_params(svi_state), {**kwargs, **svi.static_kwargs}
         if not jax.tree.leaves(params):
             raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
@@ -222,6 +226,7 @@ class RAD_ELBO(Trace_ELBO):
             svi.loss.calibrate(svi, state, x, y)
             result = svi.run(key, 1000, x, y, init_state=state)
         """
+        check_fit("calibrate", svi, svi_state)
         if draws < 2:
             raise ValueError(f"draws={draws}: a variance takes at least 2 gradients. Try 3.")
         constrain, free = svi.constrain_fn, svi.optim.get_params(svi_state.optim_state)
@@ -281,7 +286,8 @@ class RAD_ELBO(Trace_ELBO):
 
             svi.loss.fit_step(svi, state, "8GiB", x, y)
         """
-        limit = parse_bytes(total)
+        check_fit("fit_step", svi, svi_state)
+        limit = parse_bytes(total, "total")
         before, budget, smallest = self.planner, limit, math.inf
         for _ in range(8):
             self.planner = dataclasses.replace(before, memory_budget=budget, codec=None, added_variance=None, plan=None)
@@ -353,6 +359,26 @@ class RAD_ELBO(Trace_ELBO):
             if not _jax.is_traced(value):
                 return value
         return randomized(run, self.planner, seed, site_leaves(param_map))
+
+
+def _check_operands(rng_key: Any, param_map: Any, model: Any, guide: Any) -> None:
+    """The first arguments of the loss, where a person hands them over."""
+    expected = (
+        "The order is rng_key, param_map, model, guide, *args, with parameters from svi.get_params(state); explain and "
+        "plan_figure also take (svi, svi_state, *args)."
+    )
+    if not is_key(rng_key):
+        raise TypeError(f"rng_key={shown(rng_key)}: a JAX PRNG key is expected. {expected}")
+    if not isinstance(param_map, Mapping):
+        raise TypeError(f"param_map={shown(param_map)}: the dictionary of parameters is expected. {expected}")
+    for name, fn in (("model", model), ("guide", guide)):
+        if not callable(fn):
+            raise TypeError(f"{name}={shown(fn)}: a function is expected. {expected}")
+
+
+def _check_object(elbo: Any) -> None:
+    if not isinstance(elbo, RAD_ELBO):  # SVI calls what it was given: the class, for instance, with a key as its self
+        raise TypeError("the loss is the class RAD_ELBO itself. Make one: SVI(model, guide, optim, RAD_ELBO()).")
 
 
 def _check_particles(base: ELBO) -> None:

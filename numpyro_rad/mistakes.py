@@ -13,6 +13,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 T = TypeVar("T")
@@ -38,11 +41,50 @@ def shown(x: Any) -> str:
         return text
     entries = f" of {len(x)} entries" if isinstance(x, (list, tuple, set, Mapping)) and not _is_named(x) else ""
     name = type(x).__name__
-    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}{entries}"
+    vowel = name[0] in "AEIOaeio" or (name[:3].isupper() and name[0] in "FHLMNSX")  # as in SVIState
+    return f"{'an' if vowel else 'a'} {name}{entries}"
 
 
 def _is_named(x: Any) -> bool:
     return hasattr(x, "_fields")
+
+
+def is_key(x: Any) -> bool:
+    """Whether it is one PRNG key of JAX, typed or raw."""
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        return False
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x.shape == ()
+    return x.dtype == jnp.uint32 and len(x.shape) == 1
+
+
+def check_fit(where: str, svi: Any, svi_state: Any) -> None:
+    """Whether these are an initialised ``SVI`` and its state.
+
+    :param where: the function that needs them.
+    :raises TypeError: if they are not.
+    :raises ValueError: before ``svi.init``, which learns the constraints of the parameters.
+    """
+    if not hasattr(svi, "constrain_fn"):
+        swapped = "svi and svi_state are swapped: write" if hasattr(svi_state, "constrain_fn") else "Write"
+        raise TypeError(f"{where}: svi is {shown(svi)}, not an SVI. {swapped} {where}(svi, svi_state, ...).")
+    check_state(where, svi_state)
+    if svi.constrain_fn is None:
+        raise ValueError(
+            f"{where}: this SVI has not been initialised and does not know the constraints of its parameters. Call "
+            "svi.init(rng_key, *args) first, also if a state is at hand."
+        )
+
+
+def check_state(where: str, svi_state: Any) -> None:
+    """Whether it is a state of SVI.
+
+    :raises TypeError: if it is not.
+    """
+    if not hasattr(svi_state, "optim_state"):
+        inner = hasattr(getattr(svi_state, "state", None), "optim_state")
+        advice = "Pass its .state." if inner else "Pass what svi.init or svi.update returned, before the arguments."
+        raise TypeError(f"{where}: svi_state is {shown(svi_state)}, not a state of SVI. {advice}")
 
 
 def meant(name: str, known: Iterable[str]) -> str:

@@ -166,7 +166,7 @@ def test_without_bytes_and_without_parameters_there_is_still_a_picture():
 
 
 def test_what_cannot_be_drawn_is_said(monkeypatch):
-    with pytest.raises(TypeError, match="needs a RAD_ELBO or the result of rad"):
+    with pytest.raises(TypeError, match=r"needs a RAD_ELBO, an SVI .* or the result of rad"):
         plan_figure(jax.grad(network), KEY, X, W)
     with pytest.raises(BudgetError):
         plan_figure(rad(network, memory_budget=1), KEY, X, W)

@@ -48,7 +48,7 @@ LAYERS = (
     ("report.document",),
     ("report",),
     ("training", "training.batches", "training.checkpoints"),
-    ("training.results", "training.steps"),
+    ("training.results", "training.steps", "training.arguments"),
     ("training.fingerprint",),
     ("training.loop",),
     ("training.svi",),
@@ -64,6 +64,7 @@ MAY_IMPORT_NUMPYRO = {
     "diagnostics.variance",
     "diagnostics.quality",
     "report.archive",
+    "training.arguments",
     "training.results",
     "training.svi",
 }

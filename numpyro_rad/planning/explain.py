@@ -15,6 +15,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Edge, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
+from numpyro_rad.mistakes import is_key, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +133,21 @@ def size_text(n_bytes: int) -> str:
 def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs: Any) -> Explanation:
     """What the plan for ``target`` stores, recomputes and encodes. Traces the program and runs nothing.
 
-    :param target: a ``RAD_ELBO``, or what :func:`numpyro_rad.rad` returned.
-    :param args: for an ELBO ``rng_key, param_map, model, guide`` and the arguments of model and guide, as in its
-        ``loss``; for ``rad(f)`` a key and the arguments of ``f``.
+    :param target: an initialised ``SVI`` whose loss is a ``RAD_ELBO``, such an ELBO alone, or what
+        :func:`numpyro_rad.rad` returned.
+    :param args: for an ``SVI`` its state or result and the arguments of model and guide; for an ELBO ``rng_key,
+        param_map, model, guide`` and these arguments, as in its ``loss``; for ``rad(f)`` a key and the arguments of
+        ``f``.
     :param argnums: for ``rad(f)``, the arguments of ``f`` to differentiate; an ELBO is differentiated with respect to
         all its parameters.
     :return: an object that prints as a table.
-    :raises TypeError: if ``target`` is neither.
+    :raises TypeError: if ``target`` is none of these, and for arguments in another order.
     :raises ValueError: for a model and guide without parameters.
     :raises BudgetError: if no plan meets the budget.
 
     Example::
 
+        print(explain(svi, state, x, y))
         print(explain(RAD_ELBO(), key, svi.get_params(state), model, guide, x, y))
     """
     plan, labels = plan_of(target, args, argnums, kwargs)
@@ -152,15 +156,30 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
 
 def plan_of(target: Any, args: tuple, argnums: int | Sequence[int], kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
     """The plan for ``target`` and the sites (or arguments) of its arrays; parameters as for :func:`explain`."""
+    if _is_svi(target) and _is_elbo(target.loss):
+        fit, *rest = args or (None,)
+        return target.loss.plan_of_update(target, getattr(fit, "state", fit), *rest, **kwargs)
     if _is_elbo(target):
         return target.plan(*args, **kwargs)
     if hasattr(target, "planned"):
-        _, *rest = args
-        return target.planned(tuple(rest), kwargs, argnums)
+        if not (args and is_key(args[0])):
+            got = shown(args[0]) if args else "nothing"
+            raise TypeError(f"a JAX PRNG key comes first, as in the call of rad(f), and here is {got}.")
+        return target.planned(args[1:], kwargs, argnums)
+    loss = target.loss if _is_svi(target) else target
     raise TypeError(
-        f"explain needs a RAD_ELBO or the result of rad(f), got {type(target).__name__}. For NumPyro's own ELBOs "
-        "there is no plan to explain; wrap a plain function as rad(f)."
+        f"explain needs a RAD_ELBO, an SVI that has one, or the result of rad(f), got {shown(loss)}. For NumPyro's own "
+        "ELBOs there is no plan to explain; wrap a plain function as rad(f)."
     )
+
+
+def planner_of(target: Any) -> Any:
+    """The planner of what :func:`explain` takes."""
+    return target.loss.planner if _is_svi(target) else target.planner
+
+
+def _is_svi(target: Any) -> bool:
+    return hasattr(target, "constrain_fn")
 
 
 def _is_elbo(target: Any) -> bool:

@@ -16,7 +16,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
 from numpyro_rad.ad.plan import BudgetError, Plan, recompute_leaves
 from numpyro_rad.ad.sweep import split_reads
-from numpyro_rad.planning.explain import plan_of
+from numpyro_rad.planning.explain import plan_of, planner_of
 from numpyro_rad.planning.planner import Planner, parse_bytes
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def plan_figure(
     predicted added time and added variance of the best plan within each of several budgets, and those of this plan.
     Traces the program, plans once for each budget and runs nothing. Needs matplotlib (``numpyro_rad[plots]``).
 
-    :param target: as for :func:`explain`: a ``RAD_ELBO``, or what :func:`numpyro_rad.rad` returned.
+    :param target: as for :func:`explain`: an ``SVI``, a ``RAD_ELBO``, or what :func:`numpyro_rad.rad` returned.
     :param args: as for :func:`explain`.
     :param argnums: as for :func:`explain`.
     :param budgets: numbers of bytes to plan for, as in ``memory_budget=``; those that are too small are left out.
         Default: from the smallest feasible one to all residuals stored exactly.
     :return: a figure of matplotlib, for a notebook or ``savefig``.
     :raises ImportError: without matplotlib.
-    :raises TypeError: if ``target`` is neither.
+    :raises TypeError: if ``target`` is none of these.
     :raises BudgetError: if no plan meets the budget of ``target``.
 
     Example::
@@ -75,7 +75,7 @@ def plan_figure(
     left, right = figure.subplots(1, 2)
     _draw_timeline(left, plan)
     called = dict(zip(plan.graph.tangent_inputs, labels, strict=True))
-    candidates = list(_candidates(target.planner, plan, called, budgets))
+    candidates = list(_candidates(planner_of(target), plan, called, budgets))
     _draw_trade_off(right, plan, candidates)
     return figure
 

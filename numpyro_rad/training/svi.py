@@ -21,7 +21,16 @@ from numpyro.infer.svi import SVI, SVIState
 from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.mistakes import check_fit, check_state
 from numpyro_rad.planning.calibration import Calibration
+from numpyro_rad.training.arguments import (
+    blamed,
+    check_key,
+    check_names,
+    check_parts,
+    check_run,
+    checked_callbacks,
+)
 from numpyro_rad.training.batches import Batches, Fixed, Varying, words
 from numpyro_rad.training.checkpoints import Checkpoint, Snapshot, Store
 from numpyro_rad.training.loop import CALIBRATION_DRAWS, Fit, Look, Stop
@@ -61,6 +70,8 @@ class RAD_SVI(SVI):
         calibrate: bool | None = None,
         **static_kwargs: Any,
     ) -> None:
+        check_names(RAD_SVI.__init__, (model, guide), static_kwargs)
+        check_parts(model, guide, optim, loss, tracking, calibrate)
         super().__init__(model, guide, optim, RAD_ELBO() if loss is None else loss, **static_kwargs)
         self.tracking, self.calibrate = tracking, calibrate
         self._measured: Calibration | None = None  # by this object, so it is measured anew for another fit
@@ -70,12 +81,34 @@ class RAD_SVI(SVI):
 
         :raises BudgetError: if no plan meets the budget.
         """
-        state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        check_key(rng_key, "init(rng_key, *args)", *args)
+        with blamed(self.model, args, kwargs):
+            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         elbo, params = self.loss, self.optim.get_params(state.optim_state)
         if isinstance(elbo, RAD_ELBO) and jax.tree.leaves(params) and not _jax.is_traced((state, args, kwargs)):
             self._calibrate(state, args, kwargs)
             elbo.plan_of_update(self, state, *args, **kwargs)
         return state
+
+    def update(self, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[SVIState, Any]:
+        """One step, as in ``SVI``."""
+        check_fit("update", self, svi_state)
+        return super().update(svi_state, *args, **kwargs)
+
+    def stable_update(self, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[SVIState, Any]:
+        """One step that is not taken where it is not finite, as in ``SVI``."""
+        check_fit("stable_update", self, svi_state)
+        return super().stable_update(svi_state, *args, **kwargs)
+
+    def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, as in ``SVI``."""
+        check_fit("evaluate", self, svi_state)
+        return super().evaluate(svi_state, *args, **kwargs)
+
+    def get_params(self, svi_state: Any) -> dict[str, Any]:
+        """The constrained parameters, as in ``SVI``."""
+        check_fit("get_params", self, svi_state)
+        return super().get_params(svi_state)
 
     def _calibrate(self, state: SVIState, args: tuple, kwargs: dict[str, Any], batches: Sequence[tuple] = ()) -> None:
         """Measure variances where that is wanted and nobody else has."""
@@ -132,6 +165,7 @@ class RAD_SVI(SVI):
             NumPyro adds up sites in the order of a set of names, and sums are rounded differently in another order.
         :param kwargs: keyword arguments of model and guide.
         :return: result with the fields ``params``, ``state`` and ``losses``.
+        :raises TypeError: for an argument that is none of its kind.
         :raises ValueError: for fewer than one step, and for batches that change or of which there are none.
         :raises BudgetError: if no plan meets the budget.
         :raises CheckpointError: for a checkpoint of another run, a damaged one and a folder that cannot be written.
@@ -141,10 +175,11 @@ class RAD_SVI(SVI):
             loader = lambda epoch: batches_of(x, y, 256, seed=epoch)
             result = svi.run(key, 20_000, batches=loader, stop="converged", checkpoint="fit")
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps}: at least one step is needed.")
-        if not (stop is None or stop == "converged" or callable(stop)):
-            raise ValueError(f'stop={stop!r}: "converged" or a function (step, losses) -> bool is expected.')
+        check_names(RAD_SVI.run, (self.model, self.guide), kwargs)
+        check_run(rng_key, num_steps, args, batches, stop, checkpoint)
+        called = checked_callbacks(callbacks)
+        if init_state is not None:
+            check_state("run(init_state=...)", init_state)
         if isinstance(checkpoint, (str, Path)):
             checkpoint = Checkpoint(checkpoint)
         options = {"stable_update": stable_update, "forward_mode_differentiation": forward_mode_differentiation}
@@ -161,7 +196,8 @@ class RAD_SVI(SVI):
                 feed = Varying(reader, args, kwargs)
             state, args, kwargs = init_state, *feed.first
             if state is None or self.constrain_fn is None:
-                fresh = SVI.init(self, rng_key, *args, init_params=init_params, **kwargs)
+                with blamed(self.model, args, kwargs, batches):
+                    fresh = SVI.init(self, rng_key, *args, init_params=init_params, **kwargs)
                 state = fresh if state is None else state
             if snapshot is None:
                 more = [a for a, k in feed.next_few(CALIBRATION_DRAWS)[1:] if not k and words(a) == words(args)]
@@ -169,7 +205,7 @@ class RAD_SVI(SVI):
                     self._calibrate(state, args, kwargs, more)
             start = {"init_state": init_state, "init_params": init_params}
             fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start)
-            fit.go(progress_bar, tuple(callbacks), stop)
+            fit.go(progress_bar, called, stop)
             return fit.result(stop)
 
 
