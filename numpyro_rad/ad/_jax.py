@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import importlib.util
 import os
 import re
+import sysconfig
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
@@ -20,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import source_info_util  # no public way to read an equation's source line
+from jax._src.core import InternalMutableArrayEffect, NamedAxisEffect  # no public way to tell effects apart
+from jax._src.effects import JaxprInputEffect
 from jax._src.interpreters.partial_eval import convert_constvars_jaxpr
 from jax._src.lax.lax import _convert_element_type  # no public way to make an array of weak type
 from jax._src.state.types import AbstractRef
@@ -32,10 +36,18 @@ JaxprEquation = Any
 
 _VERSION = tuple(int(n) for n in jax.__version__.split(".")[:2])
 _ADDRESS = re.compile(r"0x[0-9a-f]+")  # of an object in memory
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(module.__file__)) + os.sep for module in (jax,) if module.__file__ is not None
-)
+
+
+def _folder(package: str) -> str:
+    """The folder of an installed package, which need not be imported."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return os.path.dirname(os.path.abspath(spec.origin)) + os.sep
+
+
+# Whose frames are nobody's model, and whose are only if there is no other
+_MACHINERY = (_folder(__name__.split(".")[0]), *map(_folder, ("jax", "numpyro")))
+_INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def has_host_memory() -> bool:
@@ -158,6 +170,16 @@ def bind(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
     return list(out) if primitive.multiple_results else [out]
 
 
+def run_again(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
+    """Evaluate an equation a second time, to differentiate it.
+
+    Of ``jax.checkpoint`` that is its body: the call itself would run a third time, and so often would it print.
+    """
+    if equation.primitive.name in ("checkpoint", "remat2"):  # by the version of JAX
+        return evaluate(closed(equation.params["jaxpr"]), args)
+    return bind(equation, args)
+
+
 _INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr", "eval_jaxpr": "call_jaxpr"}
 
 
@@ -166,6 +188,15 @@ def inlined_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
     name = _INLINED.get(equation.primitive.name)
     body = None if name is None else closed(equation.params[name])
     return None if body is None or has_references(body) else body
+
+
+def acts(equation: JaxprEquation) -> bool:
+    """Whether an equation does something besides computing its results: it prints, calls back, complains.
+
+    Names of mapped axes and mutable arrays are effects to JAX too, but nobody notices whether they happen.
+    """
+    silent = (NamedAxisEffect, JaxprInputEffect, InternalMutableArrayEffect)
+    return any(not isinstance(effect, silent) for effect in equation.effects)
 
 
 def has_references(jaxpr: Jaxpr) -> bool:
@@ -301,13 +332,21 @@ def aval_bytes(aval: Any) -> int:
 
 
 def source_line(equation: JaxprEquation) -> str:
-    """``file.py:line`` of the innermost user frame outside JAX, NumPyro and this package; empty if unknown."""
+    """``file.py:line`` of the innermost frame of the user, empty if unknown.
+
+    Frames of JAX, NumPyro and this package do not count. Those of other installed packages (a neural network's layers)
+    count where there is no file of the user's own.
+    """
+    found = ""
     for frame in source_info_util.user_frames(equation.source_info.traceback):
-        name = frame.file_name
-        if name.startswith(_PACKAGE) or f"{os.sep}numpyro{os.sep}" in name or name.startswith(_LIBRARIES):
+        name = os.path.abspath(frame.file_name) if os.path.exists(frame.file_name) else frame.file_name
+        if name.startswith(_MACHINERY):
             continue
-        return f"{os.path.basename(name)}:{frame.start_line}"
-    return ""
+        line = f"{os.path.basename(name)}:{frame.start_line}"
+        if not name.startswith(_INSTALLED):
+            return line
+        found = found or line
+    return found
 
 
 def to_raw(x: Any) -> Any:

@@ -46,7 +46,9 @@ class Equation:
     """One step of the primal program. ``run`` maps operand arrays to a list of output arrays.
 
     ``split`` is set for control flow: its forward part also returns a tape for the edge of the same ``split``.
-    ``nanoseconds`` is what running it takes, about; 0 for control flow, whose bodies have their own.
+    ``nanoseconds`` is what running it takes, about; 0 for control flow, whose bodies have their own. ``acts`` says
+    whether it does something besides computing its outputs (it prints, calls back): then it runs once, in its turn,
+    whoever reads them.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Equation:
     split: Split | None = None
     draws_bits: bool = False
     nanoseconds: float = 0.0
+    acts: bool = False
 
     @property
     def anchor(self) -> bool:
@@ -101,6 +104,14 @@ class Split:
     operands: tuple[Atom, ...]  # primal operands (of a cond: the index first), in the order of a body's inputs
     tangents: tuple[Value | None, ...]  # tangent operands, likewise; None stands for zero
     number: int
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the bodies may run a second time: what acts in them can be left out then, for nobody reads it."""
+        for equation in (e for body in self.bodies for e in body.equations if e.acts):
+            if not equation.split.repeatable if equation.split is not None else equation.outputs:
+                return False
+        return True
 
 
 @dataclasses.dataclass(eq=False, slots=True)

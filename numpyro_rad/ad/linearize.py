@@ -10,7 +10,7 @@ part, every primitive with a JVP is covered.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -172,6 +172,7 @@ class _Builder:
                 line,
                 draws_bits=rules.draws_bits(equation),
                 nanoseconds=rules.nanoseconds(equation),
+                acts=_jax.acts(equation),
             )
         )
 
@@ -277,7 +278,11 @@ class _Builder:
             return [jax.numpy.zeros(t.aval.shape, t.aval.dtype) for t in tangents]
 
         def pull(arrays: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-            _, pullback = jax.vjp(lambda *moving: results(arrays, moving, True), *zeros())
+            def moved(*moving: Any) -> list[Any]:
+                outs = _apply(step.equation, sources, arrays, moving, _jax.run_again)
+                return [o for o, m in zip(outs, moves, strict=True) if m]
+
+            _, pullback = jax.vjp(moved, *zeros())
             return list(pullback(list(cotangents)))
 
         line = _jax.source_line(step.equation)
@@ -290,6 +295,7 @@ class _Builder:
                 False,
                 line,
                 nanoseconds=rules.nanoseconds(step.equation),
+                acts=_jax.acts(step.equation),
             )
         )
         self.edges.append(
@@ -322,7 +328,8 @@ class _Builder:
         self.n_splits += 1
         node = Split(step.name, bodies, params, operands, tuple(tangents), self.n_splits)
         line = _jax.source_line(step.equation)
-        self.equations.append(Equation(step.name, operands, primal_out, _no_run, False, line, split=node))
+        acts = _jax.acts(step.equation)
+        self.equations.append(Equation(step.name, operands, primal_out, _no_run, False, line, split=node, acts=acts))
         self.edges.append(
             Edge(
                 step.name,
@@ -428,8 +435,14 @@ def _split_cond(equation: Any, flags: Sequence[bool]) -> tuple:
     return graphs, {}, primal_at, tangent_at, outs
 
 
-def _apply(equation: Any, fixed: Sequence[tuple], residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+def _apply(
+    equation: Any,
+    fixed: Sequence[tuple],
+    residuals: Sequence[Any],
+    tangents: Sequence[Any],
+    run: Callable[[Any, Sequence[Any]], list[Any]] = _jax.bind,
+) -> list[Any]:
     """Evaluate a jaxpr equation with operands drawn from tangents, residuals and constants."""
     sources = {"tangent": tangents, "residual": residuals}
     args = [what if kind == "constant" else sources[kind][what] for kind, what in fixed]
-    return _jax.bind(equation, args)
+    return run(equation, args)

@@ -61,7 +61,7 @@ class Chain:
 def cut_chain(graph: Graph, n_segments: int) -> Chain | None:
     """Segments of about equal bytes; None if the graph has too few expensive steps for so many.
 
-    Control flow is never run again: what it returns counts as given.
+    Control flow and what acts is never run again: what they return counts as given.
     """
     level: dict[Value, int] = dict.fromkeys(graph.inputs, 0)
     for equation in graph.equations:
@@ -78,7 +78,7 @@ def cut_chain(graph: Graph, n_segments: int) -> Chain | None:
         segment_of.append(min(n_segments - 1, int(n_segments * done / max(total, 1))))
         done += size
     # What does not depend on an expensive step is cheap to make whenever it is wanted and belongs to no segment.
-    given = {o for e in graph.equations if e.split is not None for o in e.outputs}
+    given = {o for e in graph.equations if e.split is not None or e.acts for o in e.outputs}
     segment = {v: segment_of[n] for v, n in level.items() if n and v not in given}
     crossing, taken, again = set(), set(), []
     for equation in graph.equations:

@@ -7,6 +7,9 @@ and layer of one weight then meet in one stage, where the weight is made again o
 compiler to this: codes are written before the next expensive step begins, and nothing is decoded or made again before
 the cotangent that needs it has arrived. Where nothing is encoded there is no barrier forward: it would only store what
 the compiler would have fused. Small bodies of loops have none at all.
+
+What acts (prints, calls back) does so once, in the forward sweep and in the order of the program. Where a part runs
+again it is left out.
 """
 
 from __future__ import annotations
@@ -65,10 +68,11 @@ def _encode_jvp(codec: Codec, primals: Any, tangents: Any) -> Any:
 # -- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape]:
+def forward(plan: Plan, seed: Any, args: Sequence[Any], quiet: bool = False) -> tuple[list[Any], Tape]:
     """Run the primal program of ``plan.graph`` on ``args``.
 
     :param seed: uint32 pair from which every code of this run draws.
+    :param quiet: whether to leave out what acts where nobody reads its results.
     :return: outputs of the graph (primal ones only) and the tape.
     """
     graph = plan.graph
@@ -92,7 +96,7 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
 
     for value in graph.inputs:
         store(value, env[value])
-    stages = _forward_stages(plan)
+    stages = _forward_stages(plan, quiet)
     for i, stage in enumerate(stages):
         inside = {o for e in stage for o in e.outputs}
         outside = dict.fromkeys(a for e in stage for a in e.inputs if isinstance(a, Value) and a not in inside)
@@ -111,7 +115,7 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any]) -> tuple[list[Any], Tape
             if equation.split is None:
                 outs = equation.run(*arrays)
             else:
-                outs, tape = _forward_split(plan, equation.split, seed, arrays)
+                outs, tape = _forward_split(plan, equation.split, seed, arrays, quiet)
                 if tape is not None:
                     children[equation.split] = tape
             for value, array in zip(equation.outputs, outs, strict=True):
@@ -145,13 +149,14 @@ def _read(env: dict[Value, Any], atom: Atom) -> Any:
     return atom.value if isinstance(atom, Constant) else env[atom]
 
 
-def _forward_stages(plan: Plan) -> list[list[Equation]]:
+def _forward_stages(plan: Plan, quiet: bool) -> list[list[Equation]]:
     """The needed equations of the primal program in stages, expensive steps last in each."""
     graph = plan.graph
     live: set[Any] = {*graph.outputs, *plan.kept, *plan.encoded}
     equations = []
     for equation in reversed(graph.equations):
-        if any(o in live for o in equation.outputs) or equation.split in plan.children:
+        acts = equation.acts and not quiet
+        if acts or any(o in live for o in equation.outputs) or equation.split in plan.children:
             live.update(equation.inputs)
             equations.append(equation)
     equations.reverse()
@@ -162,8 +167,11 @@ def _forward_stages(plan: Plan) -> list[list[Equation]]:
         makers = [producer[a] for a in equation.inputs if a in producer]  # type: ignore[index]
         return max((stage[m] + m.anchor for m in makers), default=0)
 
+    latest_act = 0
     for equation in equations:
         earliest[equation] = after(equation, earliest)
+        if equation.acts:
+            latest_act = earliest[equation] = max(latest_act, earliest[equation])
     wanted: dict[Value, int] = {}  # stage of the first expensive step that a value leads to
     stage: dict[Equation, int] = {}
     for equation in reversed(equations):
@@ -449,14 +457,14 @@ def split_reads(plan: Plan, node: Split) -> list[Value]:
     return list(found)
 
 
-def _forward_split(plan: Plan, node: Split, seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
+def _forward_split(plan: Plan, node: Split, seed: Any, args: list[Any], quiet: bool) -> tuple[list[Any], Any]:
     """Primal results of control flow and the tapes of its bodies (None where nothing is differentiated)."""
     children = plan.children.get(node)
     plans = children or tuple(_nothing_stored(b) for b in node.bodies)
     if node.kind == "cond":
-        outs, tapes = _forward_cond(plans, seed, args)
+        outs, tapes = _forward_cond(plans, seed, args, quiet)
     else:
-        outs, tapes = _forward_scan(plans[0], node, plan.segments.get(node, ()), seed, args)
+        outs, tapes = _forward_scan(plans[0], node, plan.segments.get(node, ()), seed, args, quiet)
     return outs, tapes if children else None
 
 
@@ -466,15 +474,15 @@ def _nothing_stored(graph: Graph) -> Plan:
 
 
 def _forward_scan(
-    child: Plan, node: Split, lengths: tuple[int, ...], seed: Any, args: list[Any]
+    child: Plan, node: Split, lengths: tuple[int, ...], seed: Any, args: list[Any], quiet: bool
 ) -> tuple[list[Any], Any]:
     n_consts, n_carry = node.params["primal_counts"]
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     steps = (jnp.arange(node.params["length"], dtype=jnp.uint32), xs)
     if not lengths:
-        carry, ys, tape = _iterate(child, node, seed, consts, carry, steps)
+        carry, ys, tape = _iterate(child, node, seed, consts, carry, steps, quiet)
         return [*carry, *ys], (tape,)
-    run = _bare_run(child.graph, node, seed, consts)
+    run = _bare_run(child.graph, node, seed, consts, quiet)
     carry, ys, begins = loops.run_storing(run, list(map(_jax.to_raw, carry)), steps, lengths[0], node.params["reverse"])
     return [*_typed_carry(child.graph, node, carry), *ys], (begins,)
 
@@ -485,38 +493,38 @@ def _typed_carry(graph: Graph, node: Split, raw: list[Any]) -> list[Any]:
     return [_jax.from_raw(c, v.aval) for c, v in zip(raw, graph.inputs[n_consts : n_consts + n_carry], strict=True)]
 
 
-def _bare_run(graph: Graph, node: Split, seed: Any, consts: list[Any]) -> loops.Run:
+def _bare_run(graph: Graph, node: Split, seed: Any, consts: list[Any], quiet: bool) -> loops.Run:
     """Iterations of a loop of which nothing is stored; the carry is as it would be stored."""
     bare = _nothing_stored(graph)
 
     def run(raw: list[Any], steps: Any) -> tuple[list[Any], list[Any]]:
-        carry, ys, _ = _iterate(bare, node, seed, consts, _typed_carry(graph, node, raw), steps)
+        carry, ys, _ = _iterate(bare, node, seed, consts, _typed_carry(graph, node, raw), steps, quiet)
         return list(map(_jax.to_raw, carry)), ys
 
     return run
 
 
 def _iterate(
-    child: Plan, node: Split, seed: Any, consts: list[Any], carry: list[Any], steps: tuple[Any, list[Any]]
+    child: Plan, node: Split, seed: Any, consts: list[Any], carry: list[Any], steps: tuple[Any, list[Any]], quiet: bool
 ) -> tuple[list[Any], list[Any], Tape]:
     """Iterations of a loop: the carry after them, their outputs, and their tapes."""
 
     def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], tuple[list[Any], Tape]]:
         index, xs = step
-        outs, tape = forward(child, fold(seed, index), [*consts, *carry, *xs])
+        outs, tape = forward(child, fold(seed, index), [*consts, *carry, *xs], quiet)
         return outs[: len(carry)], (outs[len(carry) :], tape)
 
     carry, (ys, tape) = lax.scan(body, carry, steps, reverse=node.params["reverse"], unroll=node.params["unroll"])
     return carry, ys, tape
 
 
-def _forward_cond(plans: Sequence[Plan], seed: Any, args: list[Any]) -> tuple[list[Any], Any]:
+def _forward_cond(plans: Sequence[Plan], seed: Any, args: list[Any], quiet: bool) -> tuple[list[Any], Any]:
     index, operands = args[0], args[1:]
     shapes = [jax.eval_shape(lambda *a, p=p: forward(p, seed, a)[1], *operands) for p in plans]
 
     def branch(number: int) -> Any:
         def run(*operands: Any) -> tuple[list[Any], tuple[Tape, ...]]:
-            outs, tape = forward(plans[number], seed, operands)
+            outs, tape = forward(plans[number], seed, operands, quiet)
             tapes = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), s) for s in shapes]
             tapes[number] = tape
             return outs, tuple(tapes)
@@ -576,10 +584,11 @@ def _pull_scan(plan: Plan, node: Split, values: _StageValues, cotangents: list[A
 
         def pull_segment(carry: tuple[list, list], raw: list, x: tuple) -> tuple[tuple[list, list], list]:
             steps, ys = x
-            _, _, tape = _iterate(child, node, seed, consts, _typed_carry(child.graph, node, raw), steps)
+            begin = _typed_carry(child.graph, node, raw)
+            _, _, tape = _iterate(child, node, seed, consts, begin, steps, quiet=True)
             return pull(carry, tape, steps, ys)
 
-        run = _bare_run(child.graph, node, seed, consts)
+        run = _bare_run(child.graph, node, seed, consts, quiet=True)
         reverse = node.params["reverse"]
         (carried, consts), xs = loops.pull_again(run, pull_segment, begin, stored, (steps, ys), lengths, reverse)
     else:

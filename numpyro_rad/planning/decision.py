@@ -392,7 +392,7 @@ class Decision:
         for n_levels, plan in itertools.product(levels, plans):
             cut = {}
             for node, (child, *_) in plan.children.items():
-                if node.kind != "scan":
+                if node.kind != "scan" or not node.repeatable:
                     continue
                 lengths = segment_lengths(node, child.stored_bytes, n_levels)
                 if lengths is not None:
