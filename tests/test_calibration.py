@@ -18,7 +18,7 @@ from programs import few, normal
 from zscores import bound
 
 from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, explain
-from numpyro_rad.planning import calibration
+from numpyro_rad.planning import calibration, plans
 
 KEY = jax.random.key(4)
 
@@ -298,6 +298,33 @@ def test_another_program_warns():
     assert after.to_dict() == before.to_dict()
     svi.loss.calibrate(svi, state, *regression_data(64), draws=2)  # does not ask the old one
     plan_of(svi, state, regression_data(64))
+
+
+def empty_site(x):
+    return numpyro.sample("none", dist.Normal(jnp.zeros((0, 2)), 1.0).to_event(2))
+
+
+def empty_parameter(x):
+    return jnp.tanh(numpyro.param("none", jnp.zeros(0)))
+
+
+def empty_carry(x):
+    return lax.scan(lambda c, row: (jnp.tanh(c * row.sum()), jnp.sin(c)), x[0, :0], x)[0]
+
+
+@pytest.mark.parametrize("none", [empty_site, empty_parameter, empty_carry])
+def test_what_is_empty_is_passed_over(none, monkeypatch):
+    monkeypatch.setattr(plans, "LADDER", plans.LADDER[:1])
+
+    def model(x):
+        w = numpyro.sample("w", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
+        numpyro.sample("y", dist.Normal(jnp.tanh(x @ w) + none(x * w).sum(), 0.5).to_event(1), obs=x[:, 0])
+
+    svi = SVI(model, AutoNormal(model), optax.adam(1e-3), RAD_ELBO())
+    found = svi.loss.calibrate(svi, svi.init(KEY, normal(8, 3)), normal(8, 3), draws=2)
+    noises = found.residuals.values()
+    assert found.gradient_norm > 0 and noises
+    assert np.isfinite([x for n in noises for x in (*n.added, *n.relative, n.mean_square)]).all()
 
 
 def test_a_budget_that_is_too_small_is_no_hindrance():

@@ -383,6 +383,16 @@ def test_the_state_decides_the_draws():
     assert gradient_variance(svi, raw, A, B, draws=3).total.guide.value > 0
 
 
+def test_keys_of_either_kind_measure_the_plan_that_trains():
+    """A typed key and its words are two programs to JAX, of which the calibration knows one."""
+    svi, start = initialised(RAD_ELBO(memory_budget=80))
+    for state in (start, start._replace(rng_key=jax.random.key_data(start.rng_key))):
+        svi.loss.calibrate(svi, state, A, B, draws=2)
+        keys = jax.random.key(5), jax.random.PRNGKey(5)
+        typed, raw = (gradient_variance(svi, state, A, B, draws=2, key=key) for key in keys)
+        assert typed == raw and typed.total.path.value > 0
+
+
 def test_a_model_that_looks_at_its_arguments():
     def model(a, b):
         assert float(np.asarray(b).max()) < 100

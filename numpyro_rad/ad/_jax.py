@@ -318,6 +318,15 @@ def is_typed_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def key_like(key: Any, like: Any) -> Any:
+    """``key`` as a typed key or as raw words, as ``like`` is one: programs that take keys differ by that."""
+    if is_typed_key(key) == is_typed_key(like):
+        return key
+    return (
+        jax.random.key_data(key) if is_typed_key(key) else jax.random.wrap_key_data(key, impl=jax.random.key_impl(like))
+    )
+
+
 def array_type(shape: tuple[int, ...], dtype: Any) -> Any:
     """The type that JAX gives an array in a jaxpr."""
     return jax.core.ShapedArray(shape, dtype)  # pyright: ignore[reportAttributeAccessIssue]

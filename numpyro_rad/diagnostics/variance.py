@@ -36,6 +36,7 @@ import numpy as np
 from numpyro.infer import SVI
 from scipy.special import stdtrit
 
+from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVariance
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_keys
 from numpyro_rad.planning.planner import Planner, VarianceWarning
@@ -275,7 +276,8 @@ class _Sampler:
         self._plates = draws_minibatches(svi, params, mutable, pool[0], options)
         self._codes = isinstance(svi.loss, RAD_ELBO)
         self._separate = Gradient(svi, _for_another_program(svi.loss)) if self._plates else self._gradient
-        self._stream = jax.random.fold_in(svi_state.rng_key, _TAG) if key is None else key
+        own = svi_state.rng_key  # keys of its kind make the program that trains, whose plan is known
+        self._stream = jax.random.fold_in(own, _TAG) if key is None else _jax.key_like(key, own)
         words = np.asarray(jax.random.bits(jax.random.fold_in(self._stream, _TAG), (4,), jnp.uint32))
         self._choice = np.random.default_rng(words.tolist())
         self._keys = jax.jit(_keys, static_argnums=2)

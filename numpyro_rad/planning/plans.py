@@ -106,7 +106,8 @@ def all_coded(graph: Graph) -> Plan:
     """The plan in which all that may be coded is stored as an array of its own for each draw."""
 
     def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
-        return (_PassThrough(),) if rules.is_real_float(value.aval.dtype) else ()
+        carries = rules.is_real_float(value.aval.dtype) and value.aval.size  # of an empty one there is nothing to see
+        return (_PassThrough(),) if carries else ()
 
     decision = Decision(graph, Wanted(codecs))
     needed = {d.value for d in decision.problem.demands if not d.codes}
