@@ -24,6 +24,7 @@ from numpyro_rad.training.checkpoints import Checkpoint, CheckpointError
 from numpyro_rad.training.loop import Look
 from numpyro_rad.training.results import RAD_SVIRunResult, assessed, fit_record
 from numpyro_rad.training.svi import RAD_SVI
+from numpyro_rad.training.validation import Plateau
 from numpyro_rad.transform import grad, rad, value_and_grad
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "NoiseKeys",
     "Plan",
     "Planner",
+    "Plateau",
     "RAD_SVIRunResult",
     "RandomProjection",
     "Residual",

@@ -23,6 +23,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.primitives import mutable
 from zscores import assert_unbiased
 
+from numpyro_rad.diagnostics.records import Validation
 from numpyro_rad.report import archive
 from numpyro_rad.report.archive import to_arviz
 
@@ -116,8 +117,12 @@ def test_arviz_understands_it(line_fit):
 
 def test_record_has_its_groups(line_fit):
     svi, result = line_fit
-    record = fits.small_budget()
+    looks = Validation(np.array([100, 200]), np.array([[3.0, 4.0, 5.0], [2.0, 3.0, 3.5]]))
+    record = dataclasses.replace(fits.small_budget(), validation=looks)
     data = to_arviz(svi, result, X, Y, key=KEY, num_samples=4, record=record)
+    held_out = data["fit"]["validation_loss"]
+    assert held_out.dims == ("validation_step", "guide_draw")
+    np.testing.assert_array_equal(held_out.sel(validation_step=200), looks.losses[1])
     variance = data["gradient_variance"]
     assert variance["path"].dims == ("step", "site")
     np.testing.assert_array_equal(variance["path"].values, record.track.path)

@@ -48,8 +48,9 @@ LAYERS = (
     ("report.document",),
     ("report",),
     ("training", "training.batches", "training.checkpoints"),
-    ("training.results", "training.steps", "training.arguments"),
-    ("training.fingerprint",),
+    ("training.results", "training.steps"),
+    ("training.fingerprint", "training.validation"),
+    ("training.arguments",),
     ("training.loop",),
     ("training.svi",),
     ("__init__",),
@@ -67,6 +68,7 @@ MAY_IMPORT_NUMPYRO = {
     "training.arguments",
     "training.results",
     "training.svi",
+    "training.validation",
 }
 
 

@@ -146,7 +146,7 @@ def _params(svi: SVI, fit: Any) -> dict[str, Any]:
     return {**params, **(state.mutable_state or {})}
 
 
-def _of_one_particle(loss: ELBO) -> Any:
+def loss_of_one_particle(loss: ELBO) -> Any:
     """The exact loss whose mean over draws is the objective, with as few particles as that allows."""
     single = copy.copy(loss.base if isinstance(loss, RAD_ELBO) else loss)
     if isinstance(single, (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)):
@@ -160,7 +160,7 @@ def _elbo_draws(
     svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any, standard_error: float, max_particles: int
 ) -> np.ndarray:
     """As many draws of the ELBO as it takes for a standard error."""
-    loss, chunk = _of_one_particle(svi.loss), min(_CHUNK, max_particles)
+    loss, chunk = loss_of_one_particle(svi.loss), min(_CHUNK, max_particles)
 
     @jax.jit
     def draw(keys: Any, params: Any) -> Any:

@@ -155,6 +155,28 @@ class Track:
     seconds: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Validation:
+    """Loss on held-out data during a fit: one row for each time that it was looked at, one column for each draw.
+
+    The loss is the negative ELBO with the held-out data in the place of the training data: the divergence of the guide
+    from the prior counts once, and the likelihood as the model scales it. So its level depends on the number of rows,
+    unlike that of the training loss; what has a meaning are differences along the fit. All rows are of the same draws.
+
+    :ivar steps: when, shape (looks,).
+    :ivar losses: shape (looks, draws).
+    """
+
+    steps: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The loss of each look, shape (looks,)."""
+        with np.errstate(invalid="ignore"):  # infinities of both signs
+            return np.asarray(self.losses, float).mean(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class FitQuality:
     """How good a fit is.
@@ -230,6 +252,7 @@ class FitRecord:
     :ivar track: noise of the gradient during the fit.
     :ivar gradient_variance: noise of the gradient at the end, split by source.
     :ivar quality: how good the fit is.
+    :ivar validation: loss on held-out data during the fit.
     """
 
     title: str
@@ -245,6 +268,7 @@ class FitRecord:
     track: Track | None = None
     gradient_variance: GradientVariance | None = None
     quality: FitQuality | None = None
+    validation: Validation | None = None
 
 
 def to_dict(record: Any) -> Any:
@@ -285,7 +309,9 @@ def _built(kind: Any, data: Any) -> Any:
         return None if data is None else _built(inner, data)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return kind(**{f.name: _built(hints[f.name], data[f.name]) for f in dataclasses.fields(kind)})  # type: ignore
+        fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is dataclasses.MISSING]
+        found = {f.name: _built(hints[f.name], data[f.name]) for f in fields}  # older data lack newer fields
+        return kind(**found)  # type: ignore
     if origin is tuple:
         inner = [args[0]] * len(data) if args[-1] is Ellipsis else args
         return tuple(_built(a, x) for a, x in zip(inner, data, strict=True))

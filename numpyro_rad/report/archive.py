@@ -23,7 +23,7 @@ from numpyro.infer import SVI
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, to_dict
+from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, Validation, to_dict
 
 SAMPLE = ("chain", "draw")
 
@@ -46,10 +46,10 @@ def to_arviz(
 
     The groups are ``posterior`` (latent and deterministic sites), ``posterior_predictive``, ``log_likelihood``,
     ``observed_data``, ``sample_stats`` (``lp`` and ``log_q``, the log densities of model and guide) and, with a record,
-    ``fit`` (the losses) and ``gradient_variance`` (by site, step, block and source; see
-    :class:`~numpyro_rad.diagnostics.records.Track`). Dimensions of plates bear their names. Plates that draw
-    minibatches take all data here. Discrete sites of the model that the guide leaves out are drawn given the rest; that
-    takes ``funsor``.
+    ``fit`` (the losses, those on held-out data for each draw of the guide) and ``gradient_variance`` (by site, step,
+    block and source; see :class:`~numpyro_rad.diagnostics.records.Track`). Dimensions of plates bear their names.
+    Plates that draw minibatches take all data here. Discrete sites of the model that the guide leaves out are drawn
+    given the rest; that takes ``funsor``.
 
     Sites keep their names except where ArviZ or a file could not tell them apart. A slash becomes a dot, since netCDF
     and zarr take it for a group. The names ``chain``, ``draw`` and ``sample``, the empty one, those of dots alone and
@@ -321,11 +321,17 @@ def _of_record(record: FitRecord) -> Iterator[tuple[str, Any]]:
     nested = {f: json.dumps(to_dict(getattr(record, f))) for f in ("versions", "options", "alarms", "quality")}
     losses = ("step", np.asarray(record.losses, float))
     steps = {"step": np.arange(1, len(record.losses) + 1)}
-    yield "fit", xarray.Dataset({"loss": losses}, steps, {**told, **nested})
+    looks = {} if record.validation is None else _held_out(record.validation)
+    yield "fit", xarray.Dataset({"loss": losses, **looks}, steps, {**told, **nested})
     parts = [] if record.track is None else [_tracked(record.track)]
     parts += [] if record.gradient_variance is None else [_by_source(record.gradient_variance)]
     if parts:
         yield "gradient_variance", xarray.merge(parts, combine_attrs="drop_conflicts")
+
+
+def _held_out(validation: Validation) -> dict[str, Any]:
+    dims = ("validation_step", "guide_draw")
+    return {"validation_step": (dims[:1], validation.steps), "validation_loss": (dims, validation.losses)}
 
 
 def _tracked(track: Track) -> Any:

@@ -17,6 +17,7 @@ from numpyro_rad.diagnostics.records import (
     PlanRecord,
     PlanRow,
     Track,
+    Validation,
 )
 from numpyro_rad.planning.explain import size_text
 from numpyro_rad.report import charts
@@ -60,7 +61,7 @@ class Section:
 
 def sections(record: FitRecord) -> tuple[Section, ...]:
     """The sections that there are numbers for."""
-    parts = (_loss, _noise, _noise_over_time, _plan, _quality, _alarms, _settings)
+    parts = (_loss, _held_out, _noise, _noise_over_time, _plan, _quality, _alarms, _settings)
     return tuple(s for part in parts for s in part(record))
 
 
@@ -128,6 +129,39 @@ def _loss_figure(title: str, losses: np.ndarray, start: int) -> str:
     finite = means.mean[np.isfinite(means.mean)]
     told = f"From {number(float(finite[0]))} to {number(float(finite[-1]))}." if len(finite) else "No finite loss."
     return charts.curves(title, f"Running mean of the loss with its error. {told}", shown, ("step", "loss (nats)"))
+
+
+def _held_out(record: FitRecord) -> Iterator[Section]:
+    validation = record.validation
+    if validation is None or not np.isfinite(validation.mean).any():
+        return
+    text = (
+        "The negative ELBO with held-out data in the place of the training data, evaluated exactly and with the same "
+        f"{validation.losses.shape[1]} draws of the guide at each look. The guide's divergence from the prior counts "
+        "once, whatever the number of rows: compare looks with one another, not the level with that of the training.",
+    )
+    mean, lowest = validation.mean, int(np.nanargmin(np.where(np.isfinite(validation.mean), validation.mean, np.nan)))
+    rows = tuple(
+        (name, f"{int(validation.steps[i]):,}", number(float(mean[i])), number(_error(validation.losses[i])))
+        for name, i in (("first", 0), ("lowest", lowest), ("last", len(mean) - 1))
+    )
+    table = Table("Looks at the held-out loss", ("look", "step", "mean (nats)", "standard error of the draws"), rows)
+    yield Section("Loss on held-out data", text, (table,), (partial(_held_out_figure, validation),))
+
+
+def _error(draws: np.ndarray) -> float:
+    if len(draws) < 2 or not np.isfinite(draws).all():
+        return math.nan
+    return float(np.std(draws, ddof=1)) / math.sqrt(len(draws))
+
+
+def _held_out_figure(validation: Validation) -> str:
+    steps, mean = _thin(np.asarray(validation.steps, float), validation.mean)
+    described = (
+        f"From {number(float(mean[0]))} to {number(float(mean[-1]))}, at the lowest {number(float(np.nanmin(mean)))}."
+    )
+    shown = [Curve("mean over the draws", "green", steps, mean)]
+    return charts.curves("Held-out loss over time", described, shown, ("step", "loss (nats)"))
 
 
 def _quantiles(y: np.ndarray, x: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

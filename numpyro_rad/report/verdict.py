@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from numpyro_rad.diagnostics.records import Alarm, BlockVariance, Estimate, FitRecord
+from numpyro_rad.diagnostics.records import Alarm, BlockVariance, Estimate, FitRecord, Validation
 from numpyro_rad.planning.explain import size_text
 from numpyro_rad.report.charts import mean_and_error
 
@@ -39,6 +39,10 @@ TREND_Z, TREND_SHARE = 3.0, 0.1
 """A loss still falls if it fell by so many standard errors, and by this share of the fall before that."""
 
 
+RISE_Z = 4.0
+"""A held-out loss has risen if it did by so many standard errors: more than of one trend, as the lowest is a choice."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One thing to know about a fit.
@@ -55,7 +59,17 @@ class Finding:
 
 def findings(record: FitRecord) -> tuple[Finding, ...]:
     """All findings about a fit, the worst first."""
-    rules = (_of_values, _of_alarms, _of_codes, _of_trend, _of_convergence, _of_trust, _of_noise, _of_gaps)
+    rules = (
+        _of_values,
+        _of_alarms,
+        _of_codes,
+        _of_trend,
+        _of_validation,
+        _of_convergence,
+        _of_trust,
+        _of_noise,
+        _of_gaps,
+    )
     found = [f for rule in rules for f in rule(record)]
     return tuple(sorted(found, key=lambda f: LEVELS.index(f.level)))
 
@@ -240,6 +254,46 @@ def trend(losses: np.ndarray) -> tuple[float, float, bool, bool]:
     whole = np.ptp(np.array([mean_and_error(part)[0] for part in np.array_split(losses, 20)]))
     certain = abs(change) > max(TREND_Z * error, 1e-3 * whole)
     return change, error, certain and change > TREND_SHARE * max(before, 0.0), certain and change < 0
+
+
+def _of_validation(record: FitRecord) -> Iterator[Finding]:
+    validation = record.validation
+    if validation is None:
+        return
+    if not np.isfinite(validation.mean).all():
+        first = validation.steps[~np.isfinite(validation.mean)][0]
+        what = f"The loss on held-out data is NaN or infinite, first at step {int(first):,}."
+        yield Finding("warning", what, "Look for NaN and for values out of the support in the held-out data.")
+        return
+    lowest, rise, rises = rise_since_lowest(validation)
+    told = f"was lowest at step {int(validation.steps[lowest]):,}"
+    if rises:
+        what = f"The loss on held-out data {told} and has risen by {estimate(rise)} since: it overfits."
+        advice = "Stop there (stop=Plateau(), or keep the state in a callback), use a stronger prior or more data."
+        yield Finding("warning", what, advice)
+    elif lowest == len(validation.steps) - 1:
+        yield Finding("note", f"The loss on held-out data {told}, the last look.")
+    else:
+        yield Finding("good", f"The loss on held-out data {told} and has not risen since, beyond its noise.")
+
+
+def rise_since_lowest(validation: Validation) -> tuple[int, Estimate, bool]:
+    """The look with the lowest loss, the rise from there to the last looks, and whether it is beyond noise.
+
+    The levels compared are means over a window of looks around the lowest and at the end. Their noise has two parts:
+    that of the iterates, from successive looks, and that of the draws, from the differences of each draw (all looks
+    have the same draws, so what they have in common cancels).
+    """
+    losses, n = np.asarray(validation.losses, float), len(validation.steps)
+    lowest, width = int(np.argmin(validation.mean)), max(2, n // 10)
+    first, last = max(min(lowest - width // 2, n - width), 0), max(n - width, 0)
+    windows = [losses[i : i + width] for i in (first, last)]
+    change = windows[1].mean(0) - windows[0].mean(0)  # (draws,)
+    jitter = [mean_and_error(w.mean(1))[1] for w in windows]
+    spread = float(np.std(change, ddof=1)) / math.sqrt(len(change)) if len(change) > 1 else 0.0
+    rise = Estimate(float(change.mean()), math.hypot(*jitter, spread))
+    apart = last - first >= width and n >= 8
+    return lowest, rise, bool(apart and rise.value > RISE_Z * rise.standard_error)
 
 
 def _of_convergence(record: FitRecord) -> Iterator[Finding]:

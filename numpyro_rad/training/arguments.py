@@ -21,6 +21,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.mistakes import is_key, meant, shown
 from numpyro_rad.training.checkpoints import Checkpoint
+from numpyro_rad.training.validation import Plateau
 
 _PARTS, _RUN = "RAD_SVI(model, guide, optim, loss)", "run(rng_key, num_steps, *args)"
 
@@ -73,7 +74,9 @@ def check_key(key: Any, called: str, *others: Any) -> None:
     raise TypeError(f"rng_key={shown(key)}: one JAX PRNG key is expected. {advice}")
 
 
-def check_run(rng_key: Any, num_steps: Any, args: tuple, batches: Any, stop: Any, checkpoint: Any) -> None:
+def check_run(
+    rng_key: Any, num_steps: Any, args: tuple, batches: Any, stop: Any, checkpoint: Any, validate: Any
+) -> None:
     """The arguments of ``RAD_SVI.run`` that are not the model's.
 
     :raises TypeError: for one that is none of its kind.
@@ -86,9 +89,15 @@ def check_run(rng_key: Any, num_steps: Any, args: tuple, batches: Any, stop: Any
         raise TypeError(f"num_steps={shown(num_steps)}: a whole number of steps is expected. {advice}")
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: at least one step is needed.")
-    if isinstance(stop, str) or not (stop is None or callable(stop)):
+    if isinstance(stop, type):
+        raise TypeError(f"stop is {shown(stop)} itself. Make one: stop={stop.__name__}().")
+    if isinstance(stop, Plateau):
+        if validate is None:
+            raise ValueError(f"stop={stop}: it looks at held-out data, and there are none. Pass validate=(x, y).")
+    elif isinstance(stop, str) or not (stop is None or callable(stop)):
         if stop != "converged":
-            raise ValueError(f'stop={shown(stop)}: "converged" or a function (step, losses) -> bool is expected.')
+            rules = '"converged", a Plateau or a function (step, losses) -> bool'
+            raise ValueError(f"stop={shown(stop)}: {rules} is expected.")
     elif stop is not None:
         _check_call("stop", stop, 2, "step and losses", "lambda step, losses: ...")
     if not (checkpoint is None or isinstance(checkpoint, (Checkpoint, str, Path))):

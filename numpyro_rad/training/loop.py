@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from numpyro_rad.diagnostics.quality import Iterates
-from numpyro_rad.diagnostics.records import Alarm, FitRecord, Track, from_dict, to_dict
+from numpyro_rad.diagnostics.records import Alarm, FitRecord, Track, Validation, from_dict, to_dict
 from numpyro_rad.diagnostics.tracking import Tracker
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.planning.calibration import Calibration
@@ -43,6 +43,7 @@ from numpyro_rad.training.checkpoints import (
 from numpyro_rad.training.fingerprint import data, fingerprint
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.steps import Steps
+from numpyro_rad.training.validation import Plateau, Validator
 
 CALIBRATION_DRAWS = 3
 
@@ -56,7 +57,7 @@ _EARLY_END = "early end"
 
 _ITERATES = 1000  # that are remembered of a run, at most
 
-Stop = str | Callable[[int, np.ndarray], bool]
+Stop = str | Plateau | Callable[[int, np.ndarray], bool]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ class Look:
     :ivar losses: of all steps.
     :ivar track: noise of the gradient so far, None if it is not tracked.
     :ivar alarms: what was noticed so far.
+    :ivar validation: loss on held-out data so far, None without ``validate``.
     """
 
     step: int
@@ -77,6 +79,7 @@ class Look:
     losses: np.ndarray
     track: Track | None
     alarms: tuple[Alarm, ...]
+    validation: Validation | None = None
 
 
 class Fit:
@@ -93,9 +96,10 @@ class Fit:
         checkpoint: Checkpoint | None,
         snapshot: Snapshot | None,
         start: dict[str, Any],
+        validator: Validator | None,
     ) -> None:
         self.svi, self.num_steps, self.feed, self.options = svi, num_steps, feed, options
-        self.store, self.checkpoint = store, checkpoint
+        self.store, self.checkpoint, self.validator = store, checkpoint, validator
         self.begun, self.created = time.perf_counter(), results.now()
         self.state = jax.tree.map(jnp.copy, state)  # steps are given their memory
         self.step, self.used, self.pace = 0, 0, 1
@@ -138,6 +142,11 @@ class Fit:
         if len(self.fetched) != 1:
             self.fetched = [np.concatenate(self.fetched) if self.fetched else np.zeros(0, np.float32)]
         return self.fetched[0]
+
+    @property
+    def held_out(self) -> Validation | None:
+        """Loss on held-out data so far."""
+        return None if self.validator is None else self.validator.record
 
     @property
     def seconds(self) -> float:
@@ -261,6 +270,8 @@ class Fit:
         parts = [f"loss {valid.mean() if len(valid) else np.nan:.4g}"]
         if self.tracker is not None and self.tracker.rho is not None and np.isfinite(self.tracker.rho):
             parts.append(f"ρ {self.tracker.rho:.2g}")
+        if self.held_out is not None:
+            parts.append(f"held out {self.held_out.mean[-1]:.4g}")
         if self.steps.plan is not None:
             parts.append(f"residuals {size_text(self.steps.plan[0].stored_bytes)}")
         elif self.steps.temporary_bytes is not None:
@@ -278,18 +289,29 @@ class Fit:
                 self.last_good, self.last_good_step = self._copy(), self.step
             if self.tracker.wants_replan:
                 self._replan()
+        if self.validator is not None:
+            self.validator.look(self.step, self.state)
         if callbacks:
             track = None if self.tracker is None else self.tracker.track
-            seen = Look(self.step, self._copy(), float(self.losses[-1]), self.losses, track, tuple(self.alarms))
+            noticed = track, tuple(self.alarms), self.held_out
+            seen = Look(self.step, self._copy(), float(self.losses[-1]), self.losses, *noticed)
             for callback in callbacks:
                 if callback(seen) is True:
                     self.stopped_at, self.ending = self.step, f"a callback ended it after step {self.step}"
         if stop is not None and self.stopped_at is None:
-            done = self.iterates.converged() if isinstance(stop, str) else stop(self.step, self.losses)
-            if done:
+            why = self._reason(stop)
+            if why:
                 self.stopped, self.stopped_at = True, self.step
-                why = "the iterates had converged" if isinstance(stop, str) else "the rule said so"
                 self.ending = f"stopped after step {self.step}: {why}"
+
+    def _reason(self, stop: Stop) -> str:
+        """Why to stop here; empty to go on."""
+        if isinstance(stop, str):
+            return "the iterates had converged" if self.iterates.converged() else ""
+        if isinstance(stop, Plateau):
+            reached = self.held_out is not None and stop.reached(self.held_out.mean)
+            return f"the loss on held-out data had not fallen for {stop.patience} looks" if reached else ""
+        return "the rule said so" if stop(self.step, self.losses) else ""
 
     def _replan(self) -> None:
         """Measure variances at the current state, plan again, compile again."""
@@ -356,6 +378,7 @@ class Fit:
             "alarms": to_dict(self.alarms),
             "tracker": None if self.tracker is None else self.tracker.to_dict(),
             "iterates": self.iterates.to_dict(),
+            "validation": None if self.validator is None else self.validator.to_dict(),
             "calibration": None if calibration is None else calibration.to_dict(),
             "plans": self.plans,
             "stopped": self.stopped,
@@ -379,6 +402,8 @@ class Fit:
         self.begun -= meta["seconds"]
         self.alarms = [from_dict(Alarm, a) for a in meta["alarms"] if a["kind"] != _EARLY_END]  # it goes on now
         self.iterates = Iterates.restore(meta["iterates"])
+        if self.validator is not None:
+            self.validator.restore(meta.get("validation"))
         self.plans, self.stopped, self.diagnosed = meta["plans"], meta["stopped"], meta["diagnosed"]
         if isinstance(elbo, RAD_ELBO) and meta["calibration"] is not None:
             self.svi._measured = Calibration.from_dict(meta["calibration"])
@@ -408,6 +433,7 @@ class Fit:
             alarms=tuple(self.alarms),
             plan=None if plan is None else results.plan_record(*plan, self.steps.temporary_bytes),
             track=None if self.tracker is None else self.tracker.track,
+            validation=None if self.validator is None else self.validator.record_until(self.step, self.state),
         )
         result.interrupted, result.stopped_at, result.iterates = self.interrupted, self.stopped_at, self.iterates
         result.svi, result.args, result.kwargs = svi, args, kwargs
@@ -422,7 +448,7 @@ class Fit:
         }
         told |= {k: "yes" for k, on in self.options.items() if on}
         told |= {"batches": f"{self.feed.position[0] + 1} epochs"} if not isinstance(self.feed, Fixed) else {}
-        told |= {"stop": stop if isinstance(stop, str) else "a rule of the caller"} if stop is not None else {}
+        told |= {"stop": "a rule of the caller" if callable(stop) else str(stop)} if stop is not None else {}
         told |= {"checkpoint": str(self.checkpoint.folder)} if self.checkpoint is not None else {}
         return told
 

@@ -82,12 +82,12 @@ class Steps:
 
         :return: the state, the buffer with losses from ``start`` on, and the last loss.
         """
-        signature = _signature(state, args, kwargs)
-        if signature not in self._compiled:
-            self._compiled[signature] = self._compile(state, losses, args, kwargs)
+        key = signature(state, args, kwargs)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(state, losses, args, kwargs)
         if not self._loops:
             n = 1
-        return self._compiled[signature](state, losses, np.int32(start), np.int32(n), args, kwargs)
+        return self._compiled[key](state, losses, np.int32(start), np.int32(n), args, kwargs)
 
     # -- compilation -----------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ def split(args: tuple, kwargs: dict[str, Any], traced: bool) -> tuple[list[Any],
     return [x for x, on in zip(leaves, taken, strict=True) if on], merge
 
 
-def _signature(state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def signature(state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What a compiled step depends on: structures, shapes, and the values of what is no array."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     kinds = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else _hashable(x) for x in leaves)

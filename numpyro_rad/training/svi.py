@@ -35,6 +35,7 @@ from numpyro_rad.training.batches import Batches, Fixed, Varying, words
 from numpyro_rad.training.checkpoints import Checkpoint, Snapshot, Store
 from numpyro_rad.training.loop import CALIBRATION_DRAWS, Fit, Look, Stop
 from numpyro_rad.training.results import RAD_SVIRunResult
+from numpyro_rad.training.validation import Validator, held_out
 
 _DEFAULT_TRACKING = Tracking()
 
@@ -135,6 +136,7 @@ class RAD_SVI(SVI):
         callbacks: Sequence[Callable[[Look], Any]] = (),
         stop: Stop | None = None,
         checkpoint: Checkpoint | str | Path | None = None,
+        validate: Any = None,
         **kwargs: Any,
     ) -> RAD_SVIRunResult:
         """Fit, as ``SVI.run`` does: the same parameters, state and losses.
@@ -156,17 +158,25 @@ class RAD_SVI(SVI):
         :param callbacks: functions of a :class:`Look`, called whenever the noise is looked at (every
             ``tracking.interval`` steps, 100 without tracking); one that returns ``True`` ends the run.
         :param stop: ``"converged"`` to stop by the convergence of the iterates
-            (:meth:`numpyro_rad.Iterates.converged`), or a function ``(step, losses) -> bool``. It is asked when
-            callbacks are called.
+            (:meth:`numpyro_rad.Iterates.converged`), a :class:`Plateau` to stop by the loss on held-out data, or a
+            function ``(step, losses) -> bool``. It is asked when callbacks are called.
         :param checkpoint: where to save the run, a folder of its own. If there is a checkpoint of it, the run goes on
             from there, to the same bits as if it had never ended; with other data or another optimizer it is refused.
             Batches have to come in the same order again, since they are read from the beginning of the epoch and passed
             over; the first one of the epoch is compared. In another process that takes the same ``PYTHONHASHSEED``:
             NumPyro adds up sites in the order of a set of names, and sums are rounded differently in another order.
+        :param validate: held-out data: a batch (as in ``batches``) or a list of batches, whose losses are averaged.
+            Whenever callbacks are called, and at the end, the exact loss with them in the place of the training data is
+            evaluated: eight draws of the guide, the same ones each time and one at a time, without a gradient. With
+            ``batches``, ``args`` come before those of the held-out batch, otherwise these take their place; ``kwargs``
+            stay where the batch does not name them. Mutable state is used and not changed, and plates that draw
+            minibatches draw the same ones each time. See :class:`numpyro_rad.diagnostics.records.Validation` for what
+            the number means.
         :param kwargs: keyword arguments of model and guide.
         :return: result with the fields ``params``, ``state`` and ``losses``.
         :raises TypeError: for an argument that is none of its kind.
-        :raises ValueError: for fewer than one step, and for batches that change or of which there are none.
+        :raises ValueError: for fewer than one step, for batches that change or of which there are none, and for
+            held-out data that the guide has no parameters for.
         :raises BudgetError: if no plan meets the budget.
         :raises CheckpointError: for a checkpoint of another run, a damaged one and a folder that cannot be written.
 
@@ -176,7 +186,7 @@ class RAD_SVI(SVI):
             result = svi.run(key, 20_000, batches=loader, stop="converged", checkpoint="fit")
         """
         check_names(RAD_SVI.run, (self.model, self.guide), kwargs)
-        check_run(rng_key, num_steps, args, batches, stop, checkpoint)
+        check_run(rng_key, num_steps, args, batches, stop, checkpoint, validate)
         called = checked_callbacks(callbacks)
         if init_state is not None:
             check_state("run(init_state=...)", init_state)
@@ -188,6 +198,7 @@ class RAD_SVI(SVI):
             snapshot = store.newest() if store is not None else None
             done = _steps_of(snapshot, num_steps, store)
             args, kwargs = jax.tree.map(_on_device, (args, kwargs))
+            validator, beside = None, (args if batches is not None else (), kwargs)
             if batches is None:
                 feed: Any = Fixed(args, kwargs)
             else:
@@ -203,8 +214,10 @@ class RAD_SVI(SVI):
                 more = [a for a, k in feed.next_few(CALIBRATION_DRAWS)[1:] if not k and words(a) == words(args)]
                 if init_state is None or self._measured is None:
                     self._calibrate(state, args, kwargs, more)
+            if validate is not None:
+                validator = Validator(self, state, jax.tree.map(_on_device, held_out(validate, *beside)))
             start = {"init_state": init_state, "init_params": init_params}
-            fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start)
+            fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start, validator)
             fit.go(progress_bar, called, stop)
             return fit.result(stop)
 
