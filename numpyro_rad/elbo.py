@@ -200,7 +200,14 @@ class RAD_ELBO(Trace_ELBO):
         return taken.plan, taken.labels
 
     def calibrate(
-        self, svi: SVI, svi_state: Any, *args: Any, batches: Sequence[tuple] = (), draws: int = 3, **kwargs: Any
+        self,
+        svi: SVI,
+        svi_state: Any,
+        *args: Any,
+        batches: Sequence[tuple] = (),
+        draws: int = 3,
+        most_bytes: int | str | None = None,
+        **kwargs: Any,
     ) -> Calibration:
         """Measure what codes add to the variance of the gradient, and plan by it from now on.
 
@@ -217,8 +224,10 @@ class RAD_ELBO(Trace_ELBO):
             them the noise of minibatches that the caller draws is no part of the variance of the exact gradient.
         :param draws: number of gradients, at least 2. Three price the codes against one another; what they add in
             relation to the exact gradient's own variance is known as badly as that, and better from a dozen.
+        :param most_bytes: temporary memory that one draw may take, an int or a string such as ``"2GiB"``; None for any.
         :return: what was measured; it is also set on ``planner``.
         :raises ValueError: if a gradient is not finite, or for fewer than 2 draws.
+        :raises BudgetError: if a draw takes more than ``most_bytes``; none was made then.
 
         Example::
 
@@ -242,7 +251,8 @@ class RAD_ELBO(Trace_ELBO):
 
         taken, others = closure(svi_state.rng_key, args)
         stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
-        calibrator = Calibrator(taken.graph, plans.LADDER)
+        limit = None if most_bytes is None else parse_bytes(most_bytes)
+        calibrator = Calibrator(taken.graph, plans.LADDER, limit)
         for i, key in enumerate(jax.random.split(stream, draws)):
             sign_key, loss_key, row_key = jax.random.split(key, 3)
             _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))

@@ -125,6 +125,40 @@ def site_leaves(params: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(site_name(jax.tree_util.keystr(path[:1], simple=True)), leaf) for path, leaf in paths]
 
 
+def split(args: tuple, kwargs: dict[str, Any], traced: bool) -> tuple[list[Any], Any]:
+    """The arrays among arguments (none if they are not to be traced), and what puts arguments together again."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    taken = [traced and hasattr(x, "dtype") for x in leaves]
+    rest = [None if on else x for x, on in zip(leaves, taken, strict=True)]
+
+    def merge(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        return treedef.unflatten([next(given) if on else x for x, on in zip(rest, taken, strict=True)])
+
+    return [x for x, on in zip(leaves, taken, strict=True) if on], merge
+
+
+def with_arguments(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> Callable:
+    """``f(*operands, args, kwargs)`` compiled, as a function of the operands.
+
+    Arrays among the arguments are handed to the compiled function: as constants of it they would be copied into it,
+    more than once. Where ``f`` looks at their numbers they are constants all the same.
+
+    :param like: operands, of which only shapes and dtypes matter.
+    """
+    for traced in (True, False):
+        arrays, merge = split(args, kwargs, traced)
+        run = jax.jit(lambda arrays, *operands, merge=merge: f(*operands, *merge(arrays)))
+        try:
+            run.eval_shape(arrays, *like)
+        except (TypeError, jax.errors.JAXTypeError):
+            if not traced:
+                raise
+        else:
+            return partial(run, arrays)
+    raise AssertionError  # the second pass returns or raises
+
+
 def _as_arrays(results: Sequence[Any]) -> list[Any]:
     """Results of a program, of which a constant one is a literal until here."""
     return [r if isinstance(r, jax.Array) else jnp.asarray(r) for r in results]

@@ -253,6 +253,12 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, of the host or of a device."""
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return exhausted or isinstance(error, MemoryError)
+
+
 def is_forward_mode(x: Any) -> bool:
     """Whether ``x`` is being differentiated in forward mode at this very level."""
     return isinstance(x, ad.JVPTracer)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer import (
@@ -27,10 +28,14 @@ from numpyro.infer import (
     psis_diagnostic,
 )
 from numpyro.infer.elbo import ELBO
+from numpyro.infer.util import log_density
 
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates
 from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.transform import with_arguments
 
 __all__ = ["IterateAverage", "Iterates", "Shadow", "fit_quality", "shadow"]
 
@@ -41,6 +46,8 @@ _K_HAT_PARTICLES = 1000  # NumPyro's default; the tail that is fitted has 95 of 
 # Standard deviation of log weights, in nats. Beyond it the smaller weights of the tail are zero in double precision,
 # and what is fitted to the few that are left may even look harmless.
 _MOST_SPREAD = 100.0
+
+_FEWER = "Pass fewer rows, or assess on a machine with more memory."
 
 _BLOCKS = 20  # of steps over which a shadow run averages
 
@@ -65,7 +72,9 @@ def fit_quality(
     k-hat below 0.5 means that importance sampling would correct what the guide lacks, above 0.7 that the guide misses
     too much of the posterior for expectations under it to be trusted. It looks at all latent variables jointly, and is
     nearly always above 0.7 for a Bayesian neural network, however good its predictions: judge those on held-out data.
-    It takes 1000 evaluations, 100 at a time.
+    It takes 1000 evaluations, one at a time: in all, no more memory than the ELBO.
+
+    A number for which memory is short is left out, with a note.
 
     :param svi: the ``SVI`` of the fit; what is needed of it is its model, guide and loss.
     :param fit: the result of ``svi.run``, an ``SVIState`` (after ``svi.init``), or the dictionary of constrained
@@ -95,11 +104,18 @@ def fit_quality(
         )
     params, kwargs = _params(svi, fit), {**kwargs, **svi.static_kwargs}
     elbo_key, k_key = jax.random.split(key)
-    draws = _elbo_draws(svi, params, args, kwargs, elbo_key, standard_error, max_particles)
+    notes: list[str] = []
+    try:
+        draws = _elbo_draws(svi, params, args, kwargs, elbo_key, standard_error, max_particles)
+    except Exception as error:
+        if not _jax.is_out_of_memory(error):
+            raise
+        draws = np.full(2, math.nan)
+        notes.append(f"No ELBO: memory is too short for one evaluation on these data. {_FEWER}")
     with np.errstate(invalid="ignore"):
         spread = float(draws.std(ddof=1))
-    elbo, notes = Estimate(float(draws.mean()), spread / math.sqrt(len(draws))), []
-    if not math.isfinite(elbo.value):
+    elbo = Estimate(float(draws.mean()), spread / math.sqrt(len(draws)))
+    if not notes and not math.isfinite(elbo.value):
         notes.append(
             "The ELBO is not finite: some draw of the guide has no density under the model, or a parameter is NaN. "
             "Look at the parameters, and at the support of each site of the guide."
@@ -162,9 +178,10 @@ def _elbo_draws(
     """As many draws of the ELBO as it takes for a standard error."""
     loss, chunk = loss_of_one_particle(svi.loss), min(_CHUNK, max_particles)
 
-    @jax.jit
-    def draw(keys: Any, params: Any) -> Any:
+    def one_by_one(keys: Any, params: Any, args: tuple, kwargs: dict) -> Any:
         return jax.lax.map(lambda k: -loss.loss(k, params, svi.model, svi.guide, *args, **kwargs), keys)
+
+    draw = with_arguments(one_by_one, args, kwargs, jax.random.split(key, chunk), params)
 
     def draws(number: int) -> np.ndarray:
         return np.asarray(draw(jax.random.split(jax.random.fold_in(key, number), chunk), params), float)
@@ -186,16 +203,11 @@ def _pareto_k(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> tu
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Not enough tail samples")
             k_hat = psis_diagnostic(
-                key,
-                params,
-                svi.model,
-                svi.guide,
-                *args,
-                num_particles=_K_HAT_PARTICLES,
-                chunk_size=_CHUNK,
-                **kwargs,
+                key, {}, _weighted(svi, params, args, kwargs), _nothing, num_particles=_K_HAT_PARTICLES
             )
     except Exception as error:  # a diagnostic that NumPyro has not for this model must not lose the others
+        if _jax.is_out_of_memory(error):
+            return None, f"memory is too short for one evaluation on these data. {_FEWER}"
         return None, f"numpyro.infer.psis_diagnostic does not work for this model and guide: {error!r}"
     if not math.isfinite(k_hat):
         return None, (
@@ -203,6 +215,32 @@ def _pareto_k(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> tu
             "not finite: then the guide reaches where the model has no density."
         )
     return float(k_hat), ""
+
+
+def _weighted(svi: SVI, params: dict, args: tuple, kwargs: dict) -> Any:
+    """A model whose only density is the importance weight of a draw from the guide.
+
+    ``psis_diagnostic`` evaluates a model for all draws at once, which takes the memory of all of them. It may do so
+    here, since what it maps over is evaluated one by one.
+    """
+
+    def log_weight(key: Any, params: dict, args: tuple, kwargs: dict) -> Any:
+        guide_key, model_key = jax.random.split(key)
+        log_guide, drawn = log_density(seed(svi.guide, guide_key), args, kwargs, params)
+        log_model, _ = log_density(replay(seed(svi.model, model_key), drawn), args, kwargs, params)
+        return log_model - log_guide
+
+    weigh = with_arguments(log_weight, args, kwargs, jax.random.key(0), params)
+    one_by_one = jax.custom_batching.sequential_vmap(weigh)
+
+    def model() -> None:
+        numpyro.factor("weight", one_by_one(numpyro.prng_key(), params))
+
+    return model
+
+
+def _nothing() -> None:
+    """A guide without sites."""
 
 
 def _no_importance_weights(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> str:
@@ -276,8 +314,8 @@ def shadow(svi: SVI, rng_key: Any, num_steps: int, *args: Any, num_seeds: int = 
     """Run SVI with the randomized ELBO and with its exact base, from the same start and on the same keys.
 
     Both draw the same noise of the guide and the same minibatches, so their losses differ by what the codes did to the
-    parameters until then, and by nothing else. The exact run takes the memory that the randomized one saves: where that
-    is not there, compare on a smaller minibatch. Neither ``svi`` nor any state of it changes.
+    parameters until then, and by nothing else. The exact run makes residuals again rather than store more than twice
+    what the randomized one stores, so far as that can be. Neither ``svi`` nor any state of it changes.
 
     :param svi: an ``SVI`` whose loss is a ``RAD_ELBO``.
     :param rng_key: JAX PRNG key, split into one for each seed.
@@ -303,7 +341,7 @@ def shadow(svi: SVI, rng_key: Any, num_steps: int, *args: Any, num_seeds: int = 
         )
     keys = jax.random.split(rng_key, num_seeds)
     losses, starts, ends = zip(
-        *(_runs(svi, loss, keys, num_steps, args, kwargs) for loss in (svi.loss, svi.loss.base)), strict=True
+        *(_runs(svi, loss, keys, num_steps, args, kwargs) for loss in (svi.loss, None)), strict=True
     )
     blocks = np.array_split(np.arange(num_steps), min(_BLOCKS, num_steps))
     gain = np.stack([(losses[1] - losses[0])[:, block].mean(1) for block in blocks])  # (blocks, seeds)
@@ -318,15 +356,36 @@ def shadow(svi: SVI, rng_key: Any, num_steps: int, *args: Any, num_seeds: int = 
     )
 
 
+def _exact_in_little_memory(svi: SVI, state: Any, args: tuple, kwargs: dict) -> ELBO:
+    """The exact twin of the loss, with about the memory of it."""
+    loss: Any = svi.loss
+    if not jax.tree.leaves(svi.optim.get_params(state.optim_state)):
+        return loss.base
+    plan, _ = loss.plan_of_update(svi, state, *args, **kwargs)
+    exact = RAD_ELBO(base=loss.base, exact=True, memory_budget=2 * plan.stored_bytes)
+    try:
+        exact.plan_of_update(svi, state, *args, **kwargs)
+    except BudgetError as error:
+        exact = RAD_ELBO(base=loss.base, exact=True, memory_budget=error.smallest_bytes)
+    return exact
+
+
 def _runs(
     svi: SVI, loss: Any, keys: Any, num_steps: int, args: tuple, kwargs: dict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Losses, and flattened parameters at start and end, of one run for each key: each of shape (keys, ...)."""
-    twin = SVI(svi.model, svi.guide, svi.optim, loss, **svi.static_kwargs)
+    """Losses, and flattened parameters at start and end, of one run for each key: each of shape (keys, ...).
 
-    @jax.jit
-    def run(state: Any) -> Any:
+    :param loss: None for the exact base.
+    """
+    twin = SVI(svi.model, svi.guide, svi.optim, svi.loss if loss is None else loss, **svi.static_kwargs)
+
+    def steps(state: Any, args: tuple, kwargs: dict) -> Any:
         return jax.lax.scan(lambda s, _: twin.update(s, *args, **kwargs), state, None, length=num_steps)
+
+    first = twin.init(keys[0], *args, **kwargs)
+    if loss is None:
+        twin.loss = _exact_in_little_memory(twin, first, args, kwargs)
+    run = with_arguments(steps, args, kwargs, first)
 
     def flat(state: Any) -> np.ndarray:
         leaves = jax.device_get(jax.tree.leaves(twin.optim.get_params(state.optim_state)))

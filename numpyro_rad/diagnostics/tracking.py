@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.records import Alarm, Track, from_dict, to_dict
 from numpyro_rad.diagnostics.variance import GUIDE, NORM, PATH, Gradient, reduce_gradients
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, training_keys
@@ -108,6 +109,7 @@ class Tracker:
         self._rho: list[float] = []
         self._seconds: list[float] = []
         self._issued: set[tuple[str, str]] = set()
+        self._too_large = False  # for the memory that there is
         self._start()
 
     def _start(self) -> None:
@@ -138,15 +140,18 @@ class Tracker:
             the noise of minibatches that the caller draws is no part of what is measured; that of plates always is.
         :return: alarms that were not raised before.
         """
+        if self._too_large:
+            return ()
         kwargs = {} if kwargs is None else kwargs
         self._forget_other_plans()
         if not self._names:
             self._names = tuple(name for name, _ in named_leaves(self.svi.optim.get_params(svi_state.optim_state)))
-        keys = self._keys(svi_state.rng_key)
-        a = self._gradient(svi_state, keys[0], args, kwargs)
-        b = self._gradient(svi_state, keys[1], args, kwargs) if isinstance(self.svi.loss, RAD_ELBO) else None
-        c = self._gradient(svi_state, keys[2], *((args, kwargs) if other is None else other))
-        numbers, finite = (np.asarray(x) for x in jax.device_get(reduce_gradients(a, b, c)))
+        try:
+            numbers, finite = self._measured(svi_state, args, kwargs, other)
+        except Exception as error:
+            if not _jax.is_out_of_memory(error):
+                raise
+            return self._give_up(step)
         numbers = numbers.astype(np.float64)
         path, total, norm = numbers[:, PATH], numbers[:, PATH] + numbers[:, GUIDE], numbers[:, NORM]
         look = np.where(finite, np.stack([path, total, norm]), math.nan)  # (3, names)
@@ -159,6 +164,27 @@ class Tracker:
             alarms += self._judge(step, look)
         self._rho.append(self.rho)
         return self._issue(alarms)
+
+    def _measured(
+        self, svi_state: Any, args: tuple, kwargs: dict, other: tuple[tuple, dict] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Three gradients, reduced to numbers of each array, and whether they are finite."""
+        keys = self._keys(svi_state.rng_key)
+        a = self._gradient(svi_state, keys[0], args, kwargs)
+        b = self._gradient(svi_state, keys[1], args, kwargs) if isinstance(self.svi.loss, RAD_ELBO) else None
+        other_args, other_kwargs = (args, kwargs) if other is None else other
+        c = self._gradient(svi_state, keys[2], other_args, other_kwargs)
+        numbers, finite = jax.device_get(reduce_gradients(a, b, c))
+        return np.asarray(numbers), np.asarray(finite)
+
+    def _give_up(self, step: int) -> tuple[Alarm, ...]:
+        """Where memory is short, training goes on without looks."""
+        self._too_large = True
+        message = (
+            f"at step {step} memory was too short for a look at the noise, three gradients beside the fit: there are "
+            "no more looks. Leave more memory free (a smaller memory_budget), or pass tracking=None."
+        )
+        return self._issue([Alarm(int(step), "memory", "", message)])
 
     def _forget_other_plans(self) -> None:
         if self._is_replanned:

@@ -25,7 +25,7 @@ import numpy as np
 
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Graph, Value
-from numpyro_rad.ad.plan import Path, Plan
+from numpyro_rad.ad.plan import BudgetError, Path, Plan
 from numpyro_rad.ad.seeds import signs
 from numpyro_rad.ad.sweep import Tape, backward, forward
 from numpyro_rad.planning import plans
@@ -301,12 +301,15 @@ def _with_arrays(plan: Plan, tape: Tape, arrays: Iterator[tuple[Any, ...]]) -> T
 
 
 class Calibrator:
-    """Gathers draws of the gradient of a program and of what its codes add to it."""
+    """Gathers draws of the gradient of a program and of what its codes add to it.
 
-    def __init__(self, graph: Graph, codecs: Sequence[Codec]) -> None:
-        self._graph, self._codecs = graph, tuple(codecs)
+    :param most_bytes: temporary memory that a draw may take, None for any.
+    """
+
+    def __init__(self, graph: Graph, codecs: Sequence[Codec], most_bytes: int | None = None) -> None:
+        self._graph, self._codecs, self._most_bytes = graph, tuple(codecs), most_bytes
         measure, self._paths = probe(graph, codecs)
-        self._measure = jax.jit(measure)
+        self._measure: Any = jax.jit(measure)
         self._gradients: list[list[np.ndarray]] = []
         self._tables: list[np.ndarray] = []
         self._squares: list[np.ndarray] = []
@@ -322,7 +325,18 @@ class Calibrator:
         :param signs: the tangent along which it is projected, for each differentiated operand.
         :param pull: from the gradient in these operands to the gradient whose variance counts.
         :return: the gradient in the differentiated operands.
+        :raises BudgetError: if the draw would take too much memory.
         """
+        if self._most_bytes is not None and not self._gradients:
+            compiled = self._measure.lower(key, operands, signs).compile()
+            needed = int(compiled.memory_analysis().temp_size_in_bytes)
+            if needed > self._most_bytes:
+                raise BudgetError(
+                    f"calibrate: a draw takes {needed} bytes, and most_bytes={self._most_bytes}. Raise it, use a "
+                    "smaller minibatch, or plan without measured variances.",
+                    needed,
+                )
+            self._measure = compiled
         gradient, squares, table = self._measure(key, operands, signs)
         self._gradients.append([np.asarray(x) for x in jax.tree.leaves(pull(gradient))])
         self._tables.append(np.asarray(table))

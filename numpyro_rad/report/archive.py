@@ -8,6 +8,7 @@ container, 0.x has ``InferenceData``.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import warnings
@@ -24,8 +25,11 @@ from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
 from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, Validation, to_dict
+from numpyro_rad.transform import with_arguments
 
 SAMPLE = ("chain", "draw")
+
+_WAITING_BYTES = 2**23  # of draws on the device
 
 _RESERVED = (*SAMPLE, "sample")  # the last is what ArviZ calls chain and draw when it stacks them
 
@@ -39,7 +43,7 @@ def to_arviz(
     record: FitRecord | None = None,
     log_likelihood: bool = True,
     posterior_predictive: bool = True,
-    batch_size: int = 20,
+    batch_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draws from the guide and all that goes with them, for ArviZ.
@@ -67,7 +71,8 @@ def to_arviz(
     :param record: what is known about the fit.
     :param log_likelihood: whether to compute it: one number for each draw and observation.
     :param posterior_predictive: whether to draw the observed sites anew for each draw.
-    :param batch_size: draws that are on the device at a time; the rest is on the host.
+    :param batch_size: draws whose results wait on the device until they go to the host; by default as many as take
+        8 MiB, at least one. They are made one after the other, in the memory of one.
     :param kwargs: keyword arguments of model and guide.
     :return: a ``DataTree`` (ArviZ 1.x) or ``InferenceData`` (0.x), arrays on the host.
     :raises ImportError: without ArviZ.
@@ -81,7 +86,7 @@ def to_arviz(
     """
     generation = _arviz_generation()
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value}: it takes at least 1.")
     if getattr(svi.loss, "multi_sample_guide", False):
         raise ValueError(
@@ -227,13 +232,27 @@ def _plate_dims(site: Any, group: str) -> Iterator[str | None]:
         yield frame.name if frame is not None and fits else None
 
 
-def _collected(draws: _Draws, key: Any, n: int, batch_size: int, wanted: list[str]) -> dict[str, dict[str, np.ndarray]]:
+def _collected(
+    draws: _Draws, key: Any, n: int, batch_size: int | None, wanted: list[str]
+) -> dict[str, dict[str, np.ndarray]]:
     """All draws on the host, shape (1, draws, ...), made in batches of one size so that they compile once."""
-    size = min(batch_size, n)
+
+    def one_by_one(keys: Any, values: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = copy.copy(draws)
+        given.values, given.args, given.kwargs = values, args, kwargs
+        return jax.lax.map(lambda k: given.draw(k, wanted), keys)
+
+    draw = with_arguments(one_by_one, draws.args, draws.kwargs, jax.random.split(key, 1), draws.values)
+    shapes = jax.eval_shape(draw, jax.random.split(key, 1), draws.values)
+    one_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    size = min(n, batch_size or max(1, _WAITING_BYTES // max(one_bytes, 1)))
     keys = jax.random.split(key, -(-n // size) * size)
-    draw = jax.jit(jax.vmap(lambda k: draws.draw(k, wanted)))
-    parts = [jax.tree.map(np.asarray, draw(keys[i : i + size])) for i in range(0, n, size)]
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[None, :n], *parts)
+    found = jax.tree.map(lambda x: np.empty((1, n, *x.shape[1:]), x.dtype), shapes)
+    for start in range(0, n, size):
+        part = draw(keys[start : start + size], draws.values)
+        for whole, new in zip(jax.tree.leaves(found), jax.tree.leaves(part), strict=True):
+            whole[0, start : start + size] = np.asarray(new)[: n - start]
+    return found
 
 
 # -- containers --------------------------------------------------------------------------------------------------------

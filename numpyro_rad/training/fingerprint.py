@@ -28,7 +28,7 @@ from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.training import results
 from numpyro_rad.training.batches import word, words
 from numpyro_rad.training.checkpoints import to_host
-from numpyro_rad.training.steps import split
+from numpyro_rad.transform import split
 
 _CHUNK_BYTES = 2**26  # of an array, for one thread
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.quality import Iterates
 from numpyro_rad.diagnostics.records import Alarm, FitRecord, Track, Validation, from_dict, to_dict
 from numpyro_rad.diagnostics.tracking import Tracker
@@ -324,8 +325,14 @@ class Fit:
             self.svi._measured = elbo.calibrate(
                 self.svi, self.state, *args, batches=more, draws=CALIBRATION_DRAWS, **kwargs
             )
-        except ValueError as error:  # a gradient that is not finite; the tracker tells of that
-            self.alarms.append(Alarm(self.step, "replan", "", f"No new plan was made: {error}"))
+        except Exception as error:
+            if _jax.is_out_of_memory(error):
+                why = "memory is too short to measure variances (see RAD_ELBO.calibrate)."
+            elif isinstance(error, ValueError):  # a gradient that is not finite; the tracker tells of that
+                why = str(error)
+            else:
+                raise
+            self.alarms.append(Alarm(self.step, "replan", "", f"No new plan was made: {why}"))
             return
         self.plans = {}
         before = self.steps.plan

@@ -19,6 +19,7 @@ import numpy as np
 from numpyro.infer.svi import SVI, SVIRunResult
 
 from numpyro_rad import report
+from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.diagnostics.quality import Iterates, fit_quality
 from numpyro_rad.diagnostics.records import Alarm, FitRecord, PlanRecord, PlanRow, Track
@@ -195,8 +196,14 @@ def assessed(
     for name, measure in measures.items():
         try:
             found[name] = measure()
-        except ValueError as error:  # of a gradient or loss that is not finite, above all
-            alarms.append(Alarm(record.num_steps, "assessment", "", f"{name} was not measured: {error}"))
+        except Exception as error:
+            if _jax.is_out_of_memory(error):
+                why = "memory is too short for it. Pass fewer rows, or assess on a machine with more memory."
+            elif isinstance(error, ValueError):  # of a gradient or loss that is not finite, above all
+                why = str(error)
+            else:
+                raise
+            alarms.append(Alarm(record.num_steps, "assessment", "", f"{name} was not measured: {why}"))
     return dataclasses.replace(record, alarms=tuple(alarms), **found)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.training.batches import words
+from numpyro_rad.transform import split
 
 CAPACITY = 1024
 """Losses that are collected on the device before they have to be fetched."""
@@ -175,19 +176,6 @@ class Steps:
             if self.plans:  # the last batch of an epoch is smaller than those of the calibration, which is no mistake
                 warnings.filterwarnings("ignore", "the calibration was made for another program")
             return self._svi.loss.plan_of_update(self._svi, state, *args, **kwargs)
-
-
-def split(args: tuple, kwargs: dict[str, Any], traced: bool) -> tuple[list[Any], Any]:
-    """The arrays among arguments (none if they are not to be traced), and what puts arguments together again."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    taken = [traced and hasattr(x, "dtype") for x in leaves]
-    rest = [None if on else x for x, on in zip(leaves, taken, strict=True)]
-
-    def merge(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        return treedef.unflatten([next(given) if on else x for x, on in zip(rest, taken, strict=True)])
-
-    return [x for x, on in zip(leaves, taken, strict=True) if on], merge
 
 
 def signature(state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

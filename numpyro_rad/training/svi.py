@@ -9,6 +9,7 @@ more than its own two loops differ by.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.mistakes import check_fit, check_state
@@ -50,7 +52,8 @@ class RAD_SVI(SVI):
     :param tracking: how ``run`` measures the noise of the gradient, None not to.
     :param calibrate: whether to measure what codes add to the variance before the first step
         (:meth:`RAD_ELBO.calibrate`). None: where plans are chosen by price, with ``memory_budget`` or
-        ``added_variance``, and no calibration was given.
+        ``added_variance``, and no calibration was given. A size such as ``"2GiB"``: if that takes no more temporary
+        memory. Where memory is too short, plans are made without, with a warning.
     :param static_kwargs: as for ``SVI``.
 
     Example::
@@ -68,7 +71,7 @@ class RAD_SVI(SVI):
         loss: Any = None,
         *,
         tracking: Tracking | None = _DEFAULT_TRACKING,
-        calibrate: bool | None = None,
+        calibrate: bool | int | str | None = None,
         **static_kwargs: Any,
     ) -> None:
         check_names(RAD_SVI.__init__, (model, guide), static_kwargs)
@@ -120,7 +123,15 @@ class RAD_SVI(SVI):
         if self.calibrate is None and planner.memory_budget is None and planner.added_variance is None:
             return
         if planner.calibration is None or planner.calibration is self._measured:
-            self._measured = elbo.calibrate(self, state, *args, batches=batches, draws=CALIBRATION_DRAWS, **kwargs)
+            most = None if self.calibrate in (None, True) else self.calibrate
+            options = {"batches": batches, "draws": CALIBRATION_DRAWS, "most_bytes": most}
+            try:
+                self._measured = elbo.calibrate(self, state, *args, **options, **kwargs)
+            except Exception as error:
+                if not (isinstance(error, BudgetError) or _jax.is_out_of_memory(error)):
+                    raise
+                why = error if isinstance(error, BudgetError) else "memory is too short for it (see RAD_ELBO.calibrate)"
+                warnings.warn(f"Variances were not measured, plans are made without: {why}", stacklevel=3)
 
     def run(
         self,

@@ -20,7 +20,8 @@ from numpyro_rad.diagnostics.quality import loss_of_one_particle
 from numpyro_rad.diagnostics.records import Validation, from_dict, to_dict
 from numpyro_rad.elbo import NoiseKeys, loss_by_keys
 from numpyro_rad.training.batches import words
-from numpyro_rad.training.steps import signature, split
+from numpyro_rad.training.steps import signature
+from numpyro_rad.transform import split
 
 DRAWS = 8
 """Samples of the guide in one look; they follow one another, so that memory is that of one."""
