@@ -199,6 +199,18 @@ class FitQuality:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convergence:
+    """Whether the iterates of a run have converged, see :class:`numpyro_rad.Iterates`.
+
+    :ivar converged: None if too few iterates were recorded.
+    :ivar told: the numbers that it goes by and their limits, in words.
+    """
+
+    converged: bool | None
+    told: str
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanRow:
     """One residual of a plan, see ``numpyro_rad.Explanation``."""
 
@@ -253,6 +265,7 @@ class FitRecord:
     :ivar gradient_variance: noise of the gradient at the end, split by source.
     :ivar quality: how good the fit is.
     :ivar validation: loss on held-out data during the fit.
+    :ivar convergence: whether its iterates have converged; None if they were not recorded.
     """
 
     title: str
@@ -269,6 +282,7 @@ class FitRecord:
     gradient_variance: GradientVariance | None = None
     quality: FitQuality | None = None
     validation: Validation | None = None
+    convergence: Convergence | None = None
 
 
 def to_dict(record: Any) -> Any:

@@ -444,6 +444,7 @@ def _rows_table(plan: PlanRecord) -> Table:
 def _quality(record: FitRecord) -> Iterator[Section]:
     quality = record.quality
     if quality is None:
+        yield from _convergence(record)
         return
     converged = {None: "unknown", True: "yes", False: "no"}[quality.converged]
     rows = (
@@ -459,6 +460,16 @@ def _quality(record: FitRecord) -> Iterator[Section]:
         *quality.notes,
     )
     yield Section("Quality of the fit", text, (Table("Quality", ("what", "value", "how to read it"), rows, 3),))
+
+
+def _convergence(record: FitRecord) -> Iterator[Section]:
+    """What the run itself knows, where nothing was measured afterwards."""
+    known = record.convergence
+    if known is None:
+        return
+    said = {None: "It is unknown whether the iterates have converged", True: "The iterates have converged"}
+    what = said.get(known.converged, "The iterates have not converged")
+    yield Section("Convergence", (f"{what}: {known.told}.",), ())
 
 
 def _alarms(record: FitRecord) -> Iterator[Section]:

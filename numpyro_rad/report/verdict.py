@@ -299,6 +299,7 @@ def rise_since_lowest(validation: Validation) -> tuple[int, Estimate, bool]:
 def _of_convergence(record: FitRecord) -> Iterator[Finding]:
     quality = record.quality
     if quality is None or (quality.converged is None and quality.r_hat is None):
+        yield from _of_iterates(record)
         return
     told = [f"{name} {x:.3g}" for name, x in (("R-hat", quality.r_hat), ("MCSE", quality.mcse)) if x is not None]
     numbers = f" ({', '.join(told)})" if told else ""
@@ -312,6 +313,25 @@ def _of_convergence(record: FitRecord) -> Iterator[Finding]:
         yield Finding("warning", what, "Train longer, lower the learning rate, or use the averaged iterates.")
     else:
         what = f"The iterates have not converged{numbers}: they still travel."
+        yield Finding("warning", what, "Train longer, or lower the learning rate towards the end.")
+
+
+def _of_iterates(record: FitRecord) -> Iterator[Finding]:
+    """Of convergence as the run itself saw it."""
+    known = record.convergence
+    if known is None:
+        return
+    losses = np.asarray(record.losses, float)
+    level = len(losses) >= 40 and np.isfinite(losses).all() and not any(trend(losses)[2:])
+    if known.converged is None:
+        yield Finding("note", f"Convergence is unknown: {known.told}.", "Train longer.")
+    elif known.converged:
+        yield Finding("good", f"The iterates have converged: {known.told}.")
+    elif level:
+        what = f"The loss is level, but the parameters are not known to have settled: {known.told}."
+        yield Finding("note", what, "More steps, or averaged iterates, come closer to the optimum.")
+    else:
+        what = f"The iterates have not converged: {known.told}."
         yield Finding("warning", what, "Train longer, or lower the learning rate towards the end.")
 
 
@@ -377,7 +397,8 @@ def _of_gaps(record: FitRecord) -> Iterator[Finding]:
     if record.gradient_variance is None and record.track is None:
         yield Finding("note", "The noise of the gradient was not measured.", "Call gradient_variance, or run RAD_SVI.")
     if record.quality is None:
-        what = "Convergence and the distance from the posterior were not looked at."
+        looked = "Convergence and the distance" if record.convergence is None else "The distance"
+        what = f"{looked} from the posterior {'were' if record.convergence is None else 'was'} not looked at."
         yield Finding("note", what, "Call fit_quality on the full data.")
     elif record.quality.pareto_k is None:
         yield Finding("note", "The distance of the guide from the posterior is unknown: k-hat was not computed.")

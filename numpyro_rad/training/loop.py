@@ -196,7 +196,7 @@ class Fit:
             while flying:
                 self._landed(*flying.popleft())
             self._flush(losses, bar, time.perf_counter() - flushed)
-            self._end(asked)
+            self._end(asked, stop)
             if self.store is not None:
                 self._save()
 
@@ -216,9 +216,18 @@ class Fit:
         )
         return True
 
-    def _end(self, asked: threading.Event) -> None:
-        """Say why the run ended before its last step, if it did."""
-        if self.step == self.num_steps or self.stopped_at is not None:
+    def _end(self, asked: threading.Event, stop: Stop | None) -> None:
+        """Say why the run ended before its last step, if it did, and why it did not although it was asked to."""
+        if self.stopped_at is not None:
+            return
+        if self.step == self.num_steps:
+            if stop == "converged" and not self.iterates.converged():
+                self.ending = "all steps were taken, and the iterates had not converged"
+                warnings.warn(
+                    f'run: stop="converged", but all {self.step} steps were taken: {self.iterates.describe()}. Ask for '
+                    "more steps, or raise the learning rate if the loss fell slowly.",
+                    stacklevel=4,
+                )
             return
         if asked.is_set():
             self.interrupted, self.ending = True, f"interrupted after step {self.step}"
@@ -441,6 +450,7 @@ class Fit:
             plan=None if plan is None else results.plan_record(*plan, self.steps.temporary_bytes),
             track=None if self.tracker is None else self.tracker.track,
             validation=None if self.validator is None else self.validator.record_until(self.step, self.state),
+            convergence=results.convergence_record(self.iterates),
         )
         result.interrupted, result.stopped_at, result.iterates = self.interrupted, self.stopped_at, self.iterates
         result.svi, result.args, result.kwargs = svi, args, kwargs

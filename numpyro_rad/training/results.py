@@ -22,7 +22,7 @@ from numpyro_rad import report
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.diagnostics.quality import Iterates, fit_quality
-from numpyro_rad.diagnostics.records import Alarm, FitRecord, PlanRecord, PlanRow, Track
+from numpyro_rad.diagnostics.records import Alarm, Convergence, FitRecord, PlanRecord, PlanRow, Track
 from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.planning.explain import explained
@@ -241,6 +241,11 @@ def _both_timelines(plan: Plan) -> tuple[tuple[float, float, float], ...]:
     sides = np.stack([times - 1e-9, times + 1e-9], 1).ravel()
     held, exact = (np.interp(sides, t, size) for t, size in curves)
     return tuple(zip(np.repeat(times, 2).tolist(), held.tolist(), exact.tolist(), strict=True))
+
+
+def convergence_record(iterates: Iterates) -> Convergence:
+    """What is known of the convergence of a run."""
+    return Convergence(None if iterates.r_hat() is None else iterates.converged(), iterates.describe())
 
 
 def versions() -> dict[str, str]:
