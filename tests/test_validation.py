@@ -19,7 +19,7 @@ from numpyro_rad import RAD_ELBO, Plateau, report
 from numpyro_rad.diagnostics.records import FitRecord, Validation, from_dict, to_dict
 from numpyro_rad.report.verdict import findings, rise_since_lowest
 from numpyro_rad.training.svi import RAD_SVI
-from numpyro_rad.training.validation import _TAG, DRAWS
+from numpyro_rad.training.validation import _TAG, DRAWS, Validator
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -239,3 +239,21 @@ def test_records_with_and_without_it(tmp_path):
     assert from_dict(FitRecord, json.loads(json.dumps(older))).validation is None
     with pytest.raises(ValueError, match="losses"):
         from_dict(FitRecord, {k: v for k, v in older.items() if k != "losses"})
+
+
+def deep(x, y=None):
+    for i in range(6):
+        w = numpyro.sample(f"w{i}", dist.Normal(0, 1).expand([x.shape[1], 16]).to_event(2))
+        x = jnp.tanh(x @ w)
+    numpyro.sample("y", dist.Normal(x.sum(1), 1).to_event(1), obs=y)
+
+
+@pytest.mark.slow
+def test_nothing_is_kept_for_a_backward_sweep():
+    x, y = np.ones((4096, 16), np.float32), np.ones(4096, np.float32)
+    svi = fit(deep, loss=Trace_ELBO())
+    state = svi.init(KEY, x, y)
+    (look,) = Validator(svi, state, [((x, y), {})])._functions
+    both = svi.update, lambda state, *args: look(state, args, {})
+    step, looked_at = (jax.jit(f).lower(state, x, y).compile().memory_analysis().temp_size_in_bytes for f in both)
+    assert looked_at < step / 2  # at most two layers of one draw, in place of all six
