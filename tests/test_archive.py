@@ -59,7 +59,7 @@ def draws(data, name):
 
 def test_densities_are_those_of_numpyro(line_fit):
     svi, result = line_fit
-    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=13, batch_size=5)
+    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=13, chunk_size=5)
     sample = {**draws(data, "a"), **draws(data, "b")}
     joint = dist.Normal(0, 2).log_prob(sample["a"]) + dist.Normal(0, 2).log_prob(sample["b"]).sum(-1)
     likelihood = log_likelihood(line, sample, X, Y)["y"]
@@ -89,7 +89,7 @@ def test_layout(line_fit):
 
 def test_predictions_are_drawn_anew(line_fit):
     svi, result = line_fit
-    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=1000, batch_size=250)
+    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=1000, chunk_size=250)
     noise = data["posterior_predictive"]["y"].values[0] - data["posterior"]["mean"].values[0]
     assert_unbiased(noise, np.zeros(len(X)), "prediction")
     assert_unbiased(noise**2, np.full(len(X), 0.4**2), "variance of the prediction")
@@ -104,7 +104,7 @@ def test_groups_can_be_left_out(line_fit):
 
 def test_arviz_understands_it(line_fit):
     svi, result = line_fit
-    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=400, batch_size=100)
+    data = to_arviz(svi, result, X, Y, key=KEY, num_samples=400, chunk_size=100)
     table = az.summary(data, var_names=["a", "b"])
     assert len(table) == 3
     loo = az.loo(data, var_name="y")
@@ -293,14 +293,16 @@ def test_labels_of_a_record_are_told_apart(line_fit):
 
 
 def test_minibatches_of_plates_become_the_data():
-    def model(x, y):
+    """The size of a minibatch is an argument of the model, as it is called in most of them."""
+
+    def model(x, y, batch_size):
         a = numpyro.sample("a", dist.Normal(0, 2))
-        with numpyro.plate("points", len(x), subsample_size=5) as index:
+        with numpyro.plate("points", len(x), subsample_size=batch_size) as index:
             local = numpyro.sample("local", dist.Normal(a, 1))
             numpyro.sample("y", dist.Normal(local, 0.4), obs=jnp.asarray(y)[index])
 
-    svi, params = prepared(model, AutoNormal(model), X, Y)
-    data = to_arviz(svi, params, X, Y, key=KEY, num_samples=6)
+    svi, params = prepared(model, AutoNormal(model), X, Y, 5)
+    data = to_arviz(svi, params, X, Y, key=KEY, num_samples=6, batch_size=5)
     np.testing.assert_array_equal(data["observed_data"]["y"].values, Y)
     a, local = (data["posterior"][n].values[0] for n in ("a", "local"))
     assert data["posterior"]["local"].dims == ("chain", "draw", "points")
@@ -326,7 +328,7 @@ def test_discrete_sites_of_the_model_are_drawn_given_the_rest():
         numpyro.sample("means", dist.Delta(numpyro.param("at", at), event_dim=1))
 
     svi, params = SVI(mixture, guide, optax.adam(0.1), TraceEnum_ELBO(max_plate_nesting=1)), {"at": at}
-    data = to_arviz(svi, params, y, key=KEY, num_samples=600, batch_size=200)
+    data = to_arviz(svi, params, y, key=KEY, num_samples=600, chunk_size=200)
     z, means = data["posterior"]["z"].values[0], data["posterior"]["means"].values[0]
     joint = np.stack([np.log(p) + dist.Normal(means[:1, [i]], 1).log_prob(y)[0] for i, p in enumerate((0.7, 0.3))])
     weights = np.exp(joint - np.logaddexp(*joint))
@@ -410,7 +412,7 @@ def test_factors_are_no_data():
 
 def test_wrong_arguments(line_fit, monkeypatch):
     svi, result = line_fit
-    for option in ("num_samples", "batch_size"):
+    for option in ("num_samples", "chunk_size"):
         with pytest.raises(ValueError, match=f"{option}=0"):
             to_arviz(svi, result, X, Y, key=KEY, **{option: 0})
     several = SVI(line, svi.guide, optax.adam(0.1), Trace_ELBO(multi_sample_guide=True))

@@ -43,7 +43,7 @@ def to_arviz(
     record: FitRecord | None = None,
     log_likelihood: bool = True,
     posterior_predictive: bool = True,
-    batch_size: int | None = None,
+    chunk_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draws from the guide and all that goes with them, for ArviZ.
@@ -71,12 +71,12 @@ def to_arviz(
     :param record: what is known about the fit.
     :param log_likelihood: whether to compute it: one number for each draw and observation.
     :param posterior_predictive: whether to draw the observed sites anew for each draw.
-    :param batch_size: draws whose results wait on the device until they go to the host; by default as many as take
+    :param chunk_size: draws whose results wait on the device until they go to the host; by default as many as take
         8 MiB, at least one. They are made one after the other, in the memory of one.
     :param kwargs: keyword arguments of model and guide.
     :return: a ``DataTree`` (ArviZ 1.x) or ``InferenceData`` (0.x), arrays on the host.
     :raises ImportError: without ArviZ.
-    :raises ValueError: for ``num_samples`` or ``batch_size`` below 1, or a guide of several samples at once.
+    :raises ValueError: for ``num_samples`` or ``chunk_size`` below 1, or a guide of several samples at once.
 
     Example::
 
@@ -85,7 +85,7 @@ def to_arviz(
         data.to_netcdf("fit.nc")
     """
     generation = _arviz_generation()
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+    for name, value in (("num_samples", num_samples), ("chunk_size", chunk_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: it takes at least 1.")
     if getattr(svi.loss, "multi_sample_guide", False):
@@ -97,7 +97,7 @@ def to_arviz(
     mutable = getattr(getattr(result, "state", None), "mutable_state", None) or {}
     draws = _Draws(svi, {**values, **mutable}, args, {**kwargs, **svi.static_kwargs})
     wanted = [*["log_likelihood"] * log_likelihood, *["posterior_predictive"] * posterior_predictive]
-    found = _collected(draws, key, num_samples, batch_size, ["posterior", "sample_stats", *wanted])
+    found = _collected(draws, key, num_samples, chunk_size, ["posterior", "sample_stats", *wanted])
     stats = {"sample_stats": _dataset(found.pop("sample_stats"), {}, SAMPLE, _Names(()))}
     observed = {name: np.asarray(site["value"]) for name, site in draws.observed.items()}
     names = _Names([*found["posterior"], *observed])
@@ -233,7 +233,7 @@ def _plate_dims(site: Any, group: str) -> Iterator[str | None]:
 
 
 def _collected(
-    draws: _Draws, key: Any, n: int, batch_size: int | None, wanted: list[str]
+    draws: _Draws, key: Any, n: int, chunk_size: int | None, wanted: list[str]
 ) -> dict[str, dict[str, np.ndarray]]:
     """All draws on the host, shape (1, draws, ...), made in batches of one size so that they compile once."""
 
@@ -245,7 +245,7 @@ def _collected(
     draw = with_arguments(one_by_one, draws.args, draws.kwargs, jax.random.split(key, 1), draws.values)
     shapes = jax.eval_shape(draw, jax.random.split(key, 1), draws.values)
     one_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    size = min(n, batch_size or max(1, _WAITING_BYTES // max(one_bytes, 1)))
+    size = min(n, chunk_size or max(1, _WAITING_BYTES // max(one_bytes, 1)))
     keys = jax.random.split(key, -(-n // size) * size)
     found = jax.tree.map(lambda x: np.empty((1, n, *x.shape[1:]), x.dtype), shapes)
     for start in range(0, n, size):
