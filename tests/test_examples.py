@@ -340,6 +340,21 @@ def test_growth_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_pa
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_memory_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    memory, figures = (benchmarks(module) for module in ("memory", "figures"))
+    output, page = tmp_path / "memory.json", tmp_path / "page.md"
+    tasks = ["exact_step", "step", "look", "to_arviz"]
+    memory.main(["--quick", "--tasks", *tasks, "--output", str(output)])
+    rows = {row["task"]: row for row in json.loads(output.read_text(), parse_constant=pytest.fail)["memory"]}
+    assert list(rows) == tasks
+    assert all(0 < row["program_bytes"] < row["resident_before_bytes"] for row in rows.values())
+    page.write_text("before\n<!-- memory-table -->\nold\n<!-- /memory-table -->\nafter\n")
+    figures.main([str(output), "--into", str(page), "--figure", str(tmp_path / "memory.png")])
+    assert "old" not in page.read_text() and "to_arviz, 20 draws" in page.read_text()
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
 def test_budget_curves_say_what_they_cannot_read(
     benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,14 +53,15 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    parser.add_argument("report", type=Path, help="JSON written by run.py, budgets.py or growth.py")
+    parser.add_argument("report", type=Path, help="JSON written by run.py, budgets.py, growth.py or memory.py")
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")
     options = parser.parse_args(arguments)
     report = json.loads(options.report.read_text())
     if not options.table_only:
-        picture = draw_budgets if "budgets" in report else draw_growth if "growth" in report else draw
+        pictures = {"budgets": draw_budgets, "growth": draw_growth, "memory": draw_memory}
+        picture = next((pictures[kind] for kind in pictures if kind in report), draw)
         picture(report, options.figure or options.report.with_suffix(".png"))
     for page in options.into:
         page.write_text(with_table(page.read_text(), report))
@@ -81,6 +82,8 @@ def markdown_table(report: dict[str, Any]) -> str:
     """One row per rival, every ratio to ``exact``; below it the machine, the versions and what failed."""
     if "growth" in report:
         return growth_table(report)
+    if "memory" in report:
+        return memory_table(report)
     measured = [row for row in report["rivals"] if "temp_bytes" in row]
     if "budgets" in report:
         lines = [
@@ -176,6 +179,25 @@ def growth_table(report: dict[str, Any]) -> str:
             "sweeps, and their ratio to Trace_ELBO's T. For one more: between the two largest sizes.",
             "",
             f"Choosing a plan for a tenth of the exact residual bytes took {times}.",
+        ]
+    )
+
+
+def memory_table(report: dict[str, Any]) -> str:
+    """What each task takes, beside the step of 4 bits."""
+    rows = report["memory"]
+    step = next((row["program_bytes"] for row in rows if row["task"] == "step"), None)
+    lines = ["| what | largest program (MiB) | of the step's | resident (MiB) |", "| --- | ---: | ---: | ---: |"]
+    for row in rows:
+        program, more = row["program_bytes"], row["resident_bytes"] / MIB
+        share = "" if step is None else f"{program / step:.2f}"
+        lines.append(f"| {row['label']} | {program / MIB:.1f} | {share} | {more:.0f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{circumstances(report)} Largest program: temporary and returned bytes, as the compiler says. Resident: "
+            "highest resident memory of a fresh process less that before, with what the compiler takes.",
         ]
     )
 
@@ -333,6 +355,31 @@ def draw_growth(report: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.gcf().savefig(path)
+    plt.close()
+
+
+def draw_memory(report: dict[str, Any], path: Path) -> None:
+    """A pair of bars for each task: what its largest program takes, and by how much the process grew."""
+    rows = report["memory"][::-1]
+    plt.rcParams.update({"font.size": 10, "font.family": "DejaVu Sans"})
+    _, axes = plt.subplots(figsize=(8.2, 0.8 + 0.5 * len(rows)), dpi=160, facecolor="white", layout="constrained")
+    for shift, field, label, color in (
+        (0.19, "program_bytes", "largest program: temporary and returned", "#D55E00"),
+        (-0.19, "resident_bytes", "resident memory of the process, compiler included", "#0072B2"),
+    ):
+        sizes, places = [row[field] / MIB for row in rows], [i + shift for i in range(len(rows))]
+        bars = axes.barh(places, sizes, height=0.36, color=color, label=label)
+        axes.bar_label(bars, [f"{size:.0f}" for size in sizes], padding=3, fontsize=8.5)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_xlabel("MiB more than before")
+    axes.set_title(report["workload"]["title"], fontsize=11)
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.25, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.gcf().savefig(path)
     plt.close()
