@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,19 @@ def test_the_figure_shows_the_plan_among_other_budgets():
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     assert picture.getvalue()[:4] == b"\x89PNG" and picture.tell() > 10_000
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"memory_budget": 10**6}, {"memory_budget": 10**6, "overrides": {"nix": Keep()}}]
+)
+def test_nobody_is_warned_of_budgets_that_the_figure_invents(options):
+    """Nor twice of what its own plan was warned of."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        axes = plan_figure(rad(network, **options), KEY, X, W, argnums=1).axes[1]
+    assert len(told) == len(options.get("overrides", ()))
+    variance = next(line for line in axes.lines if line.get_label() == "added variance").get_ydata()
+    assert max(variance) > 1  # of a plan that would be warned of
 
 
 @pytest.mark.parametrize("options", [{"codec": Keep()}, {"exact": True}, {"memory_budget": 10**6, "exact": True}])

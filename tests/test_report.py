@@ -13,10 +13,10 @@ import fits
 import numpy as np
 import pytest
 
-from numpyro_rad import report
+from numpyro_rad import report, wording
 from numpyro_rad.__main__ import main
 from numpyro_rad.diagnostics.records import Alarm, Estimate, from_dict, to_dict
-from numpyro_rad.report import charts, document, verdict
+from numpyro_rad.report import charts, document, sections, verdict
 
 RECORDS = [fits.good, fits.small_budget, fits.diverged, fits.minimal]
 EVIL = '<script src="http://x.y/z">&\'"|`*_\n\x00\x1b[31m'
@@ -316,7 +316,7 @@ def test_nan_is_a_problem_with_its_step():
 def test_headlines_follow_the_worst_finding():
     heads = [verdict.headline(verdict.findings(record())) for record in RECORDS]
     assert [h.split()[0] for h in heads] == ["Nothing", "Do", "Do", "Too"]
-    assert heads[1].endswith("1 problem and 4 warnings.")
+    assert heads[1].endswith("1 problem and 3 warnings.")
     for record in RECORDS:
         levels = [verdict.LEVELS.index(f.level) for f in verdict.findings(record())]
         assert levels == sorted(levels)
@@ -347,7 +347,7 @@ def test_reports_do_not_take_draws_of_the_guide_for_convergence():
     ],
 )
 def test_estimates_are_rounded_to_their_error(value, error, text):
-    assert verdict.estimate(Estimate(value, error)) == text
+    assert verdict.estimate(Estimate(value, error)) == text == str(Estimate(value, error))
 
 
 # -- Markdown and terminal ---------------------------------------------------------------------------------------------
@@ -486,3 +486,131 @@ def test_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "numpyro_rad", "report", "/absent"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: /absent")
+
+
+# -- numbers that say nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "signed", "positive"),
+    [
+        (-7.0, 32.0, "not distinguishable from 0 (± 32)", "not distinguishable from 0 (below 57)"),
+        (-218.0, 678.0, "not distinguishable from 0 (± 678)", "not distinguishable from 0 (below 1,138)"),
+        (100.0, 20.0, "100 ± 20", "100 ± 20"),
+        (-100.0, 20.0, "-100 ± 20", "not distinguishable from 0"),
+        (0.0, 0.0, "0", "0"),
+        (5.0, float("nan"), "5", "5"),
+    ],
+)
+def test_estimates_that_are_no_numbers(value, error, signed, positive):
+    assert wording.signed_text(value, error) == signed
+    assert wording.positive_text(value, error) == positive
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.31, "+31 % time"),
+        (0.016, "+1.6 % time"),
+        (-0.2, "-20 % time"),
+        (4.07e-20, "no added time"),
+        (0.0, "no added time"),
+        (2e-5, "next to no added time"),
+        (3.2, "+320 % time"),
+        (float("nan"), "unknown time"),
+    ],
+)
+def test_shares_that_are_added(share, text):
+    assert wording.change_text(share, "time") == text
+
+
+@pytest.mark.parametrize(
+    ("exact", "stored", "text"),
+    [
+        (640, 100, "6.4x less"),
+        (100, 100, "no saving"),
+        (102, 100, "no saving"),
+        (50, 100, "2.0x more"),
+        (9, 0, "nothing"),
+    ],
+)
+def test_savings_that_are_none(exact, stored, text):
+    assert wording.saving_text(exact, stored).startswith(text)
+
+
+def unmeasured():
+    """A fit at its optimum: the mean gradient is lost in its noise and the plan saves nothing."""
+    record = fits.good()
+    measured = record.gradient_variance
+    total = dataclasses.replace(measured.total, squared_norm=Estimate(-3.0, 40.0))
+    measured = dataclasses.replace(
+        measured,
+        total=total,
+        signal_to_noise=Estimate(-0.003, 0.04),
+        noise_scale=Estimate(-218.0, 678.0),
+        rho=Estimate(-0.001, 0.004),
+        rho_interval=(0.0, float("inf")),
+    )
+    plan = dataclasses.replace(record.plan, stored_bytes=1000, exact_bytes=1010, added_seconds=4.07e-20)
+    return dataclasses.replace(record, gradient_variance=measured, plan=plan)
+
+
+def test_no_number_says_nothing():
+    record = unmeasured()
+    for text in (
+        report.html(record),
+        report.markdown(record),
+        report.terminal(record, 200),
+        str(record.gradient_variance),
+    ):
+        assert re.findall(r".{20}(?:-218 |e-20 |1\.0x|times less|\binf\b|\bnan\b|ρ = -)", text) == []
+    text = report.html(record)
+    for words in ("nor a gradient noise scale is known", "no added time", "no saving", "0 to unbounded"):
+        assert words in text, words
+    assert "gradient noise scale 50" in report.html(fits.good())
+
+
+def test_a_level_loss_changes_by_nothing_that_is_known():
+    record = dataclasses.replace(fits.minimal(), losses=losses(0, noise=300))
+    (what,) = [f.what for f in verdict.findings(record) if "levelled off" in f.what]
+    assert re.search(r"its change over the last 500 steps is not distinguishable from 0 \(± \d", what), what
+
+
+@pytest.mark.parametrize(
+    ("series", "r_hat", "converged", "words", "level"),
+    [
+        (losses(0), 1.02, True, ("levelled off", ", and the iterates have converged"), "good"),
+        (
+            losses(0),
+            1.6,
+            False,
+            ("levelled off", ", but the iterates have not converged", "hardly depends on"),
+            "warning",
+        ),
+        (losses(0), 1.05, False, ("levelled off", ", and the iterates have settled"), "warning"),
+        (losses(200), 1.6, False, ("still falling", ", and the iterates have not converged"), "warning"),
+        (losses(200), 1.02, True, ("still falling", ", but the iterates have converged"), "warning"),
+    ],
+)
+def test_losses_and_iterates_have_one_verdict(series, r_hat, converged, words, level):
+    record = fits.good()
+    quality = dataclasses.replace(record.quality, r_hat=r_hat, converged=converged)
+    found = verdict.findings(dataclasses.replace(record, losses=series, quality=quality))
+    (one,) = [f for f in found if "loss" in f.what or "iterates" in f.what]
+    assert one.level == level and all(w in one.what for w in words), one
+    assert not ("hardly depends" in one.what and "rain longer" in one.advice)
+
+
+@pytest.mark.parametrize("width", [40, 72, 100])
+def test_terminal_cuts_no_digit(width):
+    """Every cell of a column of numbers stands in the text as it is."""
+    record = fits.good()
+    big = fits.block("dense0.kernel", 16_031_512.0, 9.1e6, 1.2e6, error=0.02)
+    measured = dataclasses.replace(record.gradient_variance, total=big, blocks=(big, *record.gradient_variance.blocks))
+    record = dataclasses.replace(record, gradient_variance=measured)
+    text = report.terminal(record, width)
+    assert "16,031,512 ± 320,630" in text
+    for section in sections.sections(record):
+        for table in (t for t in section.tables if section.title != "Settings"):
+            cells = [cell for row in table.rows[:12] for cell in row[table.text_columns :]]
+            assert all(cell in text for cell in cells), [c for c in cells if c not in text]

@@ -18,6 +18,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNorma
 from numpyro_rad import RAD_ELBO, BudgetError, assessed, fit_record
 from numpyro_rad.diagnostics.records import FitRecord
 from numpyro_rad.diagnostics.tracking import Tracking
+from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.svi import RAD_SVI
 
 KEY = 3
@@ -376,6 +377,11 @@ def test_the_result_reports(tmp_path):
     assert result.report(format="markdown").startswith("# linear with AutoNormal")
     with pytest.raises(ValueError, match="html"):
         result.report(format="pdf")
+    summary = str(result).splitlines()
+    assert summary[0] == "RAD_SVIRunResult: linear with AutoNormal, 40 steps, all steps were taken"
+    assert any(line.startswith("  loss at the end") for line in summary) and "alarms" in summary[-2]
+    assert "result.assess(...)" in summary[-1] and max(map(len, summary)) < 120 and repr(result) == str(result)
+    assert len(result) == 3 and str(RAD_SVIRunResult({}, None, X)) == "RAD_SVIRunResult(params, state, losses)"
     result.save(tmp_path / "fit.json")
     assert (tmp_path / "fit.json").stat().st_size > 1000
 

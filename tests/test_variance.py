@@ -371,7 +371,9 @@ def test_draws_are_chosen_and_costs_measured():
     assert records.from_dict(records.GradientVariance, json.loads(json.dumps(records.to_dict(found)))) == found
     text = str(found)
     assert text.splitlines()[0].split() == ["block", "size", "minibatch", "guide", "path", "total", "squared_norm"]
-    assert text.splitlines()[1].split()[:2] == ["loc", str(SIZE)] and "rho" in text and "MiB" in text
+    assert (
+        text.splitlines()[1].split()[:2] == ["loc", str(SIZE)] and "ρ = path" in text and "B for one gradient" in text
+    )
 
 
 def test_the_state_decides_the_draws():

@@ -36,6 +36,7 @@ from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates
 from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.transform import with_arguments
+from numpyro_rad.wording import number, signed_text
 
 __all__ = ["IterateAverage", "Iterates", "Shadow", "fit_quality", "shadow"]
 
@@ -304,9 +305,13 @@ class Shadow:
 
     def __str__(self) -> str:
         seeds, steps = self.exact_losses.shape
+        final = signed_text(self.final.value, self.final.standard_error)
+        moved = self.travelled > 0
+        apart = float(np.mean(self.distance[moved] / self.travelled[moved])) if moved.any() else math.nan
+        parameters = f"are apart by {number(100 * apart)} % of the way they went" if moved.any() else "did not move"
         return (
-            f"after {steps} steps the ELBO of randomized - exact gradients is {self.final} nats ({seeds} seeds); the "
-            f"parameters are apart by {np.mean(self.distance / self.travelled):.2g} of the way they went"
+            f"after {steps} steps the difference of the ELBOs, randomized - exact gradients, is {final} nats ({seeds} "
+            f"seeds); the parameters {parameters}"
         )
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from numpyro_rad.wording import estimate_text, is_told_from_zero, number, positive_text, seconds_text, size_text
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ class Estimate:
     standard_error: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ± {self.standard_error:.1g}"
+        return estimate_text(self.value, self.standard_error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,30 @@ class GradientVariance:
     efficiency: dict[str, float]
     memory_efficiency: dict[str, float]
 
+    @property
+    def rho_text(self) -> str:
+        """ρ with its interval and its prediction, as far as they say something."""
+        low, high = (number(x) for x in self.rho_interval)
+        text = f"ρ = path / (minibatch + guide) = {positive_text(self.rho.value, self.rho.standard_error)}"
+        text += f", 95 % interval {low} to {high}" if self.rho.standard_error > 0 else ""
+        return text + ("" if self.predicted_rho is None else f"; the plan predicted {number(self.predicted_rho)}")
+
+    @property
+    def signal_text(self) -> str:
+        """Signal-to-noise ratio and noise scale, as far as they say something."""
+        norm, total = self.total.squared_norm, self.total.total
+        if not is_told_from_zero(total.value, total.standard_error) or total.value <= 0:
+            return "The gradient has no noise that could be measured"
+        if not is_told_from_zero(norm.value, norm.standard_error) or norm.value <= 0:
+            return (
+                "The mean gradient is not distinguishable from 0 in its noise, so neither a signal-to-noise ratio nor "
+                "a gradient noise scale is known"
+            )
+        return (
+            f"Signal-to-noise ratio {self.signal_to_noise}; gradient noise scale {self.noise_scale} gradients of this "
+            "size"
+        )
+
     def __str__(self) -> str:
         """A table: one row for each block, variances with their standard errors, and what follows from them."""
         columns = ("minibatch", "guide", "path", "total", "squared_norm")
@@ -97,14 +123,9 @@ class GradientVariance:
             "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows
         ]
-        low, high = self.rho_interval
-        predicted = "" if self.predicted_rho is None else f", predicted {self.predicted_rho:.3g}"
-        lines += [
-            f"rho = path / (minibatch + guide) = {self.rho} (95 %: {low:.3g} to {high:.3g}){predicted}",
-            f"signal to noise {self.signal_to_noise}, noise scale {self.noise_scale} gradients, {self.draws} draws",
-        ]
+        lines += [f"{self.rho_text}.", f"{self.signal_text}. {self.draws} draws."]
         for name, seconds in self.seconds.items():
-            line = f"{name}: {seconds:.3g} s and {self.temporary_bytes[name] / 2**20:.3g} MiB for one gradient"
+            line = f"{name}: {seconds_text(seconds)} and {size_text(self.temporary_bytes[name])} for one gradient"
             if name in self.efficiency:
                 line += (
                     f"; relative to exact, 1 / (variance x seconds) is {self.efficiency[name]:.3g} and "

@@ -16,6 +16,7 @@ from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Edge, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
 from numpyro_rad.mistakes import is_key, shown
+from numpyro_rad.wording import LITTLE, change_text, saving_text, size_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,8 @@ class Explanation:
             )
             for r in self.rows
         ]
-        ratio = self.exact_bytes / self.stored_bytes if self.stored_bytes else float("inf")
         sizes = size_text(self.exact_bytes), size_text(self.stored_bytes)
-        total = ("total", "", "", "", "", f"{ratio:.1f}x less", *sizes, "")
+        total = ("total", "", "", "", "", saving_text(self.exact_bytes, self.stored_bytes), *sizes, "")
         text = _aligned([header, *body], total, right={6, 7, 8})
         if self.defaults:
             text.append(
@@ -112,22 +112,16 @@ def _aligned(lines: Sequence[tuple[str, ...]], total: tuple[str, ...], right: se
 
 def _prediction(predicted: Prediction) -> str:
     """What a plan costs, in words."""
-    seconds, verb = predicted.added_seconds, "saved" if predicted.added_seconds < 0 else "added"
-    text = (
-        f"{abs(seconds):.2g} x the exact step's time is {verb} and {predicted.added_variance:.2g} x the exact "
-        "gradient's variance added"
+    time, variance = (
+        change_text(predicted.added_seconds, "time"),
+        change_text(predicted.added_variance, "variance"),
     )
+    text = f"{time} and {variance}, relative to the exact step and its gradient"
     if predicted.gap is not None:
-        text += f"; no plan for these bytes takes {100 * predicted.gap:.1f} % less of both"
+        best = predicted.gap < LITTLE
+        less = "less" if best else f"{100 * predicted.gap:.1f} % less"
+        text += f"; no plan for these bytes takes {less} of both"
     return text + "."
-
-
-def size_text(n_bytes: int) -> str:
-    """A size for people; never 0 for what is not."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes} B"
 
 
 def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs: Any) -> Explanation:

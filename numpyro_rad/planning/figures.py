@@ -6,7 +6,9 @@ as long as all its iterations together. Each sweep is one unit long.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -216,16 +218,21 @@ def _candidates(
     within = dataclasses.replace(planner, codec=None, added_variance=None, plan=None, memory_budget=0, exact=exact)
     if budgets is None:
         try:
-            least = within(plan.graph, names).stored_bytes
+            least = _quietly(within, plan.graph, names).stored_bytes
         except BudgetError as error:
             least = error.smallest_bytes
         most = max(least, plan.stored_bytes, int(exact_timeline(plan.graph)[1].max()))
         budgets = [int(b) for b in np.ceil(np.geomspace(max(1, least), max(1, most), N_BUDGETS))]
-    for budget in sorted({parse_bytes(b) for b in budgets}):
-        try:
-            yield dataclasses.replace(within, memory_budget=budget)(plan.graph, names)
-        except BudgetError:
-            continue
+    for budget in sorted({parse_bytes(b, "budgets") for b in budgets}):
+        with contextlib.suppress(BudgetError):
+            yield _quietly(dataclasses.replace(within, memory_budget=budget), plan.graph, names)
+
+
+def _quietly(planner: Planner, graph: Graph, names: dict[Value, str]) -> Plan:
+    """A plan without warnings: nobody asked to train with it, and what it costs is drawn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return planner(graph, names)
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------

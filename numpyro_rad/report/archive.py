@@ -31,6 +31,11 @@ SAMPLE = ("chain", "draw")
 
 _WAITING_BYTES = 2**23  # of draws on the device
 
+_NOTE = (
+    "Independent draws from the guide, as one chain: R-hat is NaN for one chain and, like the effective sample size, "
+    "would say nothing about the fit. arviz.summary(data, kind='stats') leaves both out. The report judges the fit."
+)
+
 _RESERVED = (*SAMPLE, "sample")  # the last is what ArviZ calls chain and draw when it stacks them
 
 
@@ -61,7 +66,9 @@ def to_arviz(
     model is then the attribute ``site`` of the variable. Plates are renamed in the same way, also where a site has
     their name. A deterministic site that is a tree of arrays becomes one variable for each of them, ``site.entry``.
 
-    R-hat and effective sample size of these draws say nothing about the fit: they are independent by construction.
+    R-hat and effective sample size of these draws say nothing about the fit: they are independent by construction. Of
+    one chain R-hat is NaN; ``arviz.summary(data, kind="stats")`` leaves both out, as the note of the group
+    ``posterior`` says so.
 
     :param svi: what fitted; its model and guide are used, its loss is not.
     :param result: what ``svi.run`` returned, or the parameters alone (``svi.get_params(state)``).
@@ -102,6 +109,8 @@ def to_arviz(
     observed = {name: np.asarray(site["value"]) for name, site in draws.observed.items()}
     names = _Names([*found["posterior"], *observed])
     groups = {group: _dataset(sites, draws.dims(group), SAMPLE, names) for group, sites in found.items() if sites}
+    if "posterior" in groups:
+        groups["posterior"].attrs["note"] = _NOTE
     groups |= stats
     if observed:
         groups["observed_data"] = _dataset(observed, draws.dims("observed_data"), (), names)

@@ -201,21 +201,48 @@ def _one_line(text: str) -> str:
 
 
 def _terminal_table(table: Table, width: int) -> list[str]:
-    """Columns are as wide as they need to be; if that is too wide, the widest ones give first."""
+    """Columns are as wide as they need to be; if that is too wide, text gives first and then columns go below.
+
+    Digits are never cut: columns of numbers that do not fit beside the text follow in a table of their own.
+    """
     rows = [tuple(_one_line(c) for c in row) for row in (table.header, *table.rows[:MAX_TERMINAL_ROWS])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 1:
-        widths[widths.index(max(widths))] -= 1
+    widths = [min(max(map(len, column)), width) for column in zip(*rows, strict=True)]
+    text = range(min(table.text_columns, len(widths)))
+    while _total(widths) > width and max((widths[i] for i in text), default=0) > _LEAST_TEXT:
+        widths[max(text, key=lambda i: widths[i])] -= 1
+    first = text[:1] if _total(widths) > width else text
+    while _total([widths[i] for i in text]) > width:  # nothing but text, in many columns
+        widths[max(text, key=lambda i: widths[i])] -= 1
+    parts: list[list[int]] = [list(text)]
+    for i in range(len(text), len(widths)):
+        if _total([widths[j] for j in (*parts[-1], i)]) > width and len(parts[-1]) > len(first):
+            parts.append(list(first))
+        while _total([widths[j] for j in (*parts[-1], i)]) > width and widths[0] > 1:
+            widths[0] -= 1
+        parts[-1].append(i)
+    more = len(table.rows) - MAX_TERMINAL_ROWS
+    rest = [f"… and {more:,} more rows"] if more > 0 else []
+    lines = [line for part in parts for line in (*_terminal_columns(rows, part, widths, len(text)), "")]
+    return [*lines[:-1], *rest]
+
+
+_LEAST_TEXT = 12  # letters of a column, before numbers go below
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _terminal_columns(rows: Sequence[tuple[str, ...]], part: Sequence[int], widths: Sequence[int], text: int) -> list:
+    """Some columns of a table, a rule below the header."""
     shown = [
         "  ".join(
-            shorten(c, w).ljust(w) if i < table.text_columns else shorten(c, w).rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            shorten(row[i], widths[i]).ljust(widths[i]) if i < text else shorten(row[i], widths[i]).rjust(widths[i])
+            for i in part
         ).rstrip()
         for row in rows
     ]
-    more = len(table.rows) - MAX_TERMINAL_ROWS
-    rest = [f"… and {more:,} more rows"] if more > 0 else []
-    return [shown[0], "-" * min(width, sum(widths) + 2 * (len(widths) - 1)), *shown[1:], *rest]
+    return [shown[0], "-" * _total([widths[i] for i in part]), *shown[1:]]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

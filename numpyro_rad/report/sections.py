@@ -19,10 +19,10 @@ from numpyro_rad.diagnostics.records import (
     Track,
     Validation,
 )
-from numpyro_rad.planning.explain import size_text
 from numpyro_rad.report import charts
 from numpyro_rad.report.charts import Bar, Curve
-from numpyro_rad.report.verdict import SOURCES, estimate, number, rho_of, seconds_text, shares
+from numpyro_rad.report.verdict import SOURCES, estimate, rho_of, shares
+from numpyro_rad.wording import change_text, number, saving_text, seconds_text, size_text
 
 MAX_ROWS, MAX_BARS = 200, 16
 """Of a table and of a figure; what is left out is added up in a last line."""
@@ -76,10 +76,11 @@ def summary(record: FitRecord) -> tuple[tuple[str, str], ...]:
         found.append(("loss at the end", estimate(Estimate(mean, error))))
     rho = rho_of(record)
     if rho is not None:
-        found.append(("ρ", number(rho[0])))
+        low, high = rho[1] or (rho[0], rho[0])
+        found.append(("ρ", number(rho[0]) if low > 0 else f"below {number(max(high, 0.0))}" if high > 0 else "0"))
     if record.plan is not None and record.plan.stored_bytes:
-        ratio = record.plan.exact_bytes / record.plan.stored_bytes
-        found.append(("residuals", f"{size_text(record.plan.stored_bytes)} ({ratio:.1f}x less)"))
+        saving = saving_text(record.plan.exact_bytes, record.plan.stored_bytes)
+        found.append(("residuals", f"{size_text(record.plan.stored_bytes)} ({saving})"))
     if record.quality is not None and record.quality.pareto_k is not None:
         found.append(("k-hat", number(record.quality.pareto_k)))
     return tuple(found)
@@ -185,14 +186,10 @@ def _noise(record: FitRecord) -> Iterator[Section]:
     measured = record.gradient_variance
     if measured is None:
         return
-    low, high = measured.rho_interval
-    predicted = f"; the plan predicted {number(measured.predicted_rho)}" if measured.predicted_rho is not None else ""
     text = (
         "The variance of the gradient, tr Cov(g), split by the law of total variance: what minibatches add, what the "
         f"guide's samples add, and what the codes of residuals (the path) add. From {measured.draws:,} draws.",
-        f"ρ = path / (minibatch + guide) = {estimate(measured.rho)}, 95 % interval {number(low)} to "
-        f"{number(high)}{predicted}. Signal-to-noise ratio {estimate(measured.signal_to_noise)}; gradient noise scale "
-        f"{estimate(measured.noise_scale)} gradients of this size.",
+        f"{measured.rho_text}. {measured.signal_text}.",
         "The estimates are unbiased, so a small variance may come out negative; figures draw such a part as nothing.",
     )
     figures = (partial(_totals_figure, measured), partial(_blocks_figure, measured))
@@ -368,18 +365,15 @@ def _plan(record: FitRecord) -> Iterator[Section]:
     plan = record.plan
     if plan is None:
         return
-    ratio = plan.exact_bytes / plan.stored_bytes if plan.stored_bytes else math.inf
-    less = f" ({ratio:.1f} times less)" if math.isfinite(ratio) else ""
     text = [
         f"Between the two sweeps of a gradient, {size_text(plan.stored_bytes)} are stored in place of "
-        f"{size_text(plan.exact_bytes)}{less}."
+        f"{size_text(plan.exact_bytes)} ({saving_text(plan.exact_bytes, plan.stored_bytes)})."
     ]
     if plan.temporary_bytes is not None:
         text.append(f"The compiled step takes {size_text(plan.temporary_bytes)} of temporary memory.")
-    if plan.added_seconds is not None:
-        text.append(f"Predicted added time: {number(plan.added_seconds)} x that of the exact step.")
-    if plan.added_variance is not None:
-        text.append(f"Predicted added variance: {number(plan.added_variance)} x that of the exact gradient.")
+    if plan.added_seconds is not None and plan.added_variance is not None:
+        time, variance = change_text(plan.added_seconds, "time"), change_text(plan.added_variance, "variance")
+        text.append(f"Predicted, relative to the exact step and its gradient: {time} and {variance}.")
     tables = (_decisions_table(plan), *([_rows_table(plan)] if plan.rows else []))
     figures = (partial(_timeline_figure, plan),) if len(plan.timeline) > 1 else ()
     yield Section("Memory", (" ".join(text),), tables, figures)

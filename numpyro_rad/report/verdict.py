@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from numpyro_rad.diagnostics.records import Alarm, BlockVariance, Estimate, FitRecord, Validation
-from numpyro_rad.planning.explain import size_text
 from numpyro_rad.report.charts import mean_and_error
+from numpyro_rad.wording import estimate_text, is_told_from_zero, number, signed_text, size_text
 
 LEVELS = ("problem", "warning", "note", "good")
 """From the worst to the best."""
@@ -63,9 +63,8 @@ def findings(record: FitRecord) -> tuple[Finding, ...]:
         _of_values,
         _of_alarms,
         _of_codes,
-        _of_trend,
+        _of_progress,
         _of_validation,
-        _of_convergence,
         _of_trust,
         _of_noise,
         _of_gaps,
@@ -91,35 +90,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-# -- numbers as text ---------------------------------------------------------------------------------------------------
-
-
-def number(x: float | None) -> str:
-    """Three digits, and all before the point."""
-    if x is None or math.isnan(x):
-        return "–"
-    return f"{x:,.0f}" if 1e3 <= abs(x) < 1e9 else f"{x:.3g}"
-
-
 def estimate(x: Estimate) -> str:
     """An estimate and its standard error, both to the first or second digit of the error."""
-    value, error = x.value, x.standard_error
-    if not (math.isfinite(value) and math.isfinite(error)):
-        return number(value)
-    if error > 0 and max(abs(value), error) < 1e9 and error >= 1e-6:
-        power = math.floor(math.log10(error))
-        digits = max(0, -power + (error < 2 * 10.0**power))
-        return f"{value:,.{digits}f} ± {error:,.{digits}f}"
-    return f"{number(value)} ± {error:.1g}"
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration for people."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    if seconds >= 90:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    return estimate_text(x.value, x.standard_error)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -171,6 +144,10 @@ def rho_of(record: FitRecord) -> tuple[float, tuple[float, float] | None, str] |
     return None
 
 
+def _rho_text(rho: float) -> str:
+    return f"= {rho:.2g}" if rho > 0 else "not distinguishable from 0"
+
+
 def _of_codes(record: FitRecord) -> Iterator[Finding]:
     plan, known = record.plan, rho_of(record)
     if plan is not None and not any(row.relative_variance > 0 for row in plan.rows):
@@ -180,7 +157,9 @@ def _of_codes(record: FitRecord) -> Iterator[Finding]:
         return
     rho, interval, source = known
     low, high = interval if interval is not None else (rho, rho)
-    told = f"ρ = {rho:.2g}, {source}" + (f", 95 % interval {low:.2g} to {high:.2g}" if interval is not None else "")
+    told = f"ρ {_rho_text(rho)}, {source}" + (
+        f", 95 % interval {number(low)} to {number(high)}" if interval is not None else ""
+    )
     stored = plan.stored_bytes if plan is not None else 0
     now = f" (the plan stores {size_text(stored)} now)" if stored else ""
     more = (
@@ -221,23 +200,43 @@ def _of_prediction(record: FitRecord) -> Iterator[Finding]:
         yield Finding("note", what, advice)
 
 
-def _of_trend(record: FitRecord) -> Iterator[Finding]:
+def _of_progress(record: FitRecord) -> Iterator[Finding]:
+    """One verdict from the losses and the iterates, which need not agree."""
+    loss, iterates = _of_trend(record), _of_convergence(record)
+    if loss is None or iterates is None:
+        yield from (f for f in (loss, iterates) if f is not None)
+        yield from _of_iterates(record) if iterates is None else ()
+        return
+    levelled, travelling = loss.level == "good", "not converged" in iterates.what
+    joint = "but" if levelled == travelling else "and"
+    what = f"{loss.what[:-1]}, {joint} {iterates.what[0].lower()}{iterates.what[1:]}"
+    if levelled and travelling:
+        what = f"{what[:-1]}, along directions that the loss hardly depends on."
+        advice = (
+            "More steps at this learning rate will hardly lower the loss. For precise parameters lower the learning "
+            "rate towards the end, or average the iterates."
+        )
+        yield Finding(iterates.level, what, advice)
+    else:
+        yield Finding(iterates.level, what, iterates.advice) if levelled else Finding(loss.level, what, loss.advice)
+
+
+def _of_trend(record: FitRecord) -> Finding | None:
     losses = np.asarray(record.losses, float)
     if len(losses) < 40 or not np.isfinite(losses[-1]):
-        return
+        return None
     change, error, falls, rises = trend(losses)
     if not math.isfinite(change):
-        return
-    steps, told = len(losses) // 4, estimate(Estimate(-change if rises else change, error))
+        return None
+    told, last = estimate_text(abs(change), error), f"over the last {len(losses) // 4:,} steps"
     if falls:
-        what = f"The loss was still falling: by {told} over the last {steps:,} steps."
-        yield Finding("warning", what, "Train longer: continue from the state of this result.")
-    elif rises:
-        what = f"The loss rose by {told} over the last {steps:,} steps."
-        yield Finding("warning", what, "Lower the learning rate, or let it decay.")
-    else:
-        what = f"The loss has levelled off: it fell by {told} over the last {steps:,} steps."
-        yield Finding("good", what)
+        what = f"The loss was still falling: by {told} {last}."
+        return Finding("warning", what, "Train longer: continue from the state of this result.")
+    if rises:
+        return Finding("warning", f"The loss rose by {told} {last}.", "Lower the learning rate, or let it decay.")
+    if is_told_from_zero(change, error):
+        return Finding("good", f"The loss has levelled off: it {'fell' if change > 0 else 'rose'} by {told} {last}.")
+    return Finding("good", f"The loss has levelled off: its change {last} is {signed_text(change, error)}.")
 
 
 def trend(losses: np.ndarray) -> tuple[float, float, bool, bool]:
@@ -296,24 +295,22 @@ def rise_since_lowest(validation: Validation) -> tuple[int, Estimate, bool]:
     return lowest, rise, bool(apart and rise.value > RISE_Z * rise.standard_error)
 
 
-def _of_convergence(record: FitRecord) -> Iterator[Finding]:
+def _of_convergence(record: FitRecord) -> Finding | None:
     quality = record.quality
     if quality is None or (quality.converged is None and quality.r_hat is None):
-        yield from _of_iterates(record)
-        return
+        return None
     told = [f"{name} {x:.3g}" for name, x in (("R-hat", quality.r_hat), ("MCSE", quality.mcse)) if x is not None]
     numbers = f" ({', '.join(told)})" if told else ""
     converged = quality.converged
     if converged is None:
         converged = quality.r_hat is not None and quality.r_hat <= R_HAT
     if converged:
-        yield Finding("good", f"The iterates have converged{numbers}: they move about one place.")
-    elif quality.r_hat is not None and quality.r_hat <= R_HAT:
+        return Finding("good", f"The iterates have converged{numbers}: they move about one place.")
+    if quality.r_hat is not None and quality.r_hat <= R_HAT:
         what = f"The iterates have settled, but their average is not precise yet{numbers}."
-        yield Finding("warning", what, "Train longer, lower the learning rate, or use the averaged iterates.")
-    else:
-        what = f"The iterates have not converged{numbers}: they still travel."
-        yield Finding("warning", what, "Train longer, or lower the learning rate towards the end.")
+        return Finding("warning", what, "Train longer, lower the learning rate, or use the averaged iterates.")
+    what = f"The iterates have not converged{numbers}: they still travel."
+    return Finding("warning", what, "Train longer, or lower the learning rate towards the end.")
 
 
 def _of_iterates(record: FitRecord) -> Iterator[Finding]:

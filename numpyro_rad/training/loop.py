@@ -29,7 +29,6 @@ from numpyro_rad.diagnostics.records import Alarm, FitRecord, Track, Validation,
 from numpyro_rad.diagnostics.tracking import Tracker
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.planning.calibration import Calibration
-from numpyro_rad.planning.explain import size_text
 from numpyro_rad.training import results
 from numpyro_rad.training.batches import Fixed
 from numpyro_rad.training.checkpoints import (
@@ -45,6 +44,7 @@ from numpyro_rad.training.fingerprint import data, fingerprint
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.steps import Steps
 from numpyro_rad.training.validation import Plateau, Validator
+from numpyro_rad.wording import size_text
 
 CALIBRATION_DRAWS = 3
 

@@ -27,7 +27,8 @@ from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.figures import exact_timeline, timeline
-from numpyro_rad.wording import call_text
+from numpyro_rad.report.sections import summary
+from numpyro_rad.wording import call_text, size_text
 
 _ASSESS_TAG = 0x52414425  # folded into the state's key: the draws of an assessment
 
@@ -124,8 +125,36 @@ class RAD_SVIRunResult(SVIRunResult):
         """
         report.save(self.record, path)
 
+    def __repr__(self) -> str:
+        """A summary; the fields hold the numbers themselves."""
+        if "record" not in vars(self):
+            return f"{type(self).__name__}({', '.join(self._fields)})"
+        record = self.record
+        rows = [(name, value) for name, value in summary(record) if name != "steps"]
+        if record.plan is not None and record.plan.temporary_bytes is not None:
+            rows.append(("step's temporary memory", size_text(record.plan.temporary_bytes)))
+        rows.append(("alarms", _alarms_text(record.alarms)))
+        width = max(len(name) for name, _ in rows)
+        steps = f"{record.num_steps:,} steps, {record.options.get('ending', 'ended')}"
+        return "\n".join(
+            [
+                f"{type(self).__name__}: {record.title}, {steps}",
+                *(f"  {name:{width}}  {value}" for name, value in rows),
+                "  params, state, losses = result; result.assess(...) measures the fit, result.report(...) tells of it",
+            ]
+        )
+
+    __str__ = __repr__
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("svi", "args", "kwargs")}
+
+
+def _alarms_text(alarms: tuple[Alarm, ...]) -> str:
+    if not alarms:
+        return "none"
+    kinds = ", ".join(dict.fromkeys(a.kind for a in alarms))
+    return f"{len(alarms)} ({kinds}), the first at step {alarms[0].step:,}: {alarms[0].message}"
 
 
 def fit_record(
