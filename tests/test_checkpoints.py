@@ -169,10 +169,15 @@ def test_what_an_optimizer_holds_is_found():
 def test_what_is_no_closure_of_the_optimizer_is_in_its_program(monkeypatch):
     """A rate that a schedule reads from a global variable."""
 
-    def update():
-        svi = fit(optax.sgd(lambda step: RATE / (1.0 + step)))
+    def fingerprint_of(optimizer):
+        svi = fit(optimizer)
         return fingerprint(svi, svi.init(jax.random.key(0), X, Y), {}, ((X, Y), {}))["update"]
 
+    def update():
+        return fingerprint_of(optax.sgd(lambda step: RATE / (1.0 + step)))
+
+    rates = {f"{fingerprint_of(optax.inject_hyperparams(optax.adam)(rate))}" for rate in (0.1, 0.1, 0.2)}
+    assert len(rates) == 2  # they are in its first state
     before, again = update(), update()
     monkeypatch.setitem(globals(), "RATE", 0.2)
     assert before == again != update()
@@ -187,6 +192,14 @@ def test_programs_that_differ_in_a_parameter_alone():
     x = jnp.ones(3)
     assert len({digest(partial(summed, reverse=on), x) for on in (False, True)}) == 2
     assert len({digest(partial(jnp.take, indices=jnp.arange(2), mode=mode), x) for mode in ("clip", "fill")}) == 2
+
+
+def test_an_optimizer_that_changes_what_it_holds_is_the_same(tmp_path):
+    """The schedule makes a float of its number of steps when it is first called."""
+    svi = fit(optax.adam(optax.cosine_decay_schedule(1e-2, 100)))
+    run(2, tmp_path, svi=svi)
+    with pytest.warns(UserWarning, match="nothing is left to do"):
+        assert len(run(2, tmp_path, svi=svi).losses) == 2
 
 
 def test_large_arrays_are_told_apart_by_any_entry(monkeypatch):

@@ -212,6 +212,8 @@ def check_same_run(folder: Path, saved: dict[str, Any], here: dict[str, Any], ba
             "optimizer, so that it may be of another run. Choose another folder, or delete that one."
         )
     differs = [name for name in here if saved[name] != here[name] and name != "versions"]
+    if "update" not in differs:  # optimizers change what they hold without a meaning, 100 to 100.0 for example
+        differs = [name for name in differs if name != "optimizer"]
     if not differs:
         return
     old, new = saved["versions"], here["versions"]

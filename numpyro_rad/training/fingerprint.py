@@ -157,12 +157,15 @@ def _program(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> str:
 
 
 def _update(svi: Any, state: Any) -> str:
-    """Hash of the program of the optimizer's update, with a loss that stands for any."""
+    """Hash of the programs of the optimizer's first state and of its update, with a loss that stands for any."""
 
     def loss(params: Any) -> tuple[Any, None]:
         return sum((jnp.sum(x**2) for x in jax.tree.leaves(params)), jnp.zeros(())), None
 
-    return _jax.digest(lambda state: svi.optim.eval_and_update(loss, state), state.optim_state)
+    def both(params: Any, state: Any) -> Any:
+        return svi.optim.init(params), svi.optim.eval_and_update(loss, state)
+
+    return _jax.digest(both, svi.optim.get_params(state.optim_state), state.optim_state)
 
 
 # -- objects -----------------------------------------------------------------------------------------------------------
