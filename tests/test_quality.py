@@ -113,6 +113,7 @@ def test_k_hat_tells_a_good_guide_from_a_bad_one():
     good = quality(scale=1.3 * POSTERIOR[1], pareto_k=True)
     bad = quality(scale=0.2 * POSTERIOR[1], pareto_k=True)
     assert good.pareto_k < 0.5 and bad.pareto_k > 0.7
+    assert quality(scale=1.3 * POSTERIOR[1], pareto_k=True, key=jax.random.PRNGKey(0)).pareto_k == good.pareto_k
     assert good.notes == bad.notes == ()
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.handlers import replay, seed, substitute, trace
+from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer import (
     SVI,
     Trace_ELBO,
@@ -227,8 +227,9 @@ def _weighted(svi: SVI, params: dict, args: tuple, kwargs: dict) -> Any:
 
     def log_weight(key: Any, params: dict, args: tuple, kwargs: dict) -> Any:
         guide_key, model_key = jax.random.split(key)
-        log_guide, drawn = log_density(seed(svi.guide, guide_key), args, kwargs, params)
-        log_model, _ = log_density(replay(seed(svi.model, model_key), drawn), args, kwargs, params)
+        with block():  # the model below is not to have these sites, wherever this is traced
+            log_guide, drawn = log_density(seed(svi.guide, guide_key), args, kwargs, params)
+            log_model, _ = log_density(replay(seed(svi.model, model_key), drawn), args, kwargs, params)
         return log_model - log_guide
 
     weigh = with_arguments(log_weight, args, kwargs, jax.random.key(0), params)
