@@ -364,7 +364,7 @@ def draw_memory(report: dict[str, Any], path: Path) -> None:
     """A pair of bars for each task: what its largest program takes, and by how much the process grew."""
     rows = report["memory"][::-1]
     plt.rcParams.update({"font.size": 10, "font.family": "DejaVu Sans"})
-    _, axes = plt.subplots(figsize=(8.2, 0.8 + 0.5 * len(rows)), dpi=160, facecolor="white", layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.2, 1.2 + 0.5 * len(rows)), dpi=160, facecolor="white", layout="constrained")
     for shift, field, label, color in (
         (0.19, "program_bytes", "largest program: temporary and returned", "#D55E00"),
         (-0.19, "resident_bytes", "resident memory of the process, compiler included", "#0072B2"),
@@ -379,7 +379,7 @@ def draw_memory(report: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.25, axis="x")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.gcf().savefig(path)
     plt.close()
