@@ -24,7 +24,8 @@ from numpyro.primitives import Messenger
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
-from numpyro_rad.mistakes import check_fit, is_key, options_of, shown
+from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_state
+from numpyro_rad.mistakes import is_key, options_of, shown
 from numpyro_rad.planning import plans
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Options, Planner, parse_bytes
@@ -172,26 +173,41 @@ class RAD_ELBO(Trace_ELBO):
     def plan(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> tuple[Plan, list]:
-        """The plan for gradients with respect to ``param_map``, and the sites of its arrays in order."""
+        """The plan for gradients with respect to ``param_map``, and the sites of its arrays in order.
+
+        :param param_map: the constrained parameters, or the result of ``svi.run``. Mutable state among them is not
+            differentiated.
+        :raises TypeError: for arguments in another order.
+        :raises ValueError: if there is no parameter, or if mutable state is missing.
+        :raises BudgetError: if no plan meets the budget.
+        """
         _check_operands(rng_key, param_map, model, guide)
-        if not jax.tree.leaves(param_map):
+        params, mutable = params_of(param_map)
+        if not jax.tree.leaves(params):
             raise ValueError(
                 "there is nothing to differentiate: param_map is empty, so neither model nor guide has a parameter and "
                 "no gradient has a plan. Use a guide with parameters, for example AutoNormal(model)."
             )
-        taken, _ = self._closure(rng_key, param_map, model, guide, args, kwargs)
+        with watched_state({**params, **(mutable or {})}, "explain") as names:
+            taken, _ = self._closure(rng_key, params, model, guide, args, kwargs, mutable)
+        held = {name: params.pop(name) for name in names & params.keys()}
+        if held:  # it came among the parameters, and is not differentiated
+            taken, _ = self._closure(rng_key, params, model, guide, args, kwargs, held)
         return taken.plan, taken.labels
 
     def plan_of_update(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[Plan, list]:
         """The plan of one ``svi.update``, and the sites of the arrays that it differentiates in order.
 
         :param svi: the ``SVI`` that this ELBO is the loss of.
-        :param svi_state: its state.
+        :param svi_state: its state, the result of its run, or constrained parameters.
         :param args: arguments of model and guide, as in ``svi.update``.
         :raises ValueError: if there is no parameter.
         :raises BudgetError: if no plan meets the budget.
         """
-        check_fit("plan_of_update", svi, svi_state)
+        if isinstance(svi_state, Mapping) and hasattr(svi, "static_kwargs"):
+            options = {**kwargs, **svi.static_kwargs}
+            return self.plan(jax.random.key(0), svi_state, svi.model, svi.guide, *args, **options)
+        svi_state = state_of(svi, svi_state, "plan_of_update")
         params, options = svi.get_params(svi_state), {**kwargs, **svi.static_kwargs}
         if not jax.tree.leaves(params):
             raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
@@ -218,7 +234,7 @@ class RAD_ELBO(Trace_ELBO):
         sees, in the unconstrained parameters.
 
         :param svi: the ``SVI`` that this ELBO is the loss of.
-        :param svi_state: its state.
+        :param svi_state: its state, or the result of its run.
         :param args: arguments of model and guide, as in ``svi.update``.
         :param batches: further tuples of such arguments, of the same shapes: one for each draw after the first. Without
             them the noise of minibatches that the caller draws is no part of the variance of the exact gradient.
@@ -235,11 +251,11 @@ class RAD_ELBO(Trace_ELBO):
             svi.loss.calibrate(svi, state, x, y)
             result = svi.run(key, 1000, x, y, init_state=state)
         """
-        check_fit("calibrate", svi, svi_state)
         if draws < 2:
             raise ValueError(f"draws={draws}: a variance takes at least 2 gradients. Try 3.")
-        constrain, free = svi.constrain_fn, svi.optim.get_params(svi_state.optim_state)
-        assert constrain is not None  # svi.init has set it
+        svi_state = state_of(svi, svi_state, "calibrate")
+        constrain: Any = svi.constrain_fn
+        free = svi.optim.get_params(svi_state.optim_state)
         constrained, pull = jax.vjp(constrain, free)
         mutable = svi_state.mutable_state
         options = {**kwargs, **svi.static_kwargs}
@@ -286,7 +302,7 @@ class RAD_ELBO(Trace_ELBO):
         after compiling the step; a few candidates are compiled, each as long as the step itself takes to compile.
 
         :param svi: the ``SVI`` that this ELBO is the loss of.
-        :param svi_state: its state.
+        :param svi_state: its state, or the result of its run.
         :param total: bytes, an int or a string such as ``"8GiB"``.
         :param args: arguments of model and guide, as in ``svi.update``.
         :return: the budget, which is also set on ``planner``.
@@ -296,8 +312,7 @@ class RAD_ELBO(Trace_ELBO):
 
             svi.loss.fit_step(svi, state, "8GiB", x, y)
         """
-        check_fit("fit_step", svi, svi_state)
-        limit = parse_bytes(total, "total")
+        svi_state, limit = state_of(svi, svi_state, "fit_step"), parse_bytes(total, "total")
         before, budget, smallest = self.planner, limit, math.inf
         for _ in range(8):
             self.planner = dataclasses.replace(before, memory_budget=budget, codec=None, added_variance=None, plan=None)
@@ -362,7 +377,7 @@ class RAD_ELBO(Trace_ELBO):
                 "(forward_mode_differentiation=True). Forward mode stores no residuals, so there is nothing to save: "
                 "use numpyro.infer.Trace_ELBO for it."
             )
-        seed = path_seed(path_key)
+        seed, param_map = path_seed(path_key), on_device(param_map)
         run = partial(exact, rng_key, param_map, model, guide, *args, **kwargs)
         if not _jax.is_traced((seed, rng_key, param_map, args, kwargs)):
             value = run()  # outside of any transformation a model may look at its numbers
@@ -379,7 +394,7 @@ def _check_operands(rng_key: Any, param_map: Any, model: Any, guide: Any) -> Non
     )
     if not is_key(rng_key):
         raise TypeError(f"rng_key={shown(rng_key)}: a JAX PRNG key is expected. {expected}")
-    if not isinstance(param_map, Mapping):
+    if not (isinstance(param_map, Mapping) or is_result(param_map)):
         raise TypeError(f"param_map={shown(param_map)}: the dictionary of parameters is expected. {expected}")
     for name, fn in (("model", model), ("guide", guide)):
         if not callable(fn):

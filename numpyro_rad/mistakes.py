@@ -69,6 +69,14 @@ def check_fit(where: str, svi: Any, svi_state: Any) -> None:
         swapped = "svi and svi_state are swapped: write" if hasattr(svi_state, "constrain_fn") else "Write"
         raise TypeError(f"{where}: svi is {shown(svi)}, not an SVI. {swapped} {where}(svi, svi_state, ...).")
     check_state(where, svi_state)
+    check_initialised(where, svi)
+
+
+def check_initialised(where: str, svi: Any) -> None:
+    """Whether an ``SVI`` knows the constraints of its parameters.
+
+    :raises ValueError: before ``svi.init``.
+    """
     if svi.constrain_fn is None:
         raise ValueError(
             f"{where}: this SVI has not been initialised and does not know the constraints of its parameters. Call "

@@ -1,5 +1,7 @@
 """Models with networks from Flax, NNX and Equinox: parameters that are pytrees, and mutable state."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,28 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from modules import TREES, line
+from modules import MUTABLE, TREES, line
+from numpyro.infer import SVI, Trace_ELBO
 
-from numpyro_rad import RAD_ELBO, RAD_SVI, Calibration, Keep, Tracking, explain, gradient_variance, signal_to_noise
+from numpyro_rad import (
+    RAD_ELBO,
+    RAD_SVI,
+    Calibration,
+    Checkpoint,
+    Keep,
+    RAD_SVIRunResult,
+    Tracking,
+    assessed,
+    compare,
+    explain,
+    fit_quality,
+    fit_record,
+    gradient_variance,
+    plan_figure,
+    shadow,
+    signal_to_noise,
+    to_arviz,
+)
 from numpyro_rad.diagnostics.monitor import gradient_signal
 from numpyro_rad.planning import plans
 from numpyro_rad.transform import named_leaves
@@ -114,3 +135,116 @@ def test_leaves_have_names_of_their_own():
     watch = gradient_signal()
     params = jax.tree.map(jnp.asarray, tree)
     assert len(signal_to_noise(watch.init(params))) == 3
+
+
+# Mutable state
+
+
+@pytest.mark.parametrize("name", ["flax", *(pytest.param(n, marks=pytest.mark.slow) for n in MUTABLE if n != "flax")])
+def test_a_run_with_mutable_state_is_that_of_svi(name):
+    model, guide, args = MUTABLE[name]()
+    svi = RAD_SVI(model, guide, optax.adam(1e-3), Trace_ELBO(), tracking=None)
+    expected = SVI(model, guide, optax.adam(1e-3), Trace_ELBO()).run(KEY, 4, *args, progress_bar=False)
+    found = svi.run(KEY, 3, *args, progress_bar=False)
+    np.testing.assert_allclose(found.losses, expected.losses[:3], rtol=1e-5)
+    np.testing.assert_allclose(svi.evaluate(found.state, *args), expected.losses[3], rtol=1e-5)
+
+
+def test_a_plan_needs_the_mutable_state():
+    """It is taken from a result, a state or among the parameters, and is not differentiated."""
+    model, guide, args = MUTABLE["flax"]()
+    svi, state, _ = prepared((model, guide, args), RAD_ELBO())
+    result = RAD_SVIRunResult(svi.get_params(state), state, None)
+    both = {**result.params, **state.mutable_state}
+    given = [(svi, result), (svi, state), (svi, both), (svi.loss, KEY, result, model, guide)]
+    programs = {explain(*target, *args).program for target in given}
+    assert len(programs) == 1 and svi.loss.plan_of_update(svi, state, *args)[0].graph.fingerprint() in programs
+    for function in (explain, plan_figure):
+        with pytest.raises(ValueError, match=r"keep mutable state in net\$state.*Pass the result of svi.run"):
+            function(svi.loss, KEY, result.params, model, guide, *args)
+    for measure in (fit_quality, to_arviz):
+        with pytest.raises(ValueError, match=rf"{measure.__name__}: model or guide keep mutable state in net\$state"):
+            measure(svi, result.params, *args, key=KEY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTABLE)
+def test_everything_takes_mutable_state(name, few_codecs, tmp_path):
+    model, guide, args = MUTABLE[name]()
+    tracking = Tracking(interval=2, replan=(0.9, 0.91), on_alarm="record")
+    optimizer = optax.chain(gradient_signal(), optax.adam(1e-3))
+    svi = RAD_SVI(model, guide, optimizer, RAD_ELBO(memory_budget="1kB"), tracking=tracking)
+    options = {"progress_bar": False, "checkpoint": Checkpoint(tmp_path / "fit", every=5)}
+    svi.run(KEY, 6, *args, **options)
+    result = svi.run(KEY, 8, *args, **options)  # goes on
+    assert result.losses.shape == (8,)
+    assert np.isfinite(svi.run(KEY, 2, *args, progress_bar=False, init_state=result).losses).all()
+    result.assess(draws=2)
+    assert result.record.quality is not None and result.record.gradient_variance is not None
+    assert result.record.num_params and "ELBO" in result.report(format="markdown")
+    record = fit_record(svi, result, result.losses, *args)
+    assert assessed(record, svi, result.state, *args, draws=2, pareto_k=False).quality is not None
+    for fit in (result, result.state, {**result.params, **result.state.mutable_state}):
+        data = to_arviz(svi, fit, *args, key=KEY, num_samples=2, batch_size=2)
+        assert np.isfinite(data["sample_stats"]["lp"].values).all()
+        assert explain(svi, fit, *args).rows
+    assert compare(explain(svi, result, *args), explain(RAD_ELBO(), KEY, result, model, guide, *args)).plans
+    plan_figure(svi, result, *args, budgets=["1kB"])
+    assert svi.loss.calibrate(svi, result, *args, draws=2).gradient_norm > 0
+    assert np.isfinite(gradient_variance(svi, result, *args, draws=2).total.total.value)
+    assert len(shadow(svi, KEY, 2, *args, num_seeds=2).steps) == 2
+    assert signal_to_noise(result) == signal_to_noise(result.state)
+
+
+# Whatever the user has
+
+
+def local(x):
+    """A model whose guide takes the parameters of its plate."""
+    with numpyro.plate("points", x.shape[0]):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_guide(x):
+    loc = numpyro.param("loc", jnp.zeros(x.shape[0]))
+    scale = numpyro.param("scale", jnp.ones(x.shape[0]), constraint=dist.constraints.positive)
+    with numpyro.plate("points", x.shape[0]) as points:
+        numpyro.sample("z", dist.Normal(loc[points], scale[points]))
+
+
+def test_numpy_parameters_are_taken():
+    """Restored from a file, they are arrays of NumPy; inside of a compiled function these cannot be indexed."""
+    x = jnp.arange(5.0)
+    svi, state, _ = prepared((local, local_guide, (x,)), RAD_ELBO())
+    params, saved = (jax.tree.map(np.asarray, tree) for tree in (svi.get_params(state), state._replace(rng_key=None)))
+    saved = saved._replace(rng_key=state.rng_key)
+    data = to_arviz(svi, params, x, key=KEY, num_samples=2, batch_size=1)
+    assert data["posterior"]["z"].shape == (1, 2, 5)
+    assert np.isfinite(fit_quality(svi, saved, x, key=KEY, pareto_k=False, max_particles=2).elbo.value)
+    assert explain(svi, params, x).program == explain(svi, saved, x).program == explain(svi, state, x).program
+    loss = jax.jit(lambda key: svi.loss.loss(key, params, local, local_guide, x))(KEY)
+    np.testing.assert_allclose(loss, Trace_ELBO().loss(KEY, params, local, local_guide, x), rtol=1e-6)
+    assert gradient_variance(svi, saved, x, draws=2).draws == 2
+    assert svi.run(KEY, 1, x, progress_bar=False, init_state=saved).losses.shape == (1,)
+
+
+def test_what_is_not_enough_is_told():
+    svi, state, args = prepared((local, local_guide, (jnp.ones(3),)), RAD_ELBO())
+    params = svi.get_params(state)
+    for function in (gradient_variance, svi.loss.calibrate, lambda *a: fit_record(*a[:2], np.ones(1), *a[2:])):
+        with pytest.raises(TypeError, match=r"got parameters alone.*init_params=params"):
+            function(svi, params, *args)
+        with pytest.raises(TypeError, match="svi_state is 3, not a state"):
+            function(svi, 3, *args)
+    with pytest.raises(TypeError, match=r"param_map=an SVIState.*explain and plan_figure also take \(svi, svi_state"):
+        explain(svi.loss, KEY, state, local, local_guide, *args)
+    with pytest.raises(TypeError, match="param_map=the function local"):
+        explain(svi.loss, KEY, local, local, local_guide, *args)
+    with pytest.raises(TypeError, match="explain needs a RAD_ELBO, an SVI that has one"):
+        explain(SVI(local, local_guide, optax.adam(1e-3), Trace_ELBO()), state, *args)
+    with pytest.raises(ValueError, match="gradient_variance: this SVI has not been initialised"):
+        gradient_variance(SVI(local, local_guide, optax.adam(1e-3), RAD_ELBO()), state, *args)
+    forgetful = pickle.loads(pickle.dumps(svi.run(KEY, 1, *args, progress_bar=False)))
+    with pytest.raises(ValueError, match=r"copied or unpickled.*assessed"):
+        forgetful.assess(*args)

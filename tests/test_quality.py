@@ -212,9 +212,9 @@ def test_what_is_wrong_is_said():
     svi = svi_of(Trace_ELBO())
     state = svi.init(jax.random.key(0), DATA)
     options = {"key": jax.random.key(0)}
-    with pytest.raises(TypeError, match="fit is a int"):
+    with pytest.raises(TypeError, match="fit_quality: svi_state is 3"):
         fit_quality(svi, 3, DATA, **options)
-    with pytest.raises(ValueError, match="not been initialized"):
+    with pytest.raises(ValueError, match="not been initialised"):
         fit_quality(svi_of(Trace_ELBO()), state, DATA, **options)
     for wrong in ({"standard_error": 0.0}, {"max_particles": 1}, {"standard_error": float("nan")}):
         with pytest.raises(ValueError, match="standard_error="):

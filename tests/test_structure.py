@@ -24,6 +24,7 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
     ("ad", "ad.seeds", "ad.layout", "ad.loops", "mistakes", "wording"),
+    ("fits",),
     ("ad._jax", "ad.codecs"),
     ("ad.rules",),
     ("ad.graph",),
@@ -61,6 +62,7 @@ LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
 JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
 MAY_USE_JAX_INTERNALS = {"ad._jax"}
 MAY_IMPORT_NUMPYRO = {
+    "fits",
     "elbo",
     "diagnostics.variance",
     "diagnostics.quality",

@@ -292,5 +292,5 @@ def test_what_is_no_tracker():
     for data in ({}, {"track": 3}, []):
         with pytest.raises(ValueError, match=r"not what Tracker\.to_dict"):
             Tracker(svi).restore(data)
-    with pytest.raises(ValueError, match="not initialised"):
+    with pytest.raises(ValueError, match="not been initialised"):
         Tracker(SVI(linear_model, linear_guide, optax.adam(1e-2), Trace_ELBO()))

@@ -447,7 +447,7 @@ def test_no_parameters_and_no_init():
         with pytest.raises(ValueError, match="neither model nor guide has a parameter"):
             gradient_variance(svi, state, A, B)
     fresh = SVI(linear_model, linear_guide, optax.adam(1e-2), Trace_ELBO())
-    with pytest.raises(ValueError, match=r"svi is not initialised: call svi.init"):
+    with pytest.raises(ValueError, match="gradient_variance: this SVI has not been initialised"):
         gradient_variance(fresh, state, A, B)
 
 

@@ -35,6 +35,7 @@ from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates
 from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.fits import values_of, watched_state
 from numpyro_rad.transform import with_arguments
 from numpyro_rad.wording import number, signed_text
 
@@ -103,11 +104,12 @@ def fit_quality(
             f"standard_error={standard_error}, max_particles={max_particles}: the error of the ELBO is positive, and "
             "it takes at least 2 particles to know it. Leave both at their defaults, or raise them."
         )
-    params, kwargs = _params(svi, fit), {**kwargs, **svi.static_kwargs}
+    params, kwargs = values_of(svi, fit, "fit_quality"), {**kwargs, **svi.static_kwargs}
     elbo_key, k_key = jax.random.split(key)
     notes: list[str] = []
     try:
-        draws = _elbo_draws(svi, params, args, kwargs, elbo_key, standard_error, max_particles)
+        with watched_state(params, "fit_quality"):
+            draws = _elbo_draws(svi, params, args, kwargs, elbo_key, standard_error, max_particles)
     except Exception as error:
         if not _jax.is_out_of_memory(error):
             raise
@@ -142,25 +144,6 @@ def fit_quality(
         converged=None if iterates is None or r_hat is None else iterates.converged(),
         notes=tuple(notes),
     )
-
-
-def _params(svi: SVI, fit: Any) -> dict[str, Any]:
-    """Constrained parameters and mutable state, by name."""
-    if isinstance(fit, dict):
-        return fit
-    state = getattr(fit, "state", fit)
-    if not hasattr(state, "optim_state"):
-        raise TypeError(
-            f"fit_quality: fit is a {type(fit).__name__}. Pass the result of svi.run, an SVIState, or the dictionary "
-            "of parameters that svi.get_params returns."
-        )
-    if svi.constrain_fn is None:
-        raise ValueError(
-            "fit_quality: this SVI has not been initialized, so it does not know the constraints of its parameters. "
-            "Call svi.init(key, *args) first, or pass the dictionary of constrained parameters."
-        )
-    params = fit.params if hasattr(fit, "params") else svi.get_params(state)  # a result may hold averaged ones
-    return {**params, **(state.mutable_state or {})}
 
 
 def loss_of_one_particle(loss: ELBO) -> Any:

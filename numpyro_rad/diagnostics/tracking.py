@@ -28,7 +28,8 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.records import Alarm, Track, from_dict, to_dict
 from numpyro_rad.diagnostics.variance import GUIDE, NORM, PATH, Gradient, reduce_gradients
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, training_keys
-from numpyro_rad.mistakes import fields_checked
+from numpyro_rad.fits import state_of
+from numpyro_rad.mistakes import check_initialised, fields_checked
 from numpyro_rad.transform import named_leaves
 
 _TAG = 0x52414424  # folded into the state's key: the draws of a look
@@ -102,6 +103,7 @@ class Tracker:
     """
 
     def __init__(self, svi: Any, tracking: Tracking | None = None) -> None:
+        check_initialised("Tracker", svi)
         self.svi, self.tracking = svi, Tracking() if tracking is None else tracking
         self._names: tuple[str, ...] = ()
         self._steps: list[int] = []
@@ -132,7 +134,7 @@ class Tracker:
         """Take three gradients (two, for an ELBO without codes) at the parameters of a state.
 
         :param step: steps that were taken so far.
-        :param svi_state: the state, which is not changed.
+        :param svi_state: the state, or a result; it is not changed.
         :param args: arguments of model and guide.
         :param kwargs: their keyword arguments.
         :param seconds: wall time since the fit began.
@@ -143,6 +145,7 @@ class Tracker:
         if self._too_large:
             return ()
         kwargs = {} if kwargs is None else kwargs
+        svi_state = state_of(self.svi, svi_state, "Tracker.look")
         self._forget_other_plans()
         if not self._names:
             self._names = tuple(name for name, _ in named_leaves(self.svi.optim.get_params(svi_state.optim_state)))
@@ -206,6 +209,7 @@ class Tracker:
             return ()
         self._issued.add(("nonfinite", "loss"))
         kwargs = {} if kwargs is None else kwargs
+        svi_state = state_of(self.svi, svi_state, "Tracker.diagnose")
         data = _not_finite_in({**{f"args[{i}]": x for i, x in enumerate(args)}, **kwargs})
         params = _not_finite_in(self.svi.optim.get_params(svi_state.optim_state))
         step_key = jax.random.split(svi_state.rng_key)[1]  # as svi.update

@@ -39,6 +39,8 @@ from scipy.special import stdtrit
 from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVariance
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_keys
+from numpyro_rad.fits import state_of
+from numpyro_rad.mistakes import check_initialised
 from numpyro_rad.planning.planner import Planner, VarianceWarning
 from numpyro_rad.transform import named_leaves, site_leaves
 
@@ -75,7 +77,7 @@ def gradient_variance(
     is small they may be negative.
 
     :param svi: an initialised ``SVI``.
-    :param svi_state: its state, at whose parameters the gradient is taken. It is not changed.
+    :param svi_state: its state, or the result of its run, at whose parameters the gradient is taken. It is not changed.
     :param args: arguments of model and guide, as in ``svi.update``.
     :param batches: further tuples of such arguments, of the same shapes; the minibatch is then drawn from all of them,
         ``args`` included, each with the same probability.
@@ -112,6 +114,7 @@ def gradient_variance(
         raise ValueError(f"blocks={blocks!r} is neither 'site', 'parameter' nor a function from a name to a block's.")
     if costs not in (False, True, "randomized"):
         raise ValueError(f"costs={costs!r} is none of True, False and 'randomized'.")
+    svi_state = state_of(svi, svi_state, "gradient_variance")
     sampler = _Sampler(svi, svi_state, [args, *batches], kwargs, key)
     moments = _Moments(sampler.block_names(blocks), sampler.sizes)
     while moments.count < (draws or _PILOT):
@@ -157,8 +160,7 @@ class Gradient:
     """
 
     def __init__(self, svi: SVI, elbo: Any = None) -> None:
-        if svi.constrain_fn is None:
-            raise ValueError("svi is not initialised: call svi.init(key, *args) first, also if its state is at hand.")
+        check_initialised("Gradient", svi)
         self._svi, self._elbo = svi, svi.loss if elbo is None else elbo
         self._traced = jax.jit(self._of_arrays, static_argnums=0)
         self._constant: dict[tuple[int, ...], tuple[Any, Any]] = {}

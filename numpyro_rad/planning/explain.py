@@ -129,8 +129,9 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
 
     :param target: an initialised ``SVI`` whose loss is a ``RAD_ELBO``, such an ELBO alone, or what
         :func:`numpyro_rad.rad` returned.
-    :param args: for an ``SVI`` its state or result and the arguments of model and guide; for an ELBO ``rng_key,
-        param_map, model, guide`` and these arguments, as in its ``loss``; for ``rad(f)`` a key and the arguments of
+    :param args: for an ``SVI`` the result of its run, a state or parameters, and the arguments of model and guide; for
+        an ELBO ``rng_key, param_map, model, guide`` and these arguments, as in its ``loss``, where ``param_map`` may be
+        a result too (and has to hold the mutable state, if there is any); for ``rad(f)`` a key and the arguments of
         ``f``.
     :param argnums: for ``rad(f)``, the arguments of ``f`` to differentiate; an ELBO is differentiated with respect to
         all its parameters.
@@ -151,8 +152,7 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
 def plan_of(target: Any, args: tuple, argnums: int | Sequence[int], kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
     """The plan for ``target`` and the sites (or arguments) of its arrays; parameters as for :func:`explain`."""
     if _is_svi(target) and _is_elbo(target.loss):
-        fit, *rest = args or (None,)
-        return target.loss.plan_of_update(target, getattr(fit, "state", fit), *rest, **kwargs)
+        return target.loss.plan_of_update(target, *(args or (None,)), **kwargs)
     if _is_elbo(target):
         return target.plan(*args, **kwargs)
     if hasattr(target, "planned"):
@@ -252,7 +252,7 @@ def compare(a: Explanation | Plan, b: Explanation | Plan) -> Comparison:
 
     Example::
 
-        arguments = key, svi.get_params(state), model, guide, x, y
+        arguments = key, result, model, guide, x, y
         print(compare(explain(RAD_ELBO(), *arguments), explain(RAD_ELBO(memory_budget="64MiB"), *arguments)))
     """
     for plan in (a, b):

@@ -25,6 +25,7 @@ from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
 from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, Validation, to_dict
+from numpyro_rad.fits import values_of, watched_state
 from numpyro_rad.transform import with_arguments
 
 SAMPLE = ("chain", "draw")
@@ -71,7 +72,7 @@ def to_arviz(
     ``posterior`` says so.
 
     :param svi: what fitted; its model and guide are used, its loss is not.
-    :param result: what ``svi.run`` returned, or the parameters alone (``svi.get_params(state)``).
+    :param result: what ``svi.run`` returned, a state of it, or the parameters alone (``svi.get_params(state)``).
     :param args: arguments of model and guide, with the full data: a likelihood of a minibatch is none of the data.
     :param key: a JAX PRNG key; the same one gives the same draws.
     :param num_samples: number of draws.
@@ -100,9 +101,9 @@ def to_arviz(
             "to_arviz takes guides that propose one sample at a time; those of a multi_sample_guide belong together. "
             "Write a guide that draws one of them."
         )
-    values = getattr(result, "params", result)
-    mutable = getattr(getattr(result, "state", None), "mutable_state", None) or {}
-    draws = _Draws(svi, {**values, **mutable}, args, {**kwargs, **svi.static_kwargs})
+    values = values_of(svi, result, "to_arviz")
+    with watched_state(values, "to_arviz"):
+        draws = _Draws(svi, values, args, {**kwargs, **svi.static_kwargs})
     wanted = [*["log_likelihood"] * log_likelihood, *["posterior_predictive"] * posterior_predictive]
     found = _collected(draws, key, num_samples, chunk_size, ["posterior", "sample_stats", *wanted])
     stats = {"sample_stats": _dataset(found.pop("sample_stats"), {}, SAMPLE, _Names(()))}

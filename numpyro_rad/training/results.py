@@ -25,6 +25,7 @@ from numpyro_rad.diagnostics.quality import Iterates, fit_quality
 from numpyro_rad.diagnostics.records import Alarm, Convergence, FitRecord, PlanRecord, PlanRow, Track
 from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.fits import state_of
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.figures import exact_timeline, timeline
 from numpyro_rad.report.sections import summary
@@ -113,6 +114,11 @@ class RAD_SVIRunResult(SVIRunResult):
         """
         if not (args or kwargs):
             args, kwargs = self.args, self.kwargs
+        if self.svi is None:
+            raise ValueError(
+                "assess: this result was copied or unpickled, which leaves its SVI out. Use assessed(result.record, "
+                "svi, result, x, y), with the SVI initialised."
+            )
         options = {"key": key, "draws": draws, "pareto_k": pareto_k, "iterates": self.iterates}
         self.record = assessed(self.record, self.svi, self, *args, **options, **kwargs)
         return self
@@ -163,7 +169,7 @@ def fit_record(
     """The record of a fit whose loop is your own, for :mod:`numpyro_rad.report`.
 
     :param svi: an initialised ``SVI`` with any ELBO.
-    :param svi_state: its last state.
+    :param svi_state: its last state, or the result of its run.
     :param losses: of all steps, shape (steps,).
     :param args: arguments of model and guide, as in ``svi.update``.
     :param seconds: wall time of the fit.
@@ -174,6 +180,7 @@ def fit_record(
 
         report.write(assessed(fit_record(svi, state, losses, x, y), svi, state, x, y), "fit.html")
     """
+    svi_state = state_of(svi, svi_state, "fit_record")
     params = svi.optim.get_params(svi_state.optim_state)
     plan = svi.loss.plan_of_update(svi, svi_state, *args, **kwargs) if isinstance(svi.loss, RAD_ELBO) else None
     losses = np.asarray(losses)
@@ -214,7 +221,7 @@ def assessed(
     :param kwargs: keyword arguments of model and guide.
     :return: the record; what does not exist for this fit is left out, with a word in the alarms.
     """
-    state = fit.state if hasattr(fit, "state") else fit
+    state = state_of(svi, fit, "assessed")
     key = jax.random.fold_in(state.rng_key, _ASSESS_TAG) if key is None else key
     measures = {
         "gradient_variance": lambda: gradient_variance(svi, state, *args, key=key, draws=draws, **kwargs),

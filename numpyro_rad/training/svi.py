@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.fits import is_result, on_device
 from numpyro_rad.mistakes import check_fit, check_state
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.training.arguments import (
@@ -105,9 +104,14 @@ class RAD_SVI(SVI):
         return super().stable_update(svi_state, *args, **kwargs)
 
     def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, as in ``SVI``."""
+        """The loss under the key of the next step, as in ``SVI``, but with the mutable state, which that leaves out."""
         check_fit("evaluate", self, svi_state)
-        return super().evaluate(svi_state, *args, **kwargs)
+        mutable = svi_state.mutable_state
+        if not mutable:
+            return super().evaluate(svi_state, *args, **kwargs)
+        key, options = jax.random.split(svi_state.rng_key)[1], {**kwargs, **self.static_kwargs}
+        values = {**self.get_params(svi_state), **mutable}
+        return self.loss.loss_with_mutable_state(key, values, self.model, self.guide, *args, **options)["loss"]
 
     def get_params(self, svi_state: Any) -> dict[str, Any]:
         """The constrained parameters, as in ``SVI``."""
@@ -160,7 +164,7 @@ class RAD_SVI(SVI):
         :param progress_bar: whether to show loss, ρ and memory while running.
         :param stable_update: whether a step with a NaN or infinite result is not taken.
         :param forward_mode_differentiation: for NumPyro's own ELBOs.
-        :param init_state: state to go on from, that of an earlier result.
+        :param init_state: state to go on from, or the earlier result.
         :param init_params: initial values of parameters.
         :param batches: one batch for each step: an iterable, read again for every epoch if it can be, or a function
             ``epoch -> iterable``. A batch is a tuple (arguments), a dictionary (keyword arguments) or one array, of
@@ -201,6 +205,7 @@ class RAD_SVI(SVI):
         check_run(rng_key, num_steps, args, batches, stop, checkpoint, validate)
         called = checked_callbacks(callbacks)
         if init_state is not None:
+            init_state = on_device(init_state.state if is_result(init_state) else init_state)
             check_state("run(init_state=...)", init_state)
         if isinstance(checkpoint, (str, Path)):
             checkpoint = Checkpoint(checkpoint)
@@ -209,7 +214,7 @@ class RAD_SVI(SVI):
             store = stack.enter_context(Store(checkpoint)) if checkpoint is not None else None
             snapshot = store.newest() if store is not None else None
             done = _steps_of(snapshot, num_steps, store)
-            args, kwargs = jax.tree.map(_on_device, (args, kwargs))
+            args, kwargs = on_device((args, kwargs))
             validator, beside = None, (args if batches is not None else (), kwargs)
             if batches is None:
                 feed: Any = Fixed(args, kwargs)
@@ -227,7 +232,7 @@ class RAD_SVI(SVI):
                 if init_state is None or self._measured is None:
                     self._calibrate(state, args, kwargs, more)
             if validate is not None:
-                validator = Validator(self, state, jax.tree.map(_on_device, held_out(validate, *beside)))
+                validator = Validator(self, state, on_device(held_out(validate, *beside)))
             start = {"init_state": init_state, "init_params": init_params}
             fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start, validator)
             fit.go(progress_bar, called, stop)
@@ -243,8 +248,3 @@ def _steps_of(snapshot: Snapshot | None, num_steps: int, store: Store | None) ->
             "in all, or choose another folder."
         )
     return done
-
-
-def _on_device(x: Any) -> Any:
-    """Arrays of NumPy on the device, once for all steps; those that JAX has no dtype for stay."""
-    return jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biufcV" else x
