@@ -20,6 +20,7 @@ from numpyro_rad.planning.explain import Comparison, Explanation, compare, expla
 from numpyro_rad.planning.figures import plan_figure
 from numpyro_rad.planning.planner import Planner, Residual, VarianceWarning
 from numpyro_rad.report.archive import to_arviz
+from numpyro_rad.training.advice import Advice, advise
 from numpyro_rad.training.checkpoints import Checkpoint, CheckpointError
 from numpyro_rad.training.loop import Look
 from numpyro_rad.training.results import RAD_SVIRunResult, assessed, fit_record
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RAD_ELBO",
     "RAD_SVI",
+    "Advice",
     "BitMask",
     "BudgetError",
     "Calibration",
@@ -59,6 +61,7 @@ __all__ = [
     "Tracking",
     "TrackingWarning",
     "VarianceWarning",
+    "advise",
     "assessed",
     "compare",
     "explain",

@@ -1,0 +1,292 @@
+"""Is it worth it? ``advise`` compiles the step of a fit in several ways and says which one to take.
+
+What counts is what a user pays: temporary memory of the compiled step, its seconds, and the variance that codes add.
+For a model that fits anyway the answer is often ``Trace_ELBO``, and then it says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from numpyro.infer.svi import SVI
+
+from numpyro_rad.ad.plan import BudgetError, Plan
+from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.mistakes import check_fit, shown
+from numpyro_rad.planning.explain import explained, size_text
+from numpyro_rad.planning.planner import VarianceWarning
+from numpyro_rad.training.steps import split
+
+SMALL_BYTES = 2**23
+"""A step that takes less temporary memory than this (8 MiB) is not worth any trouble."""
+
+_SHARES = (0.2, 0.1, 0.05)  # of the exact residuals, for the budgets that are tried
+
+_WORTH_IT = 1.5  # times less memory than Trace_ELBO
+
+_MOST_TIME, _MOST_VARIANCE = 1.1, 0.05  # of what is recommended, relative to Trace_ELBO
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One way to take the step.
+
+    :ivar loss: the loss in words, as it is written in a program.
+    :ivar temporary_bytes: temporary memory of the compiled step; None where the compiler does not say.
+    :ivar held_bytes: bytes held between the two sweeps; None for NumPyro's own ELBO.
+    :ivar seconds: of one step, the median of a few; None if it was not timed, or does not fit.
+    :ivar compile_seconds: of tracing and compiling it.
+    :ivar added_variance: predicted variance that codes add, relative to that of the exact gradient.
+    :ivar note: what went wrong, empty if nothing did.
+    """
+
+    loss: str
+    temporary_bytes: int | None
+    held_bytes: int | None
+    seconds: float | None
+    compile_seconds: float
+    added_variance: float
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """What a step takes under several losses, and which to take; ``print`` it.
+
+    :ivar options: NumPyro's own ELBO first.
+    :ivar chosen: the option that is recommended.
+    :ivar sentence: the recommendation in words.
+    """
+
+    options: tuple[Option, ...]
+    chosen: Option
+    sentence: str
+
+    def __str__(self) -> str:
+        header = ("loss", "temporary", "held", "step", "compile", "added variance")
+        first = self.options[0]
+        rows: list[tuple[str, ...]] = [header]
+        for option in self.options:
+            temporary = "?" if option.temporary_bytes is None else size_text(option.temporary_bytes)
+            held = "" if option.held_bytes is None else size_text(option.held_bytes)
+            seconds = option.note or "?"
+            if option.seconds is not None:
+                seconds = f"{option.seconds:.3g} s"
+                if option is not first and first.seconds:
+                    seconds += f" ({option.seconds / first.seconds:.2f}x)"
+            variance = _percent(option.added_variance) if option.added_variance else "none"
+            rows.append((option.loss, temporary, held, seconds, f"{option.compile_seconds:.1f} s", variance))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        return "\n".join([*lines, "", self.sentence])
+
+
+def advise(
+    svi: SVI,
+    svi_state: Any,
+    *args: Any,
+    budgets: Sequence[int | str] | None = None,
+    repeats: int = 5,
+    **kwargs: Any,
+) -> Advice:
+    """Whether randomized gradients are worth it for a model, and with which budget, before anything is trained.
+
+    Compiles ``svi.update`` with the exact ELBO of ``svi`` (the base of a ``RAD_ELBO``) and with ``RAD_ELBO``'s default;
+    where the exact step takes 8 MiB or more, also with exact gradients at the fewest bytes and with a few budgets. Some
+    steps of each are timed, in turn. ``svi`` and its state stay as they are. It takes the time of compiling all that,
+    about a minute for a large network, and the memory of the exact step: what does not fit is reported as such.
+
+    :param svi: an initialised ``SVI``, of NumPyro or this library, with any ELBO.
+    :param svi_state: its state.
+    :param args: arguments of model and guide, as in ``svi.update``.
+    :param budgets: to try, as ``memory_budget``; by default a fifth, a tenth and a twentieth of the exact residuals.
+    :param repeats: steps of each that are timed; 0 to compile only.
+    :param kwargs: keyword arguments of model and guide.
+    :return: the options and a recommendation: the one of least memory that takes at most 1.1 times the time and adds at
+        most 5 % to the variance, if it is at least 1.5 times smaller than the exact step.
+    :raises TypeError: if ``svi`` or ``svi_state`` are not what they should be, or a budget is none.
+    :raises ValueError: before ``svi.init``, for a negative ``repeats`` and where there is no parameter.
+
+    Example::
+
+        state = svi.init(jax.random.key(0), x, y)
+        print(advise(svi, state, x, y))
+    """
+    check_fit("advise", svi, svi_state)
+    if not isinstance(repeats, int) or repeats < 0:
+        raise ValueError(f"repeats={shown(repeats)}: the number of steps to time is expected, 0 not to time any.")
+    ours = svi.loss if isinstance(svi.loss, RAD_ELBO) else None
+    base = svi.loss if ours is None else ours.base
+    name = type(base).__name__
+    wrapped = "" if name == "Trace_ELBO" else f"base={name}(), "
+    known = {"calibration": ours.planner.calibration} if ours is not None else {}
+
+    def rad(**options: Any) -> _Trial:
+        inner = wrapped + ", ".join(f"{k}={v!r}" for k, v in options.items())
+        loss = RAD_ELBO(base=base, **options, **known)
+        return _Trial(f"RAD_ELBO({inner.removesuffix(', ')})", loss, svi, svi_state, args, kwargs)
+
+    trials = [_Trial(f"{name}()", base, svi, svi_state, args, kwargs), rad()]
+    if budgets is None and not trials[0].is_small:
+        residuals = trials[1].residual_bytes
+        budgets = [_rounded(share * residuals) for share in _SHARES] if residuals else []
+        trials.append(rad(exact=True))
+    trials += [rad(memory_budget=budget) for budget in budgets or ()]
+    for _ in range(repeats):
+        for trial in trials:
+            trial.time()
+    options = tuple(trial.option() for trial in trials)
+    chosen, sentence = _recommended(options)
+    return Advice(options, chosen, sentence)
+
+
+class _Trial:
+    """A step under one loss, compiled, and how long it took."""
+
+    def __init__(self, told: str, loss: Any, svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.told, self.note = told, ""
+        self.times: list[float] = []
+        self.temporary_bytes: int | None = None
+        self.held_bytes: int | None = None
+        self.residual_bytes = 0
+        self.added_variance = 0.0
+        twin = copy.copy(svi)
+        twin.loss = loss
+        begun = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", VarianceWarning)  # the table says it
+                if isinstance(loss, RAD_ELBO):
+                    self._look_at(loss.plan_of_update(twin, svi_state, *args, **kwargs)[0])
+                self._compile(twin, svi_state, args, kwargs)
+        except BudgetError as error:
+            self.note = f"not possible below {size_text(error.smallest_bytes)}"
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            self._out_of_memory(error)
+        self.compile_seconds = time.perf_counter() - begun
+
+    @property
+    def is_small(self) -> bool:
+        return not self.note and self.temporary_bytes is not None and self.temporary_bytes < SMALL_BYTES
+
+    def _look_at(self, plan: Plan) -> None:
+        self.held_bytes = plan.stored_bytes
+        self.residual_bytes = explained(plan, {}).exact_bytes
+        self.added_variance = plan.predicted.added_variance if plan.predicted is not None else 0.0
+
+    def _compile(self, svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        first: Exception | None = None
+        for traced in (True, False):  # a model may look at its arguments
+            arrays, merge = split(args, kwargs, traced)
+
+            def step(state: Any, arrays: list[Any], merge: Any = merge) -> Any:
+                args, kwargs = merge(arrays)
+                return SVI.update(svi, state, *args, **kwargs)
+
+            try:
+                compiled = jax.jit(step).lower(svi_state, arrays).compile()
+            except (TypeError, jax.errors.JAXTypeError) as error:
+                first = first or error
+                continue
+            sizes = compiled.memory_analysis()
+            self.temporary_bytes = None if sizes is None else int(sizes.temp_size_in_bytes)
+            self.run = partial(compiled, svi_state, arrays)
+            return
+        assert first is not None
+        raise first
+
+    def time(self) -> None:
+        """Take one step."""
+        if self.note:
+            return
+        begun = time.perf_counter()
+        try:
+            jax.block_until_ready(self.run())
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            self._out_of_memory(error)
+        else:
+            self.times.append(time.perf_counter() - begun)
+
+    def _out_of_memory(self, error: Exception) -> None:
+        """What does not fit is an answer; anything else that the device complains of is not."""
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise error
+        self.note, self.times = "does not fit", []
+
+    def option(self) -> Option:
+        seconds = statistics.median(self.times) if self.times else None
+        sizes = self.temporary_bytes, self.held_bytes
+        return Option(self.told, *sizes, seconds, self.compile_seconds, self.added_variance, self.note)
+
+
+def _rounded(size: float) -> str:
+    """A number of bytes as one would write it."""
+    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
+        if size >= 10 * scale:
+            return f"{round(size / scale)}{unit}"
+    return f"{max(1, round(size))}B"
+
+
+def _recommended(options: Sequence[Option]) -> tuple[Option, str]:
+    """Which option to take, and why."""
+    first, *others = options
+    if first.note:
+        fitting = [o for o in others if not o.note]
+        if not fitting:
+            return first, f"Neither {first.loss} nor anything else fits: try a smaller minibatch or fewer particles."
+        best = min(fitting, key=lambda o: (o.added_variance > _MOST_VARIANCE, o.seconds or 0.0))
+        return best, f"{first.loss} {first.note}; {best.loss} does{_price(best, first)}."
+    size = first.temporary_bytes
+    if size is None:
+        return first, "The compiler does not say what the steps take here, so there is nothing to choose by."
+    if size < SMALL_BYTES:
+        return first, f"Use {first.loss} here: its step takes {size_text(size)}, which is not worth saving."
+    good = [o for o in others if not o.note and o.added_variance <= _MOST_VARIANCE]
+    if first.seconds:
+        good = [o for o in good if o.seconds is not None and o.seconds <= _MOST_TIME * first.seconds]
+    usable = [o for o in others if not o.note and o.added_variance <= 1]
+    best, least = (min(found, key=_temporary, default=first) for found in (good, usable))
+    if size >= _WORTH_IT * (best.temporary_bytes or size):
+        return best, (
+            f"Use {best.loss}: its step takes {_less(best, size)} than the {size_text(size)} of {first.loss}"
+            f"{_price(best, first)}."
+        )
+    sentence = f"Use {first.loss} here: its step takes {size_text(size)}, and nothing takes much less for nothing."
+    if size >= _WORTH_IT * (least.temporary_bytes or size):
+        sentence += f" If memory is what you lack, {least.loss} takes {_less(least, size)}{_price(least, first)}."
+    return first, sentence
+
+
+def _temporary(option: Option) -> float:
+    return math.inf if option.temporary_bytes is None else option.temporary_bytes
+
+
+def _less(option: Option, size: int) -> str:
+    taken = option.temporary_bytes or 1
+    return f"{size_text(taken)}, {size / taken:.1f} times less"
+
+
+def _price(option: Option, first: Option) -> str:
+    """What an option costs, as the end of a sentence."""
+    parts = []
+    if option.seconds is not None and first.seconds:
+        parts.append(f"at {option.seconds / first.seconds:.2f} times its time")
+    added = option.added_variance
+    parts.append(f"and adds {_percent(added)} to the variance of the gradient" if added else "with an exact gradient")
+    return ", " + ", ".join(parts)
+
+
+def _percent(share: float) -> str:
+    return "less than 0.1 %" if 0 < share < 1e-3 else f"{100 * share:.2g} %"
