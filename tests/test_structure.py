@@ -49,7 +49,7 @@ LAYERS = (
     ("report.document",),
     ("report",),
     ("training", "training.batches", "training.checkpoints"),
-    ("training.results", "training.steps"),
+    ("training.results", "training.steps", "training.optimizers"),
     ("training.fingerprint", "training.validation"),
     ("training.arguments",),
     ("training.advice", "training.loop"),

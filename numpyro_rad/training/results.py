@@ -62,6 +62,14 @@ class RAD_SVIRunResult(SVIRunResult):
     args: tuple = ()
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "record":
+            raise AttributeError(
+                "this result has no record: the run was part of a transformation of JAX (jax.vmap, jax.jit, ...), "
+                "where nothing is recorded. fit_record(svi, state, losses, *args) makes one for the state of one fit."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def track(self) -> Track | None:
         """Noise of the gradient during the run, None if it was not tracked."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_rad.ad import _jax
@@ -35,6 +36,7 @@ from numpyro_rad.training.arguments import (
 from numpyro_rad.training.batches import Batches, Fixed, Varying, words
 from numpyro_rad.training.checkpoints import Checkpoint, Snapshot, Store
 from numpyro_rad.training.loop import CALIBRATION_DRAWS, Fit, Look, Stop
+from numpyro_rad.training.optimizers import evaluations
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.validation import Validator, held_out
 
@@ -76,7 +78,7 @@ class RAD_SVI(SVI):
         check_names(RAD_SVI.__init__, (model, guide), static_kwargs)
         check_parts(model, guide, optim, loss, tracking, calibrate)
         super().__init__(model, guide, optim, RAD_ELBO() if loss is None else loss, **static_kwargs)
-        self.tracking, self.calibrate = tracking, calibrate
+        self.tracking, self.calibrate, self._optim = tracking, calibrate, optim
         self._measured: Calibration | None = None  # by this object, so it is measured anew for another fit
 
     def init(self, rng_key: Any, *args: Any, init_params: Any = None, **kwargs: Any) -> SVIState:
@@ -88,10 +90,28 @@ class RAD_SVI(SVI):
         with blamed(self.model, args, kwargs):
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         elbo, params = self.loss, self.optim.get_params(state.optim_state)
-        if isinstance(elbo, RAD_ELBO) and jax.tree.leaves(params) and not _jax.is_traced((state, args, kwargs)):
+        if _is_transformed((state, args, kwargs)):
+            return state
+        self._check_optimizer(state, args, kwargs)
+        if isinstance(elbo, RAD_ELBO) and jax.tree.leaves(params):
             self._calibrate(state, args, kwargs)
             elbo.plan_of_update(self, state, *args, **kwargs)
         return state
+
+    def _check_optimizer(self, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuse an optimizer that cannot take the steps; warn of one that searches along lines amid codes."""
+        elbo = self.loss
+        if not jax.tree.leaves(self.optim.get_params(state.optim_state)):
+            return
+        if evaluations(self.optim, state.optim_state, self._optim) > 1 and isinstance(elbo, RAD_ELBO):
+            plan, _ = elbo.plan_of_update(self, state, *args, **kwargs)
+            if any(part.encoded for part in plan.walk()):
+                warnings.warn(
+                    f"{type(self.optim).__name__} evaluates the loss several times in a step and compares its values "
+                    "with gradients, which are random here. Pass RAD_ELBO(exact=True), or an optimizer such as "
+                    "optax.adam(1e-3).",
+                    stacklevel=3,
+                )
 
     def update(self, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[SVIState, Any]:
         """One step, as in ``SVI``."""
@@ -156,6 +176,9 @@ class RAD_SVI(SVI):
     ) -> RAD_SVIRunResult:
         """Fit, as ``SVI.run`` does: the same parameters, state and losses.
 
+        Inside of ``jax.vmap``, ``jax.jit`` and the like it is ``SVI.run``, many fits at once for example: what the host
+        does between steps (tracking, calibration, callbacks, files) does not exist there, and a warning says so.
+
         Ctrl-C ends the run after the steps that are under way and returns what there is; a second one raises.
 
         :param rng_key: JAX PRNG key.
@@ -204,12 +227,18 @@ class RAD_SVI(SVI):
         check_names(RAD_SVI.run, (self.model, self.guide), kwargs)
         check_run(rng_key, num_steps, args, batches, stop, checkpoint, validate)
         called = checked_callbacks(callbacks)
+        options = {"stable_update": stable_update, "forward_mode_differentiation": forward_mode_differentiation}
+        if _is_transformed((rng_key, args, kwargs, init_state, init_params)):
+            asked = {"batches": batches, "callbacks": called, "stop": stop, "checkpoint": checkpoint}
+            start = {"init_state": init_state, "init_params": init_params}
+            return self._run_transformed(
+                {**asked, "validate": validate}, rng_key, num_steps, *args, **start, **options, **kwargs
+            )
         if init_state is not None:
             init_state = on_device(init_state.state if is_result(init_state) else init_state)
             check_state("run(init_state=...)", init_state)
         if isinstance(checkpoint, (str, Path)):
             checkpoint = Checkpoint(checkpoint)
-        options = {"stable_update": stable_update, "forward_mode_differentiation": forward_mode_differentiation}
         with contextlib.ExitStack() as stack:
             store = stack.enter_context(Store(checkpoint)) if checkpoint is not None else None
             snapshot = store.newest() if store is not None else None
@@ -227,6 +256,7 @@ class RAD_SVI(SVI):
                 with blamed(self.model, args, kwargs, batches):
                     fresh = SVI.init(self, rng_key, *args, init_params=init_params, **kwargs)
                 state = fresh if state is None else state
+            self._check_optimizer(state, args, kwargs)
             if snapshot is None:
                 more = [a for a, k in feed.next_few(CALIBRATION_DRAWS)[1:] if not k and words(a) == words(args)]
                 if init_state is None or self._measured is None:
@@ -237,6 +267,29 @@ class RAD_SVI(SVI):
             fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start, validator)
             fit.go(progress_bar, called, stop)
             return fit.result(stop)
+
+    def _run_transformed(self, asked: dict[str, Any], *args: Any, **kwargs: Any) -> RAD_SVIRunResult:
+        """``SVI.run`` as one program, of which ``asked`` is no part."""
+        if asked["batches"] is not None:
+            raise ValueError(
+                "run(batches=...): the host reads batches between steps, and inside of jax.vmap, jax.jit or "
+                "jax.lax.scan there is no host. Pass the data as arguments, and plates with subsample_size= in the model."
+            )
+        left_out = ["the progress bar"] + ["tracking of the noise"] * (self.tracking is not None)
+        left_out += [f"{name}=" for name, given in asked.items() if given]
+        if isinstance(self.loss, RAD_ELBO) and self.loss.planner.calibration is None and self.calibrate is not False:
+            left_out += ["calibration"]
+        warnings.warn(
+            f"RAD_SVI.run inside of a transformation of JAX is SVI.run, without {', '.join(left_out)} and without a "
+            "record for reports.",
+            stacklevel=3,
+        )
+        return RAD_SVIRunResult(*super().run(*args, progress_bar=False, **kwargs))
+
+
+def _is_transformed(tree: Any) -> bool:
+    """Whether this runs inside of ``jax.jit``, ``jax.vmap`` or another transformation, as part of a program."""
+    return _jax.is_traced((tree, jnp.zeros(())))
 
 
 def _steps_of(snapshot: Snapshot | None, num_steps: int, store: Store | None) -> int:
