@@ -324,7 +324,7 @@ def test_what_is_empty_is_passed_over(none, monkeypatch):
     found = svi.loss.calibrate(svi, svi.init(KEY, normal(8, 3)), normal(8, 3), draws=2)
     noises = found.residuals.values()
     assert found.gradient_norm > 0 and noises
-    assert np.isfinite([x for n in noises for x in (*n.added, *n.relative, n.mean_square)]).all()
+    assert np.isfinite([*found.reach, *(x for n in noises for x in (*n.added, *n.relative, n.mean_square))]).all()
 
 
 def test_a_budget_that_is_too_small_is_no_hindrance():

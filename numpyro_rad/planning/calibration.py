@@ -341,7 +341,7 @@ class Calibrator:
         self._gradients.append([np.asarray(x) for x in jax.tree.leaves(pull(gradient))])
         self._tables.append(np.asarray(table))
         self._squares.append(np.asarray(squares))
-        self._reaches.append([float(jnp.mean(jnp.square(s))) for s in signs])
+        self._reaches.append([float(jnp.mean(jnp.square(s))) if s.size else 0.0 for s in signs])
         return gradient
 
     def result(self) -> Calibration:
