@@ -4,48 +4,24 @@ Each model is initialized and evaluated in one compiled program. Barriers betwee
 of them, rather than find out that two are the same. A kind of model is in the fast set once; all the others are slow.
 """
 
-import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
+from coverage_examples import FOLDER, ROOT, models, run, table
 from numpyro.infer import SVI, Trace_ELBO
 from programs import few
 
 from numpyro_rad import RAD_ELBO, Keep
 from numpyro_rad.planning.explain import Row
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "examples" / "coverage"
 PAGE = ROOT / "docs" / "coverage.md"
 
 # As little optimization as possible: the programs are compiled to run once.
 COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def load(*names: str) -> list[ModuleType]:
-    """Modules of the example's folder, although this folder has a ``models`` of its own."""
-    hidden = {name: sys.modules.pop(name, None) for name in ("models", "run", "table", "problem")}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(FOLDER))
-        benchmarks = str(FOLDER.parent / "benchmarks")
-        if benchmarks in sys.path:
-            sys.path.remove(benchmarks)
-        for name, module in hidden.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-
-
-models, run, table = load("models", "run", "table")
 
 FAST = """
 laplace annotation vae prodlda proportion_test logistic_subsampling gaussian_process item_response censored_weibull

@@ -1,0 +1,193 @@
+"""Models as users of NumPyro write them, tiny: networks of other libraries, state, odd names and shapes, every ELBO.
+
+Each is a function that makes a :class:`Case`; nothing is made when this file is imported. Like ``models.py`` it knows
+nothing about the library: what trains here with an ELBO of NumPyro has to do everything else with one word changed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import modules
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from coverage_examples import models as coverage
+from numpyro.distributions import constraints
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import (
+    AutoDelta,
+    AutoNormal,
+)
+from numpyro.infer.initialization import init_to_feasible
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What SVI needs, and what is special.
+
+    :ivar base: makes the ELBO of NumPyro.
+    :ivar full: keyword arguments that replace those of ``kwargs`` where the full data are wanted.
+    :ivar effects: counts what the model did besides returning a number; None if it does nothing else.
+    :ivar no_k_hat: a word of the reason why there are no importance weights; empty if there are some.
+    :ivar no_draws: a word of the reason why the guide has no draws for ArviZ.
+    """
+
+    model: Callable
+    guide: Callable
+    args: tuple = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: Callable = Trace_ELBO
+    full: dict[str, Any] = dataclasses.field(default_factory=dict)
+    key: Callable = jax.random.key
+    effects: list | None = None
+    no_k_hat: str = ""
+    no_draws: str = ""
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(make):
+    """Enter a function in ``CASES`` under its name, in words."""
+    CASES[make.__name__.replace("_", " ")] = make
+    return make
+
+
+def normal(model, **options):
+    """A mean-field guide that starts narrow: near a point where gradients are large but tame."""
+    return AutoNormal(model, init_loc_fn=init_to_feasible, init_scale=0.05, **options)
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+X, Y = numbers(12, 3), numbers(12)
+
+
+def regression(x, y, predict, scale=0.5):
+    """Observations around what ``predict`` makes of the inputs."""
+    with numpyro.plate("points", len(x)):
+        numpyro.sample("y", dist.Normal(predict(x), scale), obs=y)
+
+
+def weights(name="w", *shape):
+    shape = shape or (3,)
+    return numpyro.sample(name, dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
+
+
+# -- from the other files ----------------------------------------------------------------------------------------------
+
+
+def covered(name, **changes):
+    """A model of the coverage table, small."""
+    problem = coverage.MODELS[name].make(small=True)
+    base = lambda: Trace_ELBO(**problem.elbo)  # noqa: E731
+    options = {"base": base, "args": problem.args, "kwargs": problem.settings, **changes}
+    return Case(model=problem.model, guide=problem.guide, **options)
+
+
+def known(name, **changes):
+    """A model of ``models.py``."""
+    problem = models.PROBLEMS[name]()
+    return Case(model=problem.model, guide=problem.guide, **{"args": problem.args, "kwargs": problem.kwargs, **changes})
+
+
+def of_module(make, **changes):
+    """A model of ``modules.py``."""
+    model, guide, args = make()
+    return Case(model=model, guide=guide, args=args, **changes)
+
+
+COVERED = ("low_rank_covariance",)
+TREES = ("equinox", "random nnx", "random equinox", "plain", "inverse autoregressive flow", "block neural flow")
+CASES |= {f"a tree of parameters: {name}": partial(of_module, modules.TREES[name]) for name in TREES}
+CASES |= {name.replace("_", " "): partial(covered, name) for name in COVERED}
+
+
+# -- local variables and minibatches -----------------------------------------------------------------------------------
+
+
+@case
+def networks_in_model_and_guide():
+    """Local latent variables whose guide is a network that reads the data: parameters are tuples of tuples."""
+    return known("autoencoder", args=(models.bars(6, 3),), kwargs={"hidden": 4})
+
+
+# -- guides ------------------------------------------------------------------------------------------------------------
+
+
+@case
+def a_point():
+    def model(x, y):
+        w, scale = weights(), numpyro.sample("scale", dist.HalfNormal(1.0))
+        regression(x, y, lambda x: x @ w, scale)
+
+    return Case(model=model, guide=AutoDelta(model), args=(X, Y), no_k_hat="a point")
+
+
+# -- names, types and shapes -------------------------------------------------------------------------------------------
+
+
+@case
+def names_that_mean_something_elsewhere():
+    def model(x, y):
+        chain = numpyro.sample("chain", dist.Normal(0.0, 1.0))
+        draw = weights("draw")
+        deep, same = weights("net/layer.0", 3), weights("W", 3)
+        numpyro.deterministic("step", chain)
+        w = draw + deep + same + numpyro.sample("w", dist.Normal(0.0, 1.0))
+        with numpyro.plate("draw of points", len(x)):
+            numpyro.sample("<y>", dist.Normal(x @ w + chain, 0.5), obs=y)
+
+    return Case(model=model, guide=normal(model), args=(X, Y))
+
+
+@case
+def empty_sites():
+    """Groups of nothing: a site of no entries, a plate of no points, a parameter of no entries."""
+
+    def model(x, y, z):
+        w = weights()
+        none = weights("none", 0)
+        shift = numpyro.param("shift", jnp.zeros((0, 2)))
+        regression(x, y, lambda x: x @ w + none.sum() + shift.sum())
+        numpyro.sample("z", dist.Normal(jnp.zeros(len(z)), 1.0), obs=z)
+
+    return Case(model=model, guide=normal(model), args=(X, Y, np.zeros(0, np.float32)))
+
+
+@case
+def half_precision():
+    def model(x, y):
+        w = numpyro.sample("w", dist.Normal(jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16)).to_event(1))
+        h = jnp.tanh(x.astype(jnp.bfloat16) @ w).astype(jnp.float32)
+        regression(x, y, lambda _: h)
+
+    return Case(model=model, guide=normal(model), args=(X, Y))
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+@case
+def no_data():
+    """The prior alone, with a hand-written guide whose scales are one parameter."""
+
+    def model():
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        with numpyro.plate("many", 4):
+            numpyro.sample("b", dist.Normal(a, 1.0))
+
+    def guide():
+        scale = numpyro.param("scale", jnp.full(5, 0.5), constraint=constraints.positive)
+        numpyro.sample("a", dist.Normal(numpyro.param("a_loc", 0.3), scale[0]))
+        with numpyro.plate("many", 4):
+            numpyro.sample("b", dist.Normal(numpyro.param("b_loc", jnp.zeros(4)), scale[1:]))
+
+    return Case(model=model, guide=guide)
