@@ -406,6 +406,106 @@ def test_thinning_keeps_peaks_and_means():
     assert means.mean.mean() == pytest.approx(rows[:, 1].mean(), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0, 1e6, "1.0 M"),
+        (0, 7e6, "6 M"),
+        (2e5, 8e5, "600 k"),
+        (0, 5000, "5,000"),
+        (10001, 10003, "10,002.5"),
+        (0, 3e9, "3.0 G"),
+    ],
+)
+def test_large_numbers_on_axes(low, high, shown):
+    assert shown in [text for _, text in charts.ticks(low, high)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 1e7), (9e5, 2e6), (2.1, 4.9), (1e-7, 1.2e-7), (3e3, 4e12)])
+def test_logarithmic_ticks(low, high):
+    found = charts._log_ticks(low, high)
+    assert 2 <= len(found) <= 12
+    assert len({text for _, text in found}) == len(found)
+    assert not any(re.search(r"\d{4} ?[kMGT]", text) for _, text in found)
+    assert all(low * 0.99 <= v <= high * 1.01 for v, _ in found)
+
+
+def test_no_axis_says_1000k():
+    record = dataclasses.replace(fits.good(), losses=np.linspace(4e6, 1e6, 1_200_000))
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", report.html(record))
+    assert "1.0 M" in texts
+    assert [t for t in texts if re.fullmatch(r"[\d.]{4,} ?[kMG]|\d{4,}", t)] == []
+
+
+def figure(text, title):
+    (found,) = re.findall(rf"<figure><figcaption>{title}</figcaption>.*?</figure>", text, re.S)
+    return found
+
+
+@pytest.mark.parametrize(("rho_max", "label"), [(0.5, "alarm at 0.5"), (2.0, "alarm at 2"), (float("inf"), None)])
+def test_alarm_line_is_where_the_alarm_is(rho_max, label):
+    """On a logarithmic axis: three equal factors are three equal distances."""
+    record = fits.good()
+    rho = np.geomspace(0.01, 10, 200)
+    track = dataclasses.replace(record.track, rho=rho, rho_max=rho_max)
+    shown = figure(report.html(dataclasses.replace(record, track=track)), "ρ over time")
+    heights = {text: float(y) for y, text in re.findall(r'y="([\d.]+)">([\d.]+)</text>', shown)}
+    assert heights["0.01"] - heights["0.1"] == pytest.approx(heights["0.1"] - heights["1"], abs=0.2)
+    assert ("alarm at" in shown) == (label is not None)
+    if label is not None:
+        assert f">{label}</text>" in shown
+        line = float(re.search(r'stroke-dasharray="2 3" d="M70 ([\d.]+)H', shown)[1])
+        by_scale = heights["1"] - 4 + (heights["0.1"] - heights["1"]) * -np.log10(rho_max)
+        assert line == pytest.approx(by_scale, abs=0.3)
+
+
+def test_gaps_are_explained():
+    record = fits.good()
+    for values, words in ((-0.1, "Gaps in a curve: a value is not positive"), (np.nan, "there is no finite number")):
+        rho = record.track.rho.copy()
+        rho[50:80] = values
+        text = report.html(dataclasses.replace(record, track=dataclasses.replace(record.track, rho=rho)))
+        assert words in figure(text, "ρ over time")
+        assert "Gaps" not in figure(text, "Variance over time")
+    lost = record.losses.copy()
+    lost[1000:1500] = np.nan
+    shown = figure(report.html(dataclasses.replace(record, losses=lost)), "Loss")
+    assert "Gaps in a curve: there is no finite number" in shown
+
+
+def exact():
+    """A fit with exact gradients, on all data: of three sources of noise there is one."""
+    record = fits.good()
+    none = Estimate(0.0, 0.0)
+
+    def alone(b):
+        return dataclasses.replace(b, minibatch=none, path=none)
+
+    measured = record.gradient_variance
+    measured = dataclasses.replace(measured, total=alone(measured.total), blocks=tuple(map(alone, measured.blocks)))
+    track = dataclasses.replace(record.track, path=np.zeros_like(record.track.path), rho=np.zeros(200))
+    return dataclasses.replace(record, plan=None, gradient_variance=measured, track=track)
+
+
+def test_legends_name_what_is_there():
+    text = report.html(exact())
+    for title in ("Variance of the whole gradient", "Variance by block of parameters", "Variance over time"):
+        assert not re.search(r"codes|path\)|% path", figure(text, title)), title
+    assert "minibatches" not in figure(text, "Variance by block of parameters")
+    assert "guide&#x27;s samples" in figure(text, "Variance by block of parameters")
+    assert "ρ over time" not in text
+    both = figure(report.html(fits.good()), "Variance over time")
+    assert "minibatches and guide" in both and "codes of residuals (path)" in both
+
+
+def test_tables_that_scroll_on_a_phone_say_so():
+    text = report.html(fits.good())
+    wide = re.findall(r'class="title wide">([^<]*)<', text)
+    assert "Variance by block (± standard error)" in wide and "Plan, the noisiest residuals first" in wide
+    assert "Quality" not in wide and "Loss along the run" not in wide
+    assert re.search(r'\.wide:before\{content:"scrolls sideways', text)
+
+
 # -- files and the command line ----------------------------------------------------------------------------------------
 
 

@@ -165,6 +165,7 @@ class Track:
     :ivar squared_norm: unbiased estimates of the squared norm of the mean gradient, shape (looks, names).
     :ivar rho: running average of path / (total - path), shape (looks,).
     :ivar seconds: wall time of the fit until then, shape (looks,).
+    :ivar rho_max: the ρ above which there is an alarm.
     """
 
     names: tuple[str, ...]
@@ -174,6 +175,7 @@ class Track:
     squared_norm: np.ndarray
     rho: np.ndarray
     seconds: np.ndarray
+    rho_max: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

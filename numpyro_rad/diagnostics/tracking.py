@@ -265,7 +265,7 @@ class Tracker:
         """All looks so far."""
         looks = np.asarray(self._looks, float).reshape(len(self._looks), 3, len(self._names))
         steps, others = np.asarray(self._steps, int), (np.asarray(x, float) for x in (self._rho, self._seconds))
-        return Track(self._names, steps, looks[:, 0], looks[:, 1], looks[:, 2], *others)
+        return Track(self._names, steps, looks[:, 0], looks[:, 1], looks[:, 2], *others, rho_max=self.tracking.rho_max)
 
     def to_dict(self) -> dict[str, Any]:
         """All that :meth:`restore` needs, for ``json.dumps``."""

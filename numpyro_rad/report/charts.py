@@ -3,7 +3,7 @@
 Colours are classes that the style sheet :data:`STYLE` gives a value in light and in dark: those of Okabe and Ito, which
 stay apart for colour-blind readers. A figure is 440 units wide, its text 11 units high or 14 on a phone. It
 carries a title and a description for those who cannot see it. Numbers below zero or without a value are left out
-of drawings only; tables show them.
+of drawings only, which say so below; tables show them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from collections.abc import Sequence
 import numpy as np
 
 WIDTH, HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 12, 10, 44
 _ROW = 38  # of a bar and its name
+_ROOM = 0.04  # above and below curves, of their height
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--paper:#fff;--panel:#f6f8fa;--line:#d0d7de;
---blue:#0072b2;--green:#007d5c;--red:#c04f00;--grey:#6b6b6b}
+--shade:#1b1f2440;--blue:#0072b2;--green:#007d5c;--red:#c04f00;--grey:#6b6b6b}
 @media (prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#a3adb8;--paper:#0d1117;--panel:#161b22;--line:#3a424c;
---blue:#56b4e9;--green:#2bc49b;--red:#f0883e;--grey:#a0a0a0}}
+--shade:#e6edf366;--blue:#56b4e9;--green:#2bc49b;--red:#f0883e;--grey:#a0a0a0}}
 svg{display:block;width:100%;height:auto}
 svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
 @media (max-width:560px){svg text{font-size:14px}}
@@ -90,25 +91,28 @@ def curves(
     *,
     log: bool = False,
     from_zero: bool = False,
-    level: float | None = None,
+    level: tuple[float, str] | None = None,
 ) -> str:
-    """Curves over one axis, with a legend.
+    """Curves over one axis, with a legend of those that there is anything of, and a word about their gaps.
 
     :param title: of the figure; it also names its parts, so it must be unique in a page.
     :param description: what it shows, in a sentence or two.
     :param labels: of the two axes, units included.
     :param log: whether the vertical axis is logarithmic; what is not positive is left out then.
     :param from_zero: whether the vertical axis begins at 0; for what cannot be negative.
-    :param level: a horizontal line to compare with.
+    :param level: height and name of a horizontal line to compare with.
     :return: a ``<figure>`` element.
     """
     x_low, x_high = _extent([c.x for c in shown])
     heights = [edge for c in shown for edge in (c.y, *(c.band or ()))]
-    y_low, y_high = _extent([*heights, np.array([] if level is None else [level])], log)
+    y_low, y_high = _extent([*heights, np.array([] if level is None else [level[0]])], log)
     if from_zero:
         y_low = 0.0
-    room = 0.0 if log or y_low == 0 else 0.04 * (y_high - y_low)
-    y_low, y_high = y_low - room, y_high + (room or 0.04 * (y_high - y_low) * (not log))
+    if log:
+        y_low, y_high = y_low * (y_low / y_high) ** _ROOM, y_high * (y_high / y_low) ** _ROOM
+    else:
+        room = _ROOM * (y_high - y_low)
+        y_low, y_high = y_low - room * (y_low != 0), y_high + room
     y_scale = _log if log else np.asarray
 
     def across(x: np.ndarray) -> np.ndarray:
@@ -121,8 +125,7 @@ def curves(
 
     parts = [*_y_axis(y_low, y_high, down, log), *_x_axis(x_low, x_high, across, HEIGHT - _BOTTOM)]
     if level is not None:
-        y = float(down(np.array(level)))
-        parts.append(f'<path class="curve grey" stroke-dasharray="2 3" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
+        parts += _level(float(down(np.array(level[0]))), level[1])
     for c in shown:
         if c.band is not None:
             edges = [down(edge) for edge in c.band]
@@ -135,16 +138,50 @@ def curves(
     parts.append(
         f'<text text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{escape(labels[1])}</text>'
     )
-    keys = [(c.label, c.colour if np.isfinite(c.y).any() else f"pale {c.colour}", c.dash) for c in shown]
-    return _figure(title, description, parts, HEIGHT, keys)
+    keys = []
+    for c in shown:
+        if _drawn(c.y, log).any():
+            keys.append((c.label, c.colour, c.dash))
+        elif c.band is not None and np.isfinite(np.asarray(c.band)).all(0).any():
+            keys.append((c.label, f"pale {c.colour}", c.dash))
+    return _figure(title, description, parts, HEIGHT, keys, _gaps(shown, log))
+
+
+def _level(y: float, label: str) -> list[str]:
+    """A dotted line across a figure, its name above it, or below where there is no room."""
+    text_y = y - 4 if y > _TOP + 16 else y + 14
+    return [
+        f'<path class="curve grey" stroke-dasharray="2 3" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>',
+        f'<text class="name" text-anchor="end" x="{WIDTH - _RIGHT}" y="{text_y:.1f}">{escape(label)}</text>',
+    ]
+
+
+def _drawn(y: np.ndarray, log: bool) -> np.ndarray:
+    """Which points of a curve have a place."""
+    return np.isfinite(y) & ((y > 0) | (not log))
+
+
+def _gaps(shown: Sequence[Curve], log: bool) -> str:
+    """Why curves are interrupted, empty if none is; one without any numbers (nothing but zeros or NaN) is no curve."""
+    reasons = []
+    ys = [np.asarray(c.y, float) for c in shown]
+    ys = [y for y in ys if (np.isfinite(y) & (y != 0)).any()]
+    if any((y <= 0).any() for y in ys) and log:
+        reasons.append(
+            "a value is not positive, as unbiased estimates of small ones may be: a logarithmic axis has no "
+            "place for it"
+        )
+    if any((~np.isfinite(y)).any() for y in ys):
+        reasons.append("there is no finite number")
+    return f"Gaps in a curve: {', or '.join(reasons)}." if reasons else ""
 
 
 def bars(
     title: str, description: str, shown: Sequence[Bar], legend: Sequence[tuple[str, str]], label: str, *, share: bool
 ) -> str:
-    """Stacked horizontal bars, the name of each above it, with a legend; negative parts are drawn as nothing.
+    """Stacked horizontal bars, the name of each above it; negative parts are drawn as nothing.
 
-    :param legend: label and colour of each part.
+    :param legend: label and colour of each part; one without a label, or that no bar has, is left out.
     :param label: of the axis, units included.
     :param share: whether the axis ends at 1 at least.
     :return: a ``<figure>`` element.
@@ -176,7 +213,9 @@ def bars(
             ends_of_it = "".join(f"M{x:.1f} {top + 3.5}v6" for x in (low, high))
             parts.append(f'<path class="error" d="M{low:.1f} {top + 6.5}H{high:.1f}{ends_of_it}"/>')
     parts.append(_axis_label(label, WIDTH / 2, height - 5))
-    return _figure(title, description, parts, height, [(name, colour, "") for name, colour in legend])
+    there = [any(b.parts[i] > 0 for b in shown) for i in range(len(legend))]
+    keys = [(name, colour, "") for (name, colour), drawn in zip(legend, there, strict=True) if drawn and name]
+    return _figure(title, description, parts, height, keys)
 
 
 # -- thinning ---------------------------------------------------------------------------------------------------------
@@ -241,7 +280,12 @@ def decimated(rows: np.ndarray, points: int = 400) -> np.ndarray:
 
 
 def _figure(
-    title: str, description: str, parts: list[str], height: float, legend: Sequence[tuple[str, str, str]]
+    title: str,
+    description: str,
+    parts: list[str],
+    height: float,
+    legend: Sequence[tuple[str, str, str]],
+    remark: str = "",
 ) -> str:
     slug = re.sub(r"\W+", "-", title.lower()).strip("-")
     keys = "".join(
@@ -250,11 +294,13 @@ def _figure(
         f"{escape(label)}</span>"
         for label, colour, dash in legend
     )
+    keys = f'<div class="legend">{keys}</div>' if keys else ""
+    remark = f'<p class="remark">{escape(remark)}</p>' if remark else ""
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><div class="legend">{keys}</div>'
+        f"<figure><figcaption>{escape(title)}</figcaption>{keys}"
         f'<svg role="img" viewBox="0 0 {WIDTH} {height:g}" '
         f'aria-labelledby="{slug}-title {slug}-text"><title id="{slug}-title">{escape(title)}</title>'
-        f'<desc id="{slug}-text">{escape(description)}</desc>{"".join(parts)}</svg></figure>'
+        f'<desc id="{slug}-text">{escape(description)}</desc>{"".join(parts)}</svg>{remark}</figure>'
     )
 
 
@@ -288,11 +334,22 @@ def ticks(low: float, high: float, about: int = 6) -> list[tuple[float, str]]:
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     values = np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
     largest = max(abs(low), abs(high))
-    suffix, unit = next(((s, u) for s, u in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if largest >= 10 * u), ("", 1.0))
     if largest < 1e-3:
-        return [(float(v), f"{v:.2g}") for v in values]
+        digits = max(2, 1 + math.floor(math.log10(largest)) - math.floor(math.log10(step) + 1e-9))
+        return [(float(v), f"{v:.{digits}g}") for v in values]
+    found = [_with_unit(values, step, *unit) for unit in {_unit_of(largest), ("", 1.0)}]
+    return list(zip(values.tolist(), min(found, key=lambda texts: (max(map(len, texts)), texts)), strict=True))
+
+
+def _with_unit(values: np.ndarray, step: float, suffix: str, unit: float) -> list[str]:
     digits = max(0, -math.floor(math.log10(step / unit) + 1e-9))
-    return [(float(v), f"{v / unit + 0.0:.{digits}f}{suffix if abs(v) > step / 2 else ''}") for v in values]
+    return [f"{v / unit + 0.0:,.{digits}f}{suffix}" if abs(v) > step / 2 else "0" for v in values]
+
+
+def _unit_of(largest: float) -> tuple[str, float]:
+    """What numbers up to this one are counted in, such that none has more than three digits before the point."""
+    units = ((" T", 1e12, 1e12), (" G", 1e9, 1e9), (" M", 1e6, 1e6), (" k", 1e3, 1e4))
+    return next(((suffix, unit) for suffix, unit, least in units if largest >= least), ("", 1.0))
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
@@ -300,12 +357,13 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     every = max(1, (last - first) // 6 + 1)
     mantissas = (1, 2, 5) if last - first <= 3 else (1,)
     values = [m * 10.0**e for e in range(first, last + 1, every) for m in mantissas]
-    return [(v, _compact(v)) for v in values if low * 0.999 <= v <= high * 1.001]
+    found = [(v, _compact(v)) for v in values if low * 0.999 <= v <= high * 1.001]
+    return found if len(found) > 1 else ticks(low, high)
 
 
 def _compact(x: float) -> str:
-    suffix, unit = next(((s, u) for s, u in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if 10 * u <= x < 1e12), ("", 1.0))
-    return f"{x / unit:g}{suffix}"
+    suffix, unit = _unit_of(x)
+    return f"{x / unit:,.0f}{suffix}" if 1 <= x / unit < 1e6 else f"{x:g}"
 
 
 def _extent(arrays: Sequence[np.ndarray], positive: bool = False) -> tuple[float, float]:

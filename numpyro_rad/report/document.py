@@ -34,7 +34,8 @@ _MARKS = {"problem": "✖", "warning": "▲", "note": "•", "good": "✔"}
 _STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-main{max-width:1160px;margin:0 auto;padding:20px 16px 60px}
+main{max-width:1280px;margin:0 auto;padding:20px 24px 60px}
+@media (max-width:560px){main{padding:12px 12px 40px}}
 h1{font-size:1.7rem;line-height:1.2;margin:.3em 0 0}h2{font-size:1.25rem;margin:2em 0 .4em}
 p{margin:.5em 0;max-width:78ch}.made{color:var(--soft);margin:.2em 0 1em}
 dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:8px;margin:16px 0}
@@ -44,21 +45,28 @@ dt{color:var(--soft);font-size:.85rem}dd{margin:0;font-weight:600;font-variant-n
 background:var(--panel)}
 .verdict.problem{border-left-color:var(--red)}.verdict.warning{border-left-color:var(--red)}
 .verdict.good{border-left-color:var(--green)}
-.verdict h2{margin:.5em 0}.verdict ul{list-style:none;margin:0;padding:0}.verdict li{margin:.7em 0;max-width:84ch}
-.level{font-weight:700}
-.advice{display:block;color:var(--soft)}
+.verdict h2{margin:.5em 0}.verdict ul{list-style:none;margin:0;padding:0}.verdict li{margin:.7em 0}
+.level{font-weight:700}.level i{font-style:normal}.advice{color:var(--soft)}.verdict li>span{display:block}
+@media (min-width:900px){.verdict li{display:grid;grid-template-columns:6rem 1fr 1fr;gap:0 24px}}
 .problem>.level,.warning>.level{color:var(--red)}.note>.level{color:var(--blue)}.good>.level{color:var(--green)}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:14px;align-items:start}
-figure{margin:0;border:1px solid var(--line);border-radius:6px;padding:10px;min-width:0;max-width:620px}
+.flow{columns:2 460px;column-gap:24px}.flow>*{break-inside:avoid;margin:0 0 14px}
+figure{border:1px solid var(--line);border-radius:6px;padding:10px}
 figcaption{font-weight:600}.legend{font-size:.85rem;color:var(--soft);margin:2px 0 6px}
 .key{display:inline-block;margin-right:14px}.swatch{display:inline-block;width:18px;height:8px;margin-right:5px}
-.scroll{overflow-x:auto;margin:.4em 0 1em}
-table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-weight:600;padding:4px 0}
+.remark{font-size:.85rem;color:var(--soft);margin:4px 0 0}
+.scroll{overflow-x:auto;margin:.4em 0 1em;background:
+linear-gradient(90deg,var(--paper) 40%,transparent) 0 0/40px 100% no-repeat local,
+linear-gradient(270deg,var(--paper) 40%,transparent) 100% 0/40px 100% no-repeat local,
+linear-gradient(90deg,var(--shade),transparent) 0 0/16px 100% no-repeat scroll,
+linear-gradient(270deg,var(--shade),transparent) 100% 0/16px 100% no-repeat scroll}
+table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums;width:100%}
+.title{font-weight:600;padding:4px 0;margin:0}.wide:before{content:"scrolls sideways →";float:right;display:none;
+color:var(--blue);font-weight:400;padding-left:1em}
+@media (max-width:560px){.wide:before{display:inline}}
 th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;overflow-wrap:normal}
-th{color:var(--soft);font-weight:600}.n{text-align:right;white-space:nowrap}
-td:not(.n){max-width:44ch;min-width:9ch;overflow-wrap:break-word}
-details{margin:.6em 0}summary{cursor:pointer;font-weight:600;padding:4px 0}
+th{color:var(--soft);font-weight:600;vertical-align:bottom}.n{text-align:right}td.n{white-space:nowrap}
+td:not(.n){min-width:9ch;overflow-wrap:break-word}
+details{margin:.6em 0}summary{cursor:pointer}
 summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 @media print{details::details-content{content-visibility:visible}figure{break-inside:avoid}}
 """
@@ -89,9 +97,9 @@ def html(record: FitRecord) -> str:
 
 def _html_verdict(found: tuple[Finding, ...]) -> str:
     items = "".join(
-        f'<li class="{f.level}"><span class="level"><span aria-hidden="true">{_MARKS[f.level]} </span>'
-        f"{f.level.capitalize()}</span> {escape(f.what)}"
-        + (f'<span class="advice">{escape(f.advice)}</span>' if f.advice else "")
+        f'<li class="{f.level}"><span class="level"><i aria-hidden="true">{_MARKS[f.level]} </i>'
+        f"{f.level.capitalize()}</span> <span>{escape(f.what)}</span>"
+        + (f' <span class="advice">{escape(f.advice)}</span>' if f.advice else "")
         + "</li>\n"
         for f in found
     )
@@ -100,26 +108,48 @@ def _html_verdict(found: tuple[Finding, ...]) -> str:
 
 
 def _html_section(section: Section) -> str:
+    """What is narrow flows in columns, as many as there is room for; wide and folded tables stand below."""
     text = "".join(f"<p>{escape(t)}</p>" for t in section.text)
-    figures = "".join(draw() for draw in section.figures)
-    figures = f'<div class="figures">{figures}</div>' if figures else ""
-    tables = "".join(_html_table(t) for t in section.tables)
-    return f"<section><h2>{escape(section.title)}</h2>{text}{figures}{tables}</section>\n"
+    narrow = [t for t in section.tables if not _is_wide(t)]
+    parts = [f"<div>{text}</div>" if text else "", *(draw() for draw in section.figures), *map(_html_table, narrow)]
+    flow = f'<div class="flow">{"".join(parts)}</div>' if any(parts) else ""
+    wide = "".join(_html_table(t) for t in section.tables if _is_wide(t))
+    return f"<section><h2>{escape(section.title)}</h2>{flow}{wide}</section>\n"
+
+
+def _is_wide(table: Table) -> bool:
+    """Whether it wants the whole width of a page."""
+    return table.folded or len(table.header) > 5 or table.text_columns > 3
+
+
+_PHONE = 48  # letters that stand side by side on a narrow screen, in the type of tables
+
+
+def _letters(table: Table, column: int) -> int:
+    """Letters of a column at its narrowest, a margin included: numbers are not broken, text is between words."""
+    cells = [row[column] for row in table.rows] if column >= table.text_columns else []
+    texts = [table.header[column], *(row[column] for row in table.rows)]
+    words = [word for text in texts for word in text.split()]
+    return 3 + max([9 * (column < table.text_columns), *map(len, cells), *map(len, words)])
 
 
 def _html_table(table: Table) -> str:
-    classes = ["" if i < table.text_columns else ' class="n"' for i in range(len(table.header))]
+    numbers = range(table.text_columns, len(table.header))
+    classes = [' class="n"' if i in numbers else "" for i in range(len(table.header))]
     head = "".join(f'<th scope="col"{c}>{escape(h)}</th>' for h, c in zip(table.header, classes, strict=True))
     rows = "".join(
         "<tr>" + "".join(f"<td{c}>{escape(x)}</td>" for x, c in zip(row, classes, strict=True)) + "</tr>\n"
         for row in table.rows
     )
-    caption = "" if table.folded else f"<caption>{escape(table.title)}</caption>"
-    inner = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}"><table>{caption}'
+    scrolls = " wide" if sum(_letters(table, i) for i in range(len(table.header))) > _PHONE else ""
+    title = escape(table.title)
+    shown = (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    return f"<details><summary>{escape(table.title)}</summary>{inner}</details>" if table.folded else inner
+    if table.folded:
+        return f'<details><summary class="title{scrolls}">{title}</summary>{shown}</details>'
+    return f'<div><p class="title{scrolls}">{title}</p>{shown}</div>'
 
 
 def _moment(created: str) -> str:

@@ -201,11 +201,16 @@ def _totals_figure(measured: GradientVariance) -> str:
     total = measured.total
     shown = [
         Bar(f"{label}: {estimate(getattr(total, name))}", _alone(total, name), getattr(total, name).standard_error)
-        for name, label in SOURCES
+        for name, label in _sources(measured)
     ]
     described = "; ".join(bar.label for bar in shown)
-    legend = [(label, _COLOURS[name]) for name, label in SOURCES]
+    legend = [("", _COLOURS[name]) for name, _ in SOURCES]  # each bar bears the name of its source
     return charts.bars("Variance of the whole gradient", described, shown, legend, "variance, tr Cov(g)", share=False)
+
+
+def _sources(measured: GradientVariance) -> list[tuple[str, str]]:
+    """The sources of variance that there are: a fit without minibatches or codes has no such part."""
+    return [(name, label) for name, label in SOURCES if getattr(measured.total, name).value != 0]
 
 
 def _alone(block: BlockVariance, wanted: str) -> tuple[float, ...]:
@@ -214,11 +219,13 @@ def _alone(block: BlockVariance, wanted: str) -> tuple[float, ...]:
 
 def _blocks_figure(measured: GradientVariance) -> str:
     blocks = sorted(measured.blocks, key=lambda b: _largest(b.total.value))
+    coded = measured.total.path.value != 0
     scale = sum(max(b.total.value, 0.0) for b in blocks if math.isfinite(b.total.value)) or 1.0
     shown = []
     for b in blocks[:MAX_BARS]:
         parts = tuple(getattr(b, name).value / scale for name, _ in SOURCES)
-        shown.append(Bar(f"{b.name} ({100 * shares(b)['path']:.0f} % path)", parts, b.total.standard_error / scale))
+        name = f"{b.name} ({100 * shares(b)['path']:.0f} % path)" if coded else b.name
+        shown.append(Bar(name, parts, b.total.standard_error / scale))
     rest = blocks[MAX_BARS:]
     if rest:
         parts = tuple(sum(_finite(getattr(b, name).value) for b in rest) / scale for name, _ in SOURCES)
@@ -272,10 +279,13 @@ def _noise_over_time(record: FitRecord) -> Iterator[Section]:
         return
     text = (
         "Looked at during the fit, at intervals. Single looks are noisy, so the curves are running averages over a "
-        "tenth of them. The path is what codes of residuals add; the rest is minibatches and the guide's samples.",
+        "tenth of them. The path is what codes of residuals add; the rest is minibatches and the guide's samples. ρ is "
+        "path / rest; codes are harmless far below the alarm line, and a fit takes up to 1 + ρ times as many steps.",
     )
-    figures = (partial(_sources_figure, track), partial(_rho_figure, track), partial(_signal_figure, track))
-    yield Section("Noise during the fit", text, (_track_table(track),), figures)
+    figures = [partial(_sources_figure, track), partial(_rho_figure, track), partial(_signal_figure, track)]
+    if not np.any(track.path):  # exact gradients have no codes
+        text, figures = (text[0].split(" The path is")[0],), [figures[0], figures[2]]
+    yield Section("Noise during the fit", text, (_track_table(track),), tuple(figures))
 
 
 def _averaged(y: np.ndarray) -> np.ndarray:
@@ -299,25 +309,28 @@ def _sources_figure(track: Track) -> str:
     path, total = (np.asarray(y, float).sum(1) for y in (track.path, track.total))
     steps, path, rest = _thin(np.asarray(track.steps, float), _averaged(path), _averaged(total - path))
     shown = [
-        Curve("minibatches and guide", "blue", steps, np.where(rest > 0, rest, np.nan)),
-        Curve("codes of residuals (path)", "red", steps, np.where(path > 0, path, np.nan), dash="5 3"),
+        Curve("minibatches and guide", "blue", steps, rest),
+        Curve("codes of residuals (path)", "red", steps, path, dash="5 3"),
     ]
-    described = (
-        f"At the end {number(float(rest[-1]))} from minibatches and guide, {number(float(path[-1]))} from codes."
-    )
+    codes = f", {number(float(path[-1]))} from codes" if np.any(track.path) else ""
+    described = f"At the end {number(float(rest[-1]))} from minibatches and guide{codes}."
     return charts.curves("Variance over time", described, shown, ("step", "variance, tr Cov(g)"), log=True)
 
 
 def _rho_figure(track: Track) -> str:
     steps, rho = _thin(np.asarray(track.steps, float), np.asarray(track.rho, float))
-    described = "Path variance over all other variance; above the dotted line at 1 the codes are the larger part."
+    described = (
+        f"Path variance over all other variance, {number(float(rho[-1]))} at the end; there is an alarm above "
+        f"{number(track.rho_max)}."
+    )
     labels = ("step", "ρ = path / rest")
-    return charts.curves("ρ over time", described, [Curve("ρ", "red", steps, rho)], labels, from_zero=True, level=1.0)
+    alarm = (track.rho_max, f"alarm at {number(track.rho_max)}") if 0 < track.rho_max < math.inf else None
+    return charts.curves("ρ over time", described, [Curve("ρ", "red", steps, rho)], labels, log=True, level=alarm)
 
 
 def _signal_figure(track: Track) -> str:
     norm, total = (_averaged(np.asarray(y, float).sum(1)) for y in (track.squared_norm, track.total))
-    ratio = np.where((norm > 0) & (total > 0), norm / np.where(total > 0, total, 1.0), np.nan)
+    ratio = np.where(total > 0, norm / np.where(total > 0, total, 1.0), 0.0 * total)
     steps, ratio = _thin(np.asarray(track.steps, float), ratio)
     described = "Squared norm of the mean gradient over its variance. It falls towards 0 near an optimum."
     shown = [Curve("signal-to-noise ratio", "green", steps, ratio)]
