@@ -186,7 +186,8 @@ def test_a_signal_that_is_lost():
             numpyro.sample(name, dist.Normal(numpyro.param(f"{name} loc", jnp.full(2000, at)), 1.0).to_event(1))
 
     svi, state = initialised(Trace_ELBO(), model, guide, ())
-    tracker = Tracker(svi, Tracking(snr_min=0.05))
+    tracker = Tracker(svi, Tracking(snr_min=0.05, rho_max=0.7))
+    assert tracker.track.rho_max == 0.7
     (alarm,) = looks(tracker, state, 40, ())
     assert (alarm.kind, alarm.site) == ("signal", "lost loc") and "convergence" in alarm.message
 
