@@ -215,6 +215,13 @@ class RAD_ELBO(Trace_ELBO):
         taken, _ = self._closure(*operands)
         return taken.plan, taken.labels
 
+    def with_plan(self, plan: Plan) -> RAD_ELBO:
+        """This ELBO with that very plan for its gradients, instead of one that is chosen anew."""
+        chosen = {"plan": plan.to_dict(), "codec": None, "memory_budget": None, "added_variance": None, "exact": False}
+        found = copy.copy(self)
+        found.planner = dataclasses.replace(self.planner, **chosen)
+        return found
+
     def calibrate(
         self,
         svi: SVI,

@@ -117,6 +117,32 @@ def test_k_hat_tells_a_good_guide_from_a_bad_one():
     assert good.notes == bad.notes == ()
 
 
+@pytest.mark.parametrize("loss", (Trace_ELBO(), Trace_ELBO(num_particles=3), RAD_ELBO()))
+def test_plates_that_draw_minibatches_take_all_data(loss):
+    svi, data = svi_of(loss), jnp.asarray(DATA)
+    params = {"loc": jnp.float32(POSTERIOR[0]), "scale": jnp.float32(1.3 * POSTERIOR[1])}
+    options = {"key": jax.random.key(0), "max_particles": 100}
+    whole, drawn = (fit_quality(svi, params, data, size=size, **options) for size in (None, 2))
+    assert (drawn.elbo, drawn.pareto_k) == (whole.elbo, whole.pareto_k) and whole.notes == ()
+    assert drawn.notes == ("Here the plate data, which draw minibatches in training, took all data.",)
+
+
+def test_minibatches_that_cannot_be_filled_up_give_no_k_hat():
+    """The rows of a minibatch alone, scaled up to all data: nothing follows from them but a noisy ELBO."""
+
+    def model(x):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", 1000, subsample_size=len(x)):
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    svi = svi_of(Trace_ELBO(), model, lambda x: normal_guide(x))
+    params = {"loc": jnp.float32(0.0), "scale": jnp.float32(1.0)}
+    found = fit_quality(svi, params, jnp.asarray(DATA), key=jax.random.key(0), max_particles=2)
+    assert found.pareto_k is None and np.isfinite(found.elbo.value)
+    assert "the arguments hold fewer rows than the plate rows has" in found.notes[0]
+    assert found.notes[1:] == ("No Pareto k-hat: with minibatches there are no importance weights.",)
+
+
 def reason(model, guide, *args, loss=None, **kwargs):
     svi = svi_of(loss or Trace_ELBO(), model, guide)
     state = svi.init(jax.random.key(0), *args, **kwargs)
@@ -134,7 +160,6 @@ def mixture(x):
 
 def test_k_hat_that_does_not_exist_is_explained():
     pytest.importorskip("funsor")
-    assert "plate data takes a minibatch" in reason(conjugate, normal_guide, DATA, size=2)
     assert "is a point" in reason(conjugate, AutoDelta(conjugate), DATA)
     assert "does not sample which" in reason(mixture, lambda x: None, DATA, loss=TraceEnum_ELBO())
 
@@ -254,6 +279,23 @@ def test_shadow_is_two_runs_of_svi(encode_all):
     assert np.any(found.randomized_losses != found.exact_losses)  # the codes did something
     assert np.all(found.randomized_losses[:, 0] == found.exact_losses[:, 0])  # the same start and noise
     assert "25 steps" in str(found) and "3 seeds" in str(found)
+
+
+def test_shadow_compares_the_plan_that_trains(encode_all):
+    """Calibrated and under a budget: not a word about another program, and the losses of the run itself."""
+    problem = small_network()
+    svi = problem.svi(RAD_ELBO(memory_budget="3kB"))
+    state = svi.init(jax.random.key(5), *problem.args, **problem.kwargs)
+    svi.loss.calibrate(svi, state, *problem.args, **problem.kwargs)
+    plan, _ = svi.loss.plan_of_update(svi, state, *problem.args, **problem.kwargs)
+    assert plan.stored_bytes <= 3000 and any(p.encoded for p in plan.walk())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = shadow(svi, jax.random.key(0), 5, *problem.args, num_seeds=2, **problem.kwargs)
+    pinned = problem.svi(svi.loss.with_plan(plan))
+    key = jax.random.split(jax.random.key(0), 2)[0]
+    expected = pinned.run(key, 5, *problem.args, progress_bar=False, **problem.kwargs).losses
+    np.testing.assert_allclose(found.randomized_losses[0], expected, rtol=1e-5)
 
 
 def test_shadow_sees_gradients_that_do_harm(encode_all):

@@ -48,9 +48,7 @@ def in_a_loop(svi):
 @pytest.mark.parametrize("transformed", (over_seeds, over_data, compiled, in_a_loop), ids=lambda f: f.__name__)
 def test_run_is_that_of_svi_inside_of_a_transformation(transformed):
     expected = transformed(svi_of(SVI))
-    with pytest.warns(
-        UserWarning, match=r"is SVI\.run, without the progress bar, tracking"
-    ):
+    with pytest.warns(UserWarning, match=r"is SVI\.run, without the progress bar, tracking"):
         found = transformed(svi_of(RAD_SVI))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(tuple(found)), strict=True):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
@@ -66,9 +64,7 @@ def test_what_is_left_out_is_named(tmp_path):
     def fit(key):
         return svi.run(key, 2, X, Y, checkpoint=tmp_path / "fit", stop="converged", validate=(X, Y)).losses
 
-    with pytest.warns(
-        UserWarning, match="stop=, checkpoint=, validate="
-    ):
+    with pytest.warns(UserWarning, match="stop=, checkpoint=, validate="):
         jax.vmap(fit)(jax.random.split(jax.random.key(0), 2))
     assert not (tmp_path / "fit").exists()
     with pytest.raises(ValueError, match="there is no host"):
@@ -87,9 +83,7 @@ def test_what_is_left_out_is_named(tmp_path):
 def test_optimizers_that_evaluate_the_loss_again_are_refused(optim):
     svi = svi_of(RAD_SVI, optim)
     for start in (lambda: svi.init(jax.random.key(0), X, Y), lambda: svi.run(jax.random.key(0), 2, X, Y)):
-        with pytest.raises(
-            TypeError, match=r"cannot take a step of SVI.*evaluate the loss again need"
-        ):
+        with pytest.raises(TypeError, match=r"cannot take a step of SVI.*evaluate the loss again need"):
             start()
 
 

@@ -64,12 +64,20 @@ def report(svi: RAD_SVI, state: Any, batch: tuple) -> None:
     svi.run(jax.random.key(KEY), 3, *batch, init_state=state, progress_bar=False).report()
 
 
+def assess(svi: RAD_SVI, state: Any, batch: tuple) -> None:
+    svi.run(jax.random.key(KEY), 3, *batch, init_state=state, progress_bar=False).assess(*batch, draws=8)
+
+
 TASKS: dict[str, tuple[str, Task]] = {
     "exact_step": ("step, Trace_ELBO", exact_step),
     "step": ("step, 4 bits", steps),
     "run": ("run, 200 steps", run),
     "report": ("run, 3 steps, and report", report),
-    "look": ("gradient_variance", lambda svi, state, batch: gradient_variance(svi, state, *batch, draws=2)),
+    "assess": ("run, 3 steps, and assess", assess),
+    "gradient_variance": (
+        "gradient_variance",
+        lambda svi, state, batch: gradient_variance(svi, state, *batch, draws=2),
+    ),
     "quality": (
         "fit_quality with k-hat",
         lambda svi, state, batch: fit_quality(svi, state, *batch, key=jax.random.key(KEY)),

@@ -33,6 +33,7 @@ from numpyro.infer.util import log_density
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates
+from numpyro_rad.diagnostics.plates import on_all_data
 from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import values_of, watched_state
@@ -68,8 +69,9 @@ def fit_quality(
     """ELBO with its error, Pareto k-hat and convergence of a fit.
 
     The ELBO is that of the loss of ``svi`` (of the base of ``RAD_ELBO``) on the arguments that are given: pass the full
-    data. Draws of one particle are averaged, one at a time, so it takes the memory of one evaluation without a
-    gradient. A bound that is defined by its particles (``RenyiELBO``) keeps them.
+    data. Plates that draw minibatches take all of it here. Draws of one particle are averaged, one at a time, so it
+    takes the memory of one evaluation without a gradient. A bound that is defined by its particles (``RenyiELBO``)
+    keeps them.
 
     k-hat below 0.5 means that importance sampling would correct what the guide lacks, above 0.7 that the guide misses
     too much of the posterior for expectations under it to be trusted. It looks at all latent variables jointly, and is
@@ -107,6 +109,15 @@ def fit_quality(
     params, kwargs = values_of(svi, fit, "fit_quality"), {**kwargs, **svi.static_kwargs}
     elbo_key, k_key = jax.random.split(key)
     notes: list[str] = []
+    with watched_state(params, "fit_quality"):
+        svi, plates, subsampled = on_all_data(svi, params, args, kwargs)
+    if subsampled:
+        notes.append(
+            f"The ELBO is that of minibatches, and so is its error: the arguments hold fewer rows than {plates} "
+            "has. Pass the full data."
+        )
+    elif plates:
+        notes.append(f"Here {plates}, which draw minibatches in training, took all data.")
     try:
         with watched_state(params, "fit_quality"):
             draws = _elbo_draws(svi, params, args, kwargs, elbo_key, standard_error, max_particles)
@@ -118,7 +129,7 @@ def fit_quality(
     with np.errstate(invalid="ignore"):
         spread = float(draws.std(ddof=1))
     elbo = Estimate(float(draws.mean()), spread / math.sqrt(len(draws)))
-    if not notes and not math.isfinite(elbo.value):
+    if len(draws) > 2 and not math.isfinite(elbo.value):
         notes.append(
             "The ELBO is not finite: some draw of the guide has no density under the model, or a parameter is NaN. "
             "Look at the parameters, and at the support of each site of the guide."
@@ -127,7 +138,9 @@ def fit_quality(
     if iterates is not None and r_hat is None:
         notes.append(f"Convergence is unknown: {len(iterates)} iterates were recorded, and it takes 100.")
     k_hat = None
-    if pareto_k and spread > _MOST_SPREAD:
+    if pareto_k and subsampled:
+        notes.append("No Pareto k-hat: with minibatches there are no importance weights.")
+    elif pareto_k and spread > _MOST_SPREAD:
         k_hat = math.inf
         notes.append(
             f"Pareto k-hat is out of reach: log weights spread by {spread:.0f} nats, so that one draw outweighs all "
@@ -235,13 +248,6 @@ def _no_importance_weights(svi: SVI, params: dict, args: tuple, kwargs: dict, ke
     guide_trace = trace(substitute(seed(svi.guide, key), data=params)).get_trace(*args, **kwargs)
     model = substitute(replay(seed(svi.model, key), guide_trace), data=params)
     model_trace = trace(model).get_trace(*args, **kwargs)
-    sites = [*model_trace.values(), *guide_trace.values()]
-    plates = {s["name"] for s in sites if s["type"] == "plate" and (s["args"][1] or s["args"][0]) < s["args"][0]}
-    if plates:
-        return (
-            f"the plate {', '.join(sorted(plates))} takes a minibatch, whose noise makes k-hat meaningless. Pass the "
-            "full data and a subsample_size of None."
-        )
     latent = {n for n, s in model_trace.items() if s["type"] == "sample" and not s["is_observed"]}
     missing = sorted(latent - guide_trace.keys())
     if missing:
@@ -374,6 +380,8 @@ def _runs(
     first = twin.init(keys[0], *args, **kwargs)
     if loss is None:
         twin.loss = _exact_in_little_memory(twin, first, args, kwargs)
+    elif jax.tree.leaves(twin.optim.get_params(first.optim_state)):
+        twin.loss = loss.with_plan(loss.plan_of_update(twin, first, *args, **kwargs)[0])  # the one that trains
     run = with_arguments(steps, args, kwargs, first)
 
     def flat(state: Any) -> np.ndarray:

@@ -22,8 +22,8 @@ from numpyro.distributions.distribution import Unit
 from numpyro.handlers import replay, seed, substitute, trace, uncondition
 from numpyro.infer import SVI
 from numpyro.infer.util import log_density
-from numpyro.primitives import Messenger
 
+from numpyro_rad.diagnostics.plates import FullPlates
 from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, Validation, to_dict
 from numpyro_rad.fits import values_of, watched_state
 from numpyro_rad.transform import with_arguments
@@ -129,15 +129,6 @@ def _arviz_generation() -> int:
 # -- draws -------------------------------------------------------------------------------------------------------------
 
 
-class _FullPlates(Messenger):
-    """Plates that would draw a minibatch take everything, in order."""
-
-    def process_message(self, msg: Any) -> None:
-        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
-            size = msg["args"][0]
-            msg["args"], msg["value"] = (size, size), jnp.arange(size)
-
-
 class _Draws:
     """One draw at a time from a guide, with what the model says of it."""
 
@@ -147,7 +138,7 @@ class _Draws:
         self.values, self.args, self.kwargs = values, args, kwargs
         self.enumerated: set[str] = set()
         # once outside of any compiled function: for the names and shapes, and because guides set themselves up
-        with _FullPlates():
+        with FullPlates():
             key = jax.random.key(0)
             _, guide_trace = self._density(seed(self.guide, key), self.values)
             model = replay(substitute(seed(self.model, key), self._values(guide_trace)), guide_trace)
@@ -171,7 +162,7 @@ class _Draws:
     def draw(self, key: Any, wanted: list[str]) -> dict[str, dict[str, Any]]:
         """Sites by group."""
         guide_key, model_key, predictive_key = jax.random.split(key, 3)
-        with _FullPlates():
+        with FullPlates():
             log_q, guide_trace = self._density(seed(self.guide, guide_key), self.values)
             values = self._values(guide_trace)
             lp, sites = self._of_model(guide_trace, values, model_key)

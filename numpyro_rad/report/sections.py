@@ -455,7 +455,7 @@ def _quality(record: FitRecord) -> Iterator[Section]:
         return
     converged = {None: "unknown", True: "yes", False: "no"}[quality.converged]
     rows = (
-        ("ELBO (nats)", estimate(quality.elbo), "evaluated exactly; higher is better"),
+        ("ELBO (nats)", estimate(quality.elbo), "a mean over draws of the guide; higher is better"),
         ("Pareto k-hat", number(quality.pareto_k), "at most 0.7: expectations under the guide can be trusted"),
         ("largest split R-hat of the iterates", number(quality.r_hat), "near 1: they move about one place"),
         ("largest relative MCSE of the mean iterate", number(quality.mcse), "small: their average is precise"),

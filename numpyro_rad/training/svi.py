@@ -273,7 +273,7 @@ class RAD_SVI(SVI):
         if asked["batches"] is not None:
             raise ValueError(
                 "run(batches=...): the host reads batches between steps, and inside of jax.vmap, jax.jit or "
-                "jax.lax.scan there is no host. Pass the data as arguments, and plates with subsample_size= in the model."
+                "jax.lax.scan there is no host. Pass the data as arguments; plates may draw minibatches of them."
             )
         left_out = ["the progress bar"] + ["tracking of the noise"] * (self.tracking is not None)
         left_out += [f"{name}=" for name, given in asked.items() if given]
