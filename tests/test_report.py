@@ -15,7 +15,7 @@ import pytest
 
 from numpyro_rad import report, wording
 from numpyro_rad.__main__ import main
-from numpyro_rad.diagnostics.records import Alarm, Estimate, from_dict, to_dict
+from numpyro_rad.diagnostics.records import Alarm, Estimate, FitRecord, from_dict, to_dict
 from numpyro_rad.report import charts, document, sections, verdict
 
 RECORDS = [fits.good, fits.small_budget, fits.diverged, fits.minimal]
@@ -586,6 +586,60 @@ def test_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "numpyro_rad", "report", "/absent"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: /absent")
+
+
+# -- what the whole step takes -----------------------------------------------------------------------------------------
+
+
+def with_steps(own, exact, **changes):
+    """A fit whose compiled step takes so many bytes, and with exact gradients so many."""
+    record = fits.good()
+    plan = dataclasses.replace(record.plan, temporary_bytes=own, exact_temporary_bytes=exact, **changes)
+    return dataclasses.replace(record, options={"ELBO": "RAD_ELBO(memory_budget='2MiB')"}, plan=plan)
+
+
+def everywhere(record):
+    return [report.html(record), report.markdown(record).replace("\\", ""), report.terminal(record, 200)]
+
+
+@pytest.mark.parametrize(
+    ("own", "exact", "beside"),
+    [(452 * 2**10, 445 * 2**10, "no saving"), (600 * 2**20, 445 * 2**20, "1.3x more"), (2**20, 2**20, "no saving")],
+)
+def test_no_saving_that_the_step_does_not_have(own, exact, beside):
+    record = with_steps(own, exact)
+    for text in everywhere(record):
+        assert not re.search(r"2\.5x|x less", text)
+        assert beside in text and wording.size_text(own) in text and wording.size_text(exact) in text
+    assert says(record, "Use Trace_ELBO() here: its step takes") == ["note"]
+
+
+def test_a_saving_of_the_whole_step():
+    record = with_steps(12_100_000, 97_400_000)
+    for text in everywhere(record):
+        assert "11.5 MiB" in text and "8.0x less" in text and "2.5x less" in text
+    assert "with Trace_ELBO() 92.9 MiB: 8.0x less" in report.html(record)
+    noisy = with_rho(0.3, 0.2, 0.4)
+    noisy = dataclasses.replace(record, gradient_variance=noisy.gradient_variance)
+    (what,) = [f.what for f in verdict.findings(noisy) if "If memory is what you lack" in f.what]
+    assert "RAD_ELBO(memory_budget='2MiB') takes 11.5 MiB, 8.0 times less" in what and "30 %" in what
+    quiet = with_rho(0.01, 0.005, 0.02)
+    quiet = dataclasses.replace(record, gradient_variance=quiet.gradient_variance)
+    assert says(quiet, "Use RAD_ELBO(memory_budget='2MiB'): its step takes 11.5 MiB, 8.0 times less") == ["good"]
+
+
+def test_an_unknown_step_is_not_spoken_of():
+    for record in (with_steps(12_100_000, None), with_steps(None, None)):
+        assert says(record, "its step takes") == []
+    assert "what it takes with exact gradients was not measured" in report.html(with_steps(12_100_000, None))
+
+
+def test_records_of_before_are_read():
+    """JSON that was saved without what is newer."""
+    data = to_dict(with_steps(12_100_000, 97_400_000))
+    del data["plan"]["exact_temporary_bytes"], data["plan"]["exact_loss"], data["track"]["rho_max"]
+    record = from_dict(FitRecord, data)
+    assert record.plan.exact_temporary_bytes is None and record.track.rho_max == 0.5
 
 
 # -- numbers that say nothing ------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """``RAD_SVI.run`` against ``SVI.run``: the same numbers, whatever is watched, saved or shown on the way."""
 
 import copy
+import dataclasses
 import pickle
 import signal
 
@@ -18,6 +19,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNorma
 from numpyro_rad import RAD_ELBO, BudgetError, assessed, fit_record
 from numpyro_rad.diagnostics.records import FitRecord
 from numpyro_rad.diagnostics.tracking import Tracking
+from numpyro_rad.training import results
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.svi import RAD_SVI
 
@@ -393,6 +395,14 @@ def test_what_takes_draws_of_its_own_is_added():
     assert record.gradient_variance.draws == 4 and record.gradient_variance.total.size == 6
     assert np.isfinite(record.quality.elbo.value) and record.quality.pareto_k is None
     assert "Where the noise comes from" in result.report()
+    plan = record.plan
+    assert plan.exact_temporary_bytes > 0 < plan.temporary_bytes and plan.exact_loss == "Trace_ELBO()"
+    bare = dataclasses.replace(plan, exact_temporary_bytes=None)
+    bare = dataclasses.replace(record, plan=bare)
+    half = results._with_exact_step(bare, result.svi, result.state, (X[::2], Y[::2]), {})
+    assert half is bare  # a smaller step is no step of this run
+    broken = results._with_exact_step(bare, result.svi, result.state, ("no", "data"), {})
+    assert broken is bare
 
 
 @OUT_OF_SUPPORT

@@ -259,6 +259,8 @@ class PlanRecord:
     :ivar added_variance: predicted added variance, relative to that of the exact gradient.
     :ivar timeline: bytes held at times from 0 to 1 (forward sweep) and 1 to 2 (backward sweep): times, bytes of this
         plan, bytes if all were stored exactly.
+    :ivar exact_temporary_bytes: temporary memory of the compiled step with exact gradients; None if unknown.
+    :ivar exact_loss: the loss whose gradients these are, as it is written in a program.
     """
 
     rows: tuple[PlanRow, ...]
@@ -268,6 +270,15 @@ class PlanRecord:
     added_seconds: float | None
     added_variance: float | None
     timeline: tuple[tuple[float, float, float], ...]
+    exact_temporary_bytes: int | None = None
+    exact_loss: str = "Trace_ELBO()"
+
+    @property
+    def saves(self) -> bool | None:
+        """Whether the whole step takes less memory than the exact one, beyond what a compiler's mood may do (5 %)."""
+        if self.temporary_bytes is None or self.exact_temporary_bytes is None:
+            return None
+        return self.exact_temporary_bytes > 1.05 * self.temporary_bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -78,12 +78,22 @@ def summary(record: FitRecord) -> tuple[tuple[str, str], ...]:
     if rho is not None:
         low, high = rho[1] or (rho[0], rho[0])
         found.append(("ρ", number(rho[0]) if low > 0 else f"below {number(max(high, 0.0))}" if high > 0 else "0"))
-    if record.plan is not None and record.plan.stored_bytes:
-        saving = saving_text(record.plan.exact_bytes, record.plan.stored_bytes)
-        found.append(("residuals", f"{size_text(record.plan.stored_bytes)} ({saving})"))
+    if record.plan is not None:
+        found += _memory(record.plan)
     if record.quality is not None and record.quality.pareto_k is not None:
         found.append(("k-hat", number(record.quality.pareto_k)))
     return tuple(found)
+
+
+def _memory(plan: PlanRecord) -> Iterator[tuple[str, str]]:
+    """What is stored and what the whole step takes; nothing is called a saving that the step does not have."""
+    if plan.stored_bytes:
+        saving = f" ({saving_text(plan.exact_bytes, plan.stored_bytes)})" if plan.saves is not False else ""
+        yield "residuals", f"{size_text(plan.stored_bytes)}{saving}"
+    if plan.temporary_bytes is not None:
+        exact = plan.exact_temporary_bytes
+        beside = "" if exact is None else f" ({saving_text(exact, plan.temporary_bytes)})"
+        yield "step's memory", f"{size_text(plan.temporary_bytes)}{beside}"
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -378,18 +388,30 @@ def _plan(record: FitRecord) -> Iterator[Section]:
     plan = record.plan
     if plan is None:
         return
+    saving = f" ({saving_text(plan.exact_bytes, plan.stored_bytes)})" if plan.saves is not False else ""
     text = [
         f"Between the two sweeps of a gradient, {size_text(plan.stored_bytes)} are stored in place of "
-        f"{size_text(plan.exact_bytes)} ({saving_text(plan.exact_bytes, plan.stored_bytes)})."
+        f"{size_text(plan.exact_bytes)}{saving}.",
+        *_step_text(plan),
     ]
-    if plan.temporary_bytes is not None:
-        text.append(f"The compiled step takes {size_text(plan.temporary_bytes)} of temporary memory.")
     if plan.added_seconds is not None and plan.added_variance is not None:
         time, variance = change_text(plan.added_seconds, "time"), change_text(plan.added_variance, "variance")
         text.append(f"Predicted, relative to the exact step and its gradient: {time} and {variance}.")
     tables = (_decisions_table(plan), *([_rows_table(plan)] if plan.rows else []))
     figures = (partial(_timeline_figure, plan),) if len(plan.timeline) > 1 else ()
     yield Section("Memory", (" ".join(text),), tables, figures)
+
+
+def _step_text(plan: PlanRecord) -> Iterator[str]:
+    """What the whole step takes, beside the exact one."""
+    own, exact = plan.temporary_bytes, plan.exact_temporary_bytes
+    if own is None:
+        return
+    text = f"The whole compiled step takes {size_text(own)} of temporary memory"
+    if exact is None:
+        yield f"{text}; what it takes with exact gradients was not measured."
+    else:
+        yield f"{text}, with {plan.exact_loss} {size_text(exact)}: {saving_text(exact, own)}."
 
 
 def _timeline_figure(plan: PlanRecord) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from numpyro_rad.diagnostics.records import Alarm, BlockVariance, Estimate, FitRecord, Validation
+from numpyro_rad.planning.worth import Option, recommended
 from numpyro_rad.report.charts import mean_and_error
 from numpyro_rad.wording import estimate_text, is_told_from_zero, number, signed_text, size_text
 
@@ -63,6 +64,7 @@ def findings(record: FitRecord) -> tuple[Finding, ...]:
         _of_values,
         _of_alarms,
         _of_codes,
+        _of_memory,
         _of_progress,
         _of_validation,
         _of_trust,
@@ -198,6 +200,22 @@ def _of_prediction(record: FitRecord) -> Iterator[Finding]:
             "Tracking(replan=(0.0, 0.5)) does so while training."
         )
         yield Finding("note", what, advice)
+
+
+def _of_memory(record: FitRecord) -> Iterator[Finding]:
+    """What ``advise`` would say of the two steps that are known."""
+    plan = record.plan
+    if plan is None or plan.temporary_bytes is None or plan.exact_temporary_bytes is None:
+        return
+    known, measured = rho_of(record), record.gradient_variance
+    seconds = {} if measured is None else measured.seconds
+    added = (plan.added_variance or 0.0) if known is None or not math.isfinite(known[0]) else max(known[0], 0.0)
+    loss = record.options.get("ELBO", "RAD_ELBO")
+    loss = loss if loss.startswith("RAD_ELBO(") and len(loss) < 80 else "RAD_ELBO"
+    exact = Option(plan.exact_loss, plan.exact_temporary_bytes, None, seconds.get("exact"), 0.0, 0.0)
+    ours = Option(loss, plan.temporary_bytes, plan.stored_bytes, seconds.get("randomized"), 0.0, added)
+    chosen, sentence = recommended((exact, ours))
+    yield Finding("good" if chosen is ours else "note", sentence)
 
 
 def _of_progress(record: FitRecord) -> Iterator[Finding]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import statistics
 import time
 import warnings
@@ -24,38 +23,10 @@ from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.mistakes import check_fit, shown
 from numpyro_rad.planning.explain import explained, size_text
 from numpyro_rad.planning.planner import VarianceWarning
+from numpyro_rad.planning.worth import SMALL_BYTES, Option, percent, recommended
 from numpyro_rad.training.steps import split
 
-SMALL_BYTES = 2**23
-"""A step that takes less temporary memory than this (8 MiB) is not worth any trouble."""
-
 _SHARES = (0.2, 0.1, 0.05)  # of the exact residuals, for the budgets that are tried
-
-_WORTH_IT = 1.5  # times less memory than Trace_ELBO
-
-_MOST_TIME, _MOST_VARIANCE = 1.1, 0.05  # of what is recommended, relative to Trace_ELBO
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One way to take the step.
-
-    :ivar loss: the loss in words, as it is written in a program.
-    :ivar temporary_bytes: temporary memory of the compiled step; None where the compiler does not say.
-    :ivar held_bytes: bytes held between the two sweeps; None for NumPyro's own ELBO.
-    :ivar seconds: of one step, the median of a few; None if it was not timed, or does not fit.
-    :ivar compile_seconds: of tracing and compiling it.
-    :ivar added_variance: predicted variance that codes add, relative to that of the exact gradient.
-    :ivar note: what went wrong, empty if nothing did.
-    """
-
-    loss: str
-    temporary_bytes: int | None
-    held_bytes: int | None
-    seconds: float | None
-    compile_seconds: float
-    added_variance: float
-    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +54,7 @@ class Advice:
                 seconds = f"{option.seconds:.3g} s"
                 if option is not first and first.seconds:
                     seconds += f" ({option.seconds / first.seconds:.2f}x)"
-            variance = _percent(option.added_variance) if option.added_variance else "none"
+            variance = percent(option.added_variance) if option.added_variance else "none"
             rows.append((option.loss, temporary, held, seconds, f"{option.compile_seconds:.1f} s", variance))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -148,7 +119,7 @@ def advise(
         for trial in trials:
             trial.time()
     options = tuple(trial.option() for trial in trials)
-    chosen, sentence = _recommended(options)
+    chosen, sentence = recommended(options)
     return Advice(options, chosen, sentence)
 
 
@@ -237,56 +208,3 @@ def _rounded(size: float) -> str:
         if size >= 10 * scale:
             return f"{round(size / scale)}{unit}"
     return f"{max(1, round(size))}B"
-
-
-def _recommended(options: Sequence[Option]) -> tuple[Option, str]:
-    """Which option to take, and why."""
-    first, *others = options
-    if first.note:
-        fitting = [o for o in others if not o.note]
-        if not fitting:
-            return first, f"Neither {first.loss} nor anything else fits: try a smaller minibatch or fewer particles."
-        best = min(fitting, key=lambda o: (o.added_variance > _MOST_VARIANCE, o.seconds or 0.0))
-        return best, f"{first.loss} {first.note}; {best.loss} does{_price(best, first)}."
-    size = first.temporary_bytes
-    if size is None:
-        return first, "The compiler does not say what the steps take here, so there is nothing to choose by."
-    if size < SMALL_BYTES:
-        return first, f"Use {first.loss} here: its step takes {size_text(size)}, which is not worth saving."
-    good = [o for o in others if not o.note and o.added_variance <= _MOST_VARIANCE]
-    if first.seconds:
-        good = [o for o in good if o.seconds is not None and o.seconds <= _MOST_TIME * first.seconds]
-    usable = [o for o in others if not o.note and o.added_variance <= 1]
-    best, least = (min(found, key=_temporary, default=first) for found in (good, usable))
-    if size >= _WORTH_IT * (best.temporary_bytes or size):
-        return best, (
-            f"Use {best.loss}: its step takes {_less(best, size)} than the {size_text(size)} of {first.loss}"
-            f"{_price(best, first)}."
-        )
-    sentence = f"Use {first.loss} here: its step takes {size_text(size)}, and nothing takes much less for nothing."
-    if size >= _WORTH_IT * (least.temporary_bytes or size):
-        sentence += f" If memory is what you lack, {least.loss} takes {_less(least, size)}{_price(least, first)}."
-    return first, sentence
-
-
-def _temporary(option: Option) -> float:
-    return math.inf if option.temporary_bytes is None else option.temporary_bytes
-
-
-def _less(option: Option, size: int) -> str:
-    taken = option.temporary_bytes or 1
-    return f"{size_text(taken)}, {size / taken:.1f} times less"
-
-
-def _price(option: Option, first: Option) -> str:
-    """What an option costs, as the end of a sentence."""
-    parts = []
-    if option.seconds is not None and first.seconds:
-        parts.append(f"at {option.seconds / first.seconds:.2f} times its time")
-    added = option.added_variance
-    parts.append(f"and adds {_percent(added)} to the variance of the gradient" if added else "with an exact gradient")
-    return ", " + ", ".join(parts)
-
-
-def _percent(share: float) -> str:
-    return "less than 0.1 %" if 0 < share < 1e-3 else f"{100 * share:.2g} %"

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import math
 import os
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +27,12 @@ from numpyro_rad.diagnostics.quality import Iterates, fit_quality
 from numpyro_rad.diagnostics.records import Alarm, Convergence, FitRecord, PlanRecord, PlanRow, Track
 from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.fits import state_of
+from numpyro_rad.fits import on_device, state_of
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.figures import exact_timeline, timeline
 from numpyro_rad.report.sections import summary
-from numpyro_rad.wording import call_text, size_text
+from numpyro_rad.training.steps import Steps
+from numpyro_rad.wording import call_text
 
 _ASSESS_TAG = 0x52414425  # folded into the state's key: the draws of an assessment
 
@@ -127,6 +130,7 @@ class RAD_SVIRunResult(SVIRunResult):
                 "assess: this result was copied or unpickled, which leaves its SVI out. Use assessed(result.record, "
                 "svi, result, x, y), with the SVI initialised."
             )
+        self.record = _with_exact_step(self.record, self.svi, self.state, self.args, self.kwargs)
         options = {"key": key, "draws": draws, "pareto_k": pareto_k, "iterates": self.iterates}
         self.record = assessed(self.record, self.svi, self, *args, **options, **kwargs)
         return self
@@ -145,8 +149,6 @@ class RAD_SVIRunResult(SVIRunResult):
             return f"{type(self).__name__}({', '.join(self._fields)})"
         record = self.record
         rows = [(name, value) for name, value in summary(record) if name != "steps"]
-        if record.plan is not None and record.plan.temporary_bytes is not None:
-            rows.append(("step's temporary memory", size_text(record.plan.temporary_bytes)))
         rows.append(("alarms", _alarms_text(record.alarms)))
         width = max(len(name) for name, _ in rows)
         steps = f"{record.num_steps:,} steps, {record.options.get('ending', 'ended')}"
@@ -236,6 +238,7 @@ def assessed(
         "quality": lambda: fit_quality(svi, fit, *args, key=key, pareto_k=pareto_k, iterates=iterates, **kwargs),
     }
     found: dict[str, Any] = {}
+    record = _with_exact_step(record, svi, state, args, kwargs)
     alarms = list(record.alarms)
     for name, measure in measures.items():
         try:
@@ -249,6 +252,39 @@ def assessed(
                 raise
             alarms.append(Alarm(record.num_steps, "assessment", "", f"{name} was not measured: {why}"))
     return dataclasses.replace(record, alarms=tuple(alarms), **found)
+
+
+def _with_exact_step(record: FitRecord, svi: SVI, state: Any, args: tuple, kwargs: dict[str, Any]) -> FitRecord:
+    """A record with the memory of the exact step beside its own, if the arguments are of the size of the run's.
+
+    Nothing else depends on it, so whatever goes wrong here costs that number alone.
+    """
+    plan = record.plan
+    if plan is None or plan.exact_temporary_bytes is not None or not isinstance(svi.loss, RAD_ELBO):
+        return record
+    try:
+        state = on_device(state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            now, _ = svi.loss.plan_of_update(svi, state, *args, **kwargs)
+            if explained(now, {}).exact_bytes != plan.exact_bytes:
+                return record
+            exact = _temporary_bytes(svi, svi.loss.base, state, args, kwargs)
+            own = plan.temporary_bytes
+            own = _temporary_bytes(svi, svi.loss, state, args, kwargs) if own is None else own
+    except Exception:
+        return record
+    found = {"temporary_bytes": own, "exact_temporary_bytes": exact, "exact_loss": described(svi.loss.base)}
+    return dataclasses.replace(record, plan=dataclasses.replace(plan, **found))
+
+
+def _temporary_bytes(svi: SVI, loss: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Temporary memory of a step as ``run`` compiles it, with another loss."""
+    twin = copy.copy(svi)
+    twin.loss = loss
+    steps = Steps(twin, twin.update, True, {})
+    steps.compile(state, args, kwargs)
+    return steps.temporary_bytes
 
 
 # -- parts of a record -------------------------------------------------------------------------------------------------

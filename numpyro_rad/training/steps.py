@@ -83,14 +83,23 @@ class Steps:
 
         :return: the state, the buffer with losses from ``start`` on, and the last loss.
         """
-        key = signature(state, args, kwargs)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(state, losses, args, kwargs)
+        key = self._known(state, losses, args, kwargs)
         if not self._loops:
             n = 1
         return self._compiled[key](state, losses, np.int32(start), np.int32(n), args, kwargs)
 
+    def compile(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Compile the step for such arguments, and take none."""
+        self._known(state, self.buffer(state, args, kwargs), args, kwargs)
+
     # -- compilation -----------------------------------------------------------------------------------------------
+
+    def _known(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The key of the compiled step for such arguments."""
+        key = signature(state, args, kwargs)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(state, losses, args, kwargs)
+        return key
 
     def _compile(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
         with self._pinned(state, args, kwargs) as pinned:
