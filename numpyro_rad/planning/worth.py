@@ -95,4 +95,5 @@ def _price(option: Option, first: Option) -> str:
 
 
 def percent(share: float) -> str:
+    """A share that is added, as text."""
     return "less than 0.1 %" if 0 < share < 1e-3 else f"{100 * share:.2g} %"
