@@ -138,6 +138,21 @@ def split(args: tuple, kwargs: dict[str, Any], traced: bool) -> tuple[list[Any],
     return [x for x, on in zip(leaves, taken, strict=True) if on], merge
 
 
+def looks_at_numbers(f: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether ``f(*args, **kwargs)`` needs the numbers in its arrays, which are no operands of a program then."""
+    arrays, merge = split(args, kwargs, True)
+
+    def call(arrays: list[Any]) -> Any:
+        args, kwargs = merge(arrays)
+        return f(*args, **kwargs)
+
+    try:
+        jax.eval_shape(call, arrays)
+    except (TypeError, jax.errors.JAXTypeError):
+        return True
+    return False
+
+
 def with_arguments(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> Callable:
     """``f(*operands, args, kwargs)`` compiled, as a function of the operands.
 

@@ -184,6 +184,33 @@ def test_a_model_that_looks_at_its_data():
     assert_runs_agree(found, expected)
 
 
+def looks_at_a_largest_value(y, groups, options=None):
+    """What works with NumPy arrays alone while a program is made: a size, a branch; initial values of NumPy."""
+    start = np.ones(int(groups.max()) + 1) * y.mean()
+    if options is not None and options["spread"] > 0.5:
+        start = start + options["spread"] * np.arange(len(start))
+    levels = numpyro.param("levels", start)
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(levels[groups] + w, 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("kwargs", ({}, {"options": {"spread": np.asarray(0.7)}}), ids=("size", "branch by keyword"))
+def test_a_model_that_looks_at_numpy_arrays(kwargs, tmp_path):
+    """In the steps, the tracker, the calibration, the fingerprint of a checkpoint and on held-out data."""
+    key, data = jax.random.key(KEY), (np.arange(12.0), np.arange(12) % 3)
+    guide = AutoNormal(looks_at_a_largest_value)
+    expected = SVI(looks_at_a_largest_value, guide, optax.adam(1e-2), RAD_ELBO()).run(
+        key, 10, *data, progress_bar=False, **kwargs
+    )
+    svi = RAD_SVI(looks_at_a_largest_value, guide, optax.adam(1e-2), tracking=quiet(4), calibrate=True)
+    options = {"progress_bar": False, "checkpoint": tmp_path / "fit", "validate": (data[0] + 1, data[1])}
+    found = svi.run(key, 10, *data, **options, **kwargs)
+    assert_runs_agree(found, expected)
+    assert np.isfinite(found.record.validation.losses).all()
+    with pytest.warns(UserWarning, match="this very run"):
+        svi.run(key, 10, *data, **options, **kwargs)
+
+
 def test_an_optimizer_whose_state_changes_its_structure():
     calls = []
 

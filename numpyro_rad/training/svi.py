@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_rad.ad import _jax
@@ -39,6 +41,7 @@ from numpyro_rad.training.loop import CALIBRATION_DRAWS, Fit, Look, Stop
 from numpyro_rad.training.optimizers import evaluations
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.validation import Validator, held_out
+from numpyro_rad.transform import looks_at_numbers
 
 _DEFAULT_TRACKING = Tracking()
 
@@ -243,30 +246,41 @@ class RAD_SVI(SVI):
             store = stack.enter_context(Store(checkpoint)) if checkpoint is not None else None
             snapshot = store.newest() if store is not None else None
             done = _steps_of(snapshot, num_steps, store)
-            args, kwargs = on_device((args, kwargs))
             validator, beside = None, (args if batches is not None else (), kwargs)
             if batches is None:
                 feed: Any = Fixed(args, kwargs)
             else:
+                args, kwargs = on_device((args, kwargs))
                 position = snapshot.meta["position"] if snapshot is not None else (0, 0)
                 reader = stack.enter_context(Batches(batches, num_steps - done, *position))
                 feed = Varying(reader, args, kwargs)
             state, args, kwargs = init_state, *feed.first
             if state is None or self.constrain_fn is None:
                 with blamed(self.model, args, kwargs, batches):
-                    fresh = SVI.init(self, rng_key, *args, init_params=init_params, **kwargs)
+                    fresh = on_device(SVI.init(self, rng_key, *args, init_params=init_params, **kwargs))
                 state = fresh if state is None else state
+            if batches is None:
+                args, kwargs = self._placed(state, args, kwargs)
+                feed = Fixed(args, kwargs)
             self._check_optimizer(state, args, kwargs)
             if snapshot is None:
                 more = [a for a, k in feed.next_few(CALIBRATION_DRAWS)[1:] if not k and words(a) == words(args)]
                 if init_state is None or self._measured is None:
                     self._calibrate(state, args, kwargs, more)
             if validate is not None:
-                validator = Validator(self, state, on_device(held_out(validate, *beside)))
+                validator = Validator(self, state, held_out(validate, *beside))
             start = {"init_state": init_state, "init_params": init_params}
             fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start, validator)
             fit.go(progress_bar, called, stop)
             return fit.result(stop)
+
+    def _placed(self, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments with NumPy arrays put on the device once for all steps, unless the model looks at numbers in them:
+        while a program is made that is possible with NumPy arrays alone."""
+        there = any(isinstance(x, (np.ndarray, np.generic)) for x in jax.tree.leaves((args, kwargs)))
+        if not there or looks_at_numbers(partial(self.evaluate, state), args, kwargs):
+            return args, kwargs
+        return on_device((args, kwargs))
 
     def _run_transformed(self, asked: dict[str, Any], *args: Any, **kwargs: Any) -> RAD_SVIRunResult:
         """``SVI.run`` as one program, of which ``asked`` is no part."""

@@ -19,6 +19,7 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro_rad.diagnostics.quality import loss_of_one_particle
 from numpyro_rad.diagnostics.records import Validation, from_dict, to_dict
 from numpyro_rad.elbo import NoiseKeys, loss_by_keys
+from numpyro_rad.fits import on_device
 from numpyro_rad.training.batches import words
 from numpyro_rad.training.steps import signature
 from numpyro_rad.transform import split
@@ -107,7 +108,7 @@ class Validator:
     """
 
     def __init__(self, svi: Any, state: Any, given: list[tuple[tuple, dict[str, Any]]]) -> None:
-        self._svi, self._given = svi, given
+        self._svi = svi
         self._loss = loss_of_one_particle(svi.loss)
         self._keys = jax.random.split(jax.random.fold_in(state.rng_key, _TAG), DRAWS)
         self._steps: list[int] = []
@@ -116,6 +117,7 @@ class Validator:
         for args, kwargs in given:
             _check_rows(svi, state, args, kwargs)
         self._functions = [self._function(state, args, kwargs) for args, kwargs in given]
+        self._given = on_device(given)  # only now: the model may look at NumPy arrays, and has seen them
 
     @property
     def record(self) -> Validation | None:
