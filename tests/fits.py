@@ -13,6 +13,9 @@ from numpyro_rad.diagnostics.records import (
     GradientVariance,
     PlanRecord,
     PlanRow,
+    Posterior,
+    PredictiveCheck,
+    SiteSummary,
     Track,
 )
 
@@ -38,6 +41,7 @@ def good(steps=5000, looks=200, parameters=(), rows=24):
         track=track(names, steps, looks, rho=0.05),
         gradient_variance=gradient_variance(LAYERS, rho=0.06),
         quality=FitQuality(Estimate(-21398.0, 4.2), 0.55, 1.02, 0.04, True),
+        posterior=posterior(LAYERS),
     )
 
 
@@ -85,6 +89,16 @@ def huge():
         plan=dataclasses.replace(record.plan, timeline=tuple(timeline)),
         alarms=tuple(Alarm(i, "signal", f"layer{i % 300}", "the gradient is lost in its noise") for i in range(2000)),
     )
+
+
+def posterior(names, inside=0.91):
+    many = [
+        SiteSummary(n, 1000 * (i + 1), (-1.2, 0.8 + i), (0.021, 0.4), (-1.9, 0.7), (-1.1, 1.5))
+        for i, n in enumerate(names[:-1])
+    ]
+    one = SiteSummary(names[-1], 1, (12.3456, 12.3456), (0.5, 0.5), (11.5, 11.5), (13.2, 13.2))
+    check = PredictiveCheck("y", 2000, inside, 0.512, (0.49, 0.53), 1.2, (1.15, 1.31))
+    return Posterior((*many, one), (check,), 300)
 
 
 def block(name, minibatch, guide, path, squared_norm=40.0, size=1000, error=0.04):

@@ -156,16 +156,18 @@ def short_fit():
     [
         (results, "gradient_variance", "gradient_variance was not measured: memory is too short"),
         (results, "fit_quality", "quality was not measured: memory is too short"),
+        (results, "posterior_summary", "posterior was not measured: memory is too short"),
         (quality, "_elbo_draws", "No ELBO: memory is too short"),
         (quality, "psis_diagnostic", "No Pareto k-hat: memory is too short"),
     ],
 )
 def test_diagnostic_without_memory_is_lost_alone(short_fit, monkeypatch, error, module, function, lost):
-    others = {"gradient_variance", "_elbo_draws", "_pareto_k"} - {function}
+    others = {"gradient_variance", "_elbo_draws", "_pareto_k", "posterior_summary"} - {function}
     if function == "psis_diagnostic":
         others.discard("_pareto_k")
     quick = {
         "gradient_variance": (results, fits.good().gradient_variance),
+        "posterior_summary": (results, fits.good().posterior),
         "_elbo_draws": (quality, np.array([1.0, 3.0])),
         "_pareto_k": (quality, (0.25, "")),
     }
@@ -177,6 +179,7 @@ def test_diagnostic_without_memory_is_lost_alone(short_fit, monkeypatch, error, 
     assert lost in report.html(record)
     assert (record.gradient_variance is None) == (function == "gradient_variance")
     assert (record.quality is None) == (function == "fit_quality")
+    assert (record.posterior is None) == (function == "posterior_summary")
     if record.quality is not None:
         assert record.quality.pareto_k == (None if function == "psis_diagnostic" else 0.25)
         assert np.isfinite(record.quality.elbo.value) == (function != "_elbo_draws")

@@ -40,6 +40,7 @@ def evil():
         ),
         track=dataclasses.replace(record.track, names=tuple(EVIL + n for n in record.track.names)),
         gradient_variance=dataclasses.replace(record.gradient_variance, blocks=blocks),
+        posterior=dataclasses.replace(fits.posterior((EVIL, EVIL + "b")), notes=(EVIL,)),
     )
 
 
@@ -56,7 +57,7 @@ def without_numbers():
 
     parts = {
         f: from_dict(type(getattr(record, f)), spoilt(to_dict(getattr(record, f))))
-        for f in ("track", "gradient_variance", "quality")
+        for f in ("track", "gradient_variance", "quality", "posterior")
     }
     plan = dataclasses.replace(record.plan, timeline=(), rows=())
     return dataclasses.replace(record, losses=np.full(100, np.inf), plan=plan, **parts)
@@ -640,6 +641,36 @@ def test_records_of_before_are_read():
     del data["plan"]["exact_temporary_bytes"], data["plan"]["exact_loss"], data["track"]["rho_max"]
     record = from_dict(FitRecord, data)
     assert record.plan.exact_temporary_bytes is None and record.track.rho_max == 0.5
+
+
+# -- the posterior -----------------------------------------------------------------------------------------------------
+
+
+def test_posterior_is_shown_everywhere():
+    for text in everywhere(fits.good()):
+        for words in (
+            "Sites under the guide",
+            "prec_obs",
+            "12.3",
+            "-1.2 to 5.8",
+            "0.021 to 0.4",
+            "91 %",
+            "0.49 to 0.53",
+        ):
+            assert words in text, words
+    assert "Posterior" not in report.html(fits.diverged())
+
+
+@pytest.mark.parametrize(("inside", "level"), [(0.91, "good"), (0.85, "good"), (0.7, "warning")])
+def test_data_that_are_not_predicted(inside, level):
+    record = dataclasses.replace(fits.good(), posterior=fits.posterior(("a",), inside))
+    assert says(record, f"{100 * inside:.0f} % of the observations of y lie in their 90 %") == [level]
+
+
+def test_few_data_are_no_evidence():
+    posterior = fits.posterior(("a",), 0.7)
+    posterior = dataclasses.replace(posterior, checks=(dataclasses.replace(posterior.checks[0], size=10),))
+    assert says(dataclasses.replace(fits.good(), posterior=posterior), "of the observations") == ["good"]
 
 
 # -- numbers that say nothing ------------------------------------------------------------------------------------------

@@ -422,6 +422,7 @@ def test_what_takes_draws_of_its_own_is_added():
     assert record.gradient_variance.draws == 4 and record.gradient_variance.total.size == 6
     assert np.isfinite(record.quality.elbo.value) and record.quality.pareto_k is None
     assert "Where the noise comes from" in result.report()
+    assert record.posterior.notes == () and record.posterior.sites and record.posterior.checks
     plan = record.plan
     assert plan.exact_temporary_bytes > 0 < plan.temporary_bytes and plan.exact_loss == "Trace_ELBO()"
     bare = dataclasses.replace(plan, exact_temporary_bytes=None)

@@ -222,6 +222,65 @@ class FitQuality:
 
 
 @dataclasses.dataclass(frozen=True)
+class SiteSummary:
+    """A site under the guide. Of each number the smallest and the largest over the entries of the site.
+
+    :ivar name: of the site.
+    :ivar size: number of its entries; of a large site some thousand are looked at.
+    :ivar mean: range of the means.
+    :ivar sd: range of the standard deviations.
+    :ivar low: range of the 5 % quantiles.
+    :ivar high: range of the 95 % quantiles.
+    """
+
+    name: str
+    size: int
+    mean: tuple[float, float]
+    sd: tuple[float, float]
+    low: tuple[float, float]
+    high: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictiveCheck:
+    """Data beside what the fit predicts for them; intervals hold 90 %, from the 5 % to the 95 % quantile.
+
+    :ivar name: of the observed site.
+    :ivar size: number of observations that were looked at.
+    :ivar inside: share of the observations that lie in their own predictive interval; 0.9 is expected of the
+        distribution that made them.
+    :ivar mean: mean of the observations.
+    :ivar predicted_mean: interval for the mean of as many new ones.
+    :ivar sd: standard deviation of the observations.
+    :ivar predicted_sd: interval for that of new ones.
+    """
+
+    name: str
+    size: int
+    inside: float
+    mean: float
+    predicted_mean: tuple[float, float]
+    sd: float
+    predicted_sd: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+    """What the guide says of the latent variables and of the data.
+
+    :ivar sites: latent and deterministic sites.
+    :ivar checks: observed sites whose values are numbers.
+    :ivar draws: of the guide, from which all this is.
+    :ivar notes: what could not be computed and why, in words.
+    """
+
+    sites: tuple[SiteSummary, ...]
+    checks: tuple[PredictiveCheck, ...]
+    draws: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Convergence:
     """Whether the iterates of a run have converged, see :class:`numpyro_rad.Iterates`.
 
@@ -300,6 +359,7 @@ class FitRecord:
     :ivar quality: how good the fit is.
     :ivar validation: loss on held-out data during the fit.
     :ivar convergence: whether its iterates have converged; None if they were not recorded.
+    :ivar posterior: what the guide says of the latent variables and of the data.
     """
 
     title: str
@@ -317,6 +377,7 @@ class FitRecord:
     quality: FitQuality | None = None
     validation: Validation | None = None
     convergence: Convergence | None = None
+    posterior: Posterior | None = None
 
 
 def to_dict(record: Any) -> Any:

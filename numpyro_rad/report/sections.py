@@ -16,6 +16,7 @@ from numpyro_rad.diagnostics.records import (
     GradientVariance,
     PlanRecord,
     PlanRow,
+    Posterior,
     Track,
     Validation,
 )
@@ -61,7 +62,7 @@ class Section:
 
 def sections(record: FitRecord) -> tuple[Section, ...]:
     """The sections that there are numbers for."""
-    parts = (_loss, _held_out, _noise, _noise_over_time, _plan, _quality, _alarms, _settings)
+    parts = (_loss, _held_out, _noise, _noise_over_time, _plan, _quality, _posterior, _alarms, _settings)
     return tuple(s for part in parts for s in part(record))
 
 
@@ -499,6 +500,59 @@ def _convergence(record: FitRecord) -> Iterator[Section]:
     said = {None: "It is unknown whether the iterates have converged", True: "The iterates have converged"}
     what = said.get(known.converged, "The iterates have not converged")
     yield Section("Convergence", (f"{what}: {known.told}.",), ())
+
+
+def _posterior(record: FitRecord) -> Iterator[Section]:
+    posterior = record.posterior
+    if posterior is None:
+        return
+    tables = [*_sites_table(posterior), *_checks_table(posterior)]
+    text = [f"From {posterior.draws:,} draws of the guide, which stands in for the posterior."] if tables else []
+    if any(site.size > 1 for site in posterior.sites):
+        text.append("Of a site of several entries the smallest and the largest over them.")
+    if posterior.checks:
+        text.append(
+            "The check draws the data anew for each draw: nine in ten observations should lie in their 90 % intervals, "
+            "and their mean and spread within those of new data."
+        )
+    yield Section("Posterior", (*([" ".join(text)] if text else []), *posterior.notes), tuple(tables))
+
+
+def _sites_table(posterior: Posterior) -> Iterator[Table]:
+    rows = []
+    for site in posterior.sites[:MAX_ROWS]:
+        ranges = (_range(x, site.sd[0]) for x in (site.mean, site.sd, site.low, site.high))
+        rows.append((site.name, f"{site.size:,}", *ranges))
+    if len(posterior.sites) > MAX_ROWS:
+        rest = posterior.sites[MAX_ROWS:]
+        rows.append((f"{len(rest):,} others", f"{sum(s.size for s in rest):,}", "", "", "", ""))
+    if rows:
+        header = ("site", "entries", "mean", "sd", "5 %", "95 %")
+        yield Table("Sites under the guide", header, tuple(rows), folded=len(rows) > 12)
+
+
+def _checks_table(posterior: Posterior) -> Iterator[Table]:
+    rows = []
+    for c in posterior.checks[:MAX_ROWS]:
+        scale = 0.1 * c.predicted_sd[0]
+        beside = (_rounded(c.mean, scale), _range(c.predicted_mean, scale))
+        spread = (_rounded(c.sd, scale), _range(c.predicted_sd, scale))
+        rows.append((c.name, f"{c.size:,}", f"{100 * c.inside:.0f} %", *beside, *spread))
+    if rows:
+        header = ("data", "observations", "in 90 % intervals", "mean", "predicted mean", "sd", "predicted sd")
+        yield Table("Data beside what is predicted for them (5 to 95 %)", header, tuple(rows))
+
+
+def _range(ends: tuple[float, float], scale: float) -> str:
+    low, high = (_rounded(x, scale) for x in ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def _rounded(x: float, scale: float) -> str:
+    """Three digits, or fewer where they are far below a scale."""
+    if math.isfinite(x) and math.isfinite(scale) and scale > 0:
+        x = round(x, 2 - math.floor(math.log10(scale))) + 0.0
+    return number(x)
 
 
 def _alarms(record: FitRecord) -> Iterator[Section]:

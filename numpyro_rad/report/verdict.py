@@ -36,6 +36,9 @@ LITTLE_SIGNAL = 0.01
 GOOD_PARETO_K, R_HAT = 0.7, 1.1
 """Vehtari et al. 2024; Dhaka et al. 2020."""
 
+INSIDE, TOO_FEW_INSIDE = 0.9, 0.8
+"""Share of the data that belongs in its predictive intervals, and below which there is a warning."""
+
 TREND_Z, TREND_SHARE = 3.0, 0.1
 """A loss still falls if it fell by so many standard errors, and by this share of the fall before that."""
 
@@ -68,6 +71,7 @@ def findings(record: FitRecord) -> tuple[Finding, ...]:
         _of_progress,
         _of_validation,
         _of_trust,
+        _of_predictions,
         _of_noise,
         _of_gaps,
     )
@@ -364,6 +368,18 @@ def _of_trust(record: FitRecord) -> Iterator[Finding]:
         "its predictions on held-out data."
     )
     yield Finding("warning", what, advice)
+
+
+def _of_predictions(record: FitRecord) -> Iterator[Finding]:
+    checks = record.posterior.checks if record.posterior is not None else ()
+    for check in (c for c in checks if math.isfinite(c.inside)):
+        error = math.sqrt(INSIDE * (1 - INSIDE) / check.size)
+        told = f"{100 * check.inside:.0f} % of the observations of {check.name} lie in their 90 % predictive intervals"
+        if check.inside < TOO_FEW_INSIDE and check.inside + 3 * error < INSIDE:
+            advice = "Look at those outside: a likelihood with heavier tails, more noise or another mean may fit them."
+            yield Finding("warning", f"Only {told}: the model does not expect its data.", advice)
+        else:
+            yield Finding("good", f"{told}.")
 
 
 SOURCES = (("minibatch", "minibatches"), ("guide", "the guide's samples"), ("path", "codes of residuals"))

@@ -23,6 +23,7 @@ from numpyro.infer.svi import SVI, SVIRunResult
 from numpyro_rad import report
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import Plan
+from numpyro_rad.diagnostics.posterior import posterior_summary
 from numpyro_rad.diagnostics.quality import Iterates, fit_quality
 from numpyro_rad.diagnostics.records import Alarm, Convergence, FitRecord, PlanRecord, PlanRow, Track
 from numpyro_rad.diagnostics.variance import gradient_variance
@@ -108,7 +109,7 @@ class RAD_SVIRunResult(SVIRunResult):
     def assess(
         self, *args: Any, key: Any = None, draws: int = 32, pareto_k: bool = True, **kwargs: Any
     ) -> RAD_SVIRunResult:
-        """Measure what takes draws of its own, for the report: the gradient's noise by source, and the fit's quality.
+        """Measure what takes draws of its own, for the report: the gradient's noise, the fit's quality, its posterior.
 
         :param args: arguments of model and guide, for the quality those of the full data; without any, those of the
             last step.
@@ -116,8 +117,8 @@ class RAD_SVIRunResult(SVIRunResult):
         :param draws: replicates of three or four gradients each, for the noise.
         :param pareto_k: whether to compute k-hat, from a thousand evaluations of the log densities.
         :param kwargs: keyword arguments of model and guide.
-        :return: this result, whose record has ``gradient_variance`` and ``quality`` now. What does not exist for this
-            fit is left out, with a word in the alarms.
+        :return: this result, whose record has ``gradient_variance``, ``quality`` and ``posterior`` now. What does not
+            exist for this fit is left out, with a word in the alarms.
 
         Example::
 
@@ -218,7 +219,7 @@ def assessed(
     iterates: Iterates | None = None,
     **kwargs: Any,
 ) -> FitRecord:
-    """A record with the gradient's noise by source and the quality of the fit, at the end of it.
+    """A record with the gradient's noise by source, the quality of the fit and its posterior, at the end of it.
 
     :param record: of the fit.
     :param svi: what was fitted.
@@ -236,6 +237,7 @@ def assessed(
     measures = {
         "gradient_variance": lambda: gradient_variance(svi, state, *args, key=key, draws=draws, **kwargs),
         "quality": lambda: fit_quality(svi, fit, *args, key=key, pareto_k=pareto_k, iterates=iterates, **kwargs),
+        "posterior": lambda: posterior_summary(svi, fit, *args, key=jax.random.fold_in(key, 1), **kwargs),
     }
     found: dict[str, Any] = {}
     record = _with_exact_step(record, svi, state, args, kwargs)
