@@ -20,7 +20,8 @@ from pathlib import Path
 
 from numpyro_rad.diagnostics.records import FitRecord, from_dict, to_dict
 from numpyro_rad.report.charts import STYLE, escape, shorten
-from numpyro_rad.report.sections import Section, Table, sections, summary
+from numpyro_rad.report.parts import Section, Table
+from numpyro_rad.report.sections import sections, summary
 from numpyro_rad.report.verdict import Finding, findings, headline
 
 FORMAT, VERSION = "numpyro_rad fit record", 1
