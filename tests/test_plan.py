@@ -120,6 +120,16 @@ PROGRAMS = {
 # Bytes
 
 
+@pytest.mark.parametrize("options", ({}, {"exact": True}, {"memory_budget": 0}), ids=str)
+@pytest.mark.parametrize(
+    "f", (lambda x, w: 2 * x.sum() + w.sum(), lambda x, w: (x @ w).sum()), ids=("linear", "bilinear")
+)
+def test_predictions_are_floats(f, options):
+    """Also of plans that code nothing: files have 0 and 0.0 as different numbers."""
+    predicted = planned(f, X, W, **options).predicted
+    assert (type(predicted.added_seconds), type(predicted.added_variance)) == (float, float)
+
+
 @pytest.mark.parametrize("codec", [Keep(), StochasticRound(4), SampleAxis(0.1), RandomProjection(0.1)], ids=str)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_stored_bytes_are_those_of_the_tape(name, codec):

@@ -449,10 +449,10 @@ class Decision:
 
     def plan(self, solution: solver.Solution) -> Plan:
         """The plan that stores what the solution says."""
-        variance = self.together(solution).total
+        variance = float(self.together(solution).total)  # a sum of nothing is an int, in files another number
         seconds = self._timed(solution) / self.time_weight
         predicted = Prediction(
-            seconds - self.storing / self.step,
+            float(seconds - self.storing / self.step),
             variance,
             solution.gap if solution.bound > 0 or not solution.cost else None,
         )
