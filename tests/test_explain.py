@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from jax import lax
 
@@ -47,7 +48,7 @@ def test_a_table_ends_with_the_prediction():
     last = str(shown).splitlines()[-1]
     time = change_text(predicted.added_seconds, "time")
     variance = change_text(predicted.added_variance, "variance")
-    assert last.startswith(f"Predicted: {time} and {variance}, relative to the exact step and its gradient")
+    assert last.startswith(f"Predicted: {time} and {variance}, relative to the time of the exact step")
     assert predicted.gap == 0 and last.endswith("no plan for these bytes takes less of both.")
     short = dataclasses.replace(shown, predicted=dataclasses.replace(predicted, gap=0.034))
     assert str(short).endswith("no plan for these bytes takes 3.4 % less of both.")
@@ -74,6 +75,47 @@ def test_a_plan_without_prediction_prints_as_well():
     shown = dataclasses.replace(table(network, codec=Keep()), predicted=None)
     assert "Predicted" not in str(shown)
     assert "nothing is predicted" in str(compare(shown, shown))
+
+
+# A few rows for people, all rows on demand
+
+
+def test_rows_of_one_line_and_site_are_one_and_small_ones_are_folded():
+    def f(x, w):
+        for _ in range(2):
+            x = jax.nn.gelu(x @ w) + jax.nn.softplus(x @ w)
+        return (x**2).sum() + (jnp.sin(x[0, 0]) * x[0, 1]) ** 3
+
+    shown = table(f, codec=StochasticRound(4))
+    head, _, *body = str(shown).splitlines()
+    assert head.split() == ["where", "site", "what", "how", "exact", "share", "stored", "share"]
+    rows = [line for line in body if line.startswith("test_explain.py:")]
+    assert len(rows) == len({tuple(r.split()[:2]) for r in rows}) < len({(r.path, r.decision) for r in shown.rows})
+    (folded,) = (line for line in body if "more, each under 1 %" in line)
+    groups = {(r.line, r.site) for r in shown.rows}
+    assert len(body) - 5 + int(folded.split()[0]) == len(groups)
+    total = next(line for line in body if line.startswith("total"))
+    assert f"{shown.stored_bytes / 1024:.1f} KiB" in total
+    shares = [int(line.split()[-2]) for line in body if line.endswith(" %")]
+    assert shares == sorted(shares[:-1], reverse=True) + shares[-1:] and 95 <= sum(shares) <= 105
+
+
+def test_all_rows_are_there_on_demand():
+    shown = table(network, codec=StochasticRound(4))
+    lines = shown.table().splitlines()
+    body = lines[2 : 2 + len(shown.rows)]
+    assert all(row.decision in line and row.operation in line for row, line in zip(shown.rows, body, strict=True))
+    assert "rel. variance: of a residual's code, relative to the squared norm of the residual." in lines
+    assert lines[-1].startswith("Predicted: ")
+
+
+def test_distributions_are_named():
+    def f(x, w):
+        return dist.Gamma(jnp.exp(x @ w), jnp.exp(w[0])).log_prob(jnp.exp(x)).sum()
+
+    shown = table(f, codec=Keep())
+    assert "Gamma.log_prob" in {row.within for row in shown.rows} and "Gamma.log_prob" in str(shown)
+    assert {row.within for row in table(network, codec=Keep()).rows} == {""}
 
 
 # Two plans

@@ -47,6 +47,9 @@ def _folder(package: str) -> str:
 
 # Whose frames are nobody's model, and whose are only if there is no other
 _MACHINERY = (_folder(__name__.split(".")[0]), *map(_folder, ("jax", "numpyro")))
+_DISTRIBUTIONS = os.path.join(_MACHINERY[-1], "distributions") + os.sep
+_AROUND = ("Distribution", "Independent", "ExpandedDistribution", "MaskedDistribution", "TransformedDistribution")
+_METHOD = re.compile(r"([A-Z]\w*)\.(log_prob|sample|rsample|cdf|icdf|entropy)")
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
@@ -362,6 +365,16 @@ def source_line(equation: JaxprEquation) -> str:
             return line
         found = found or line
     return found
+
+
+def distribution(equation: JaxprEquation) -> str:
+    """The method of one of NumPyro's distributions that an equation belongs to, as in ``Normal.log_prob``, or empty."""
+    for frame in source_info_util.user_frames(equation.source_info.traceback):
+        if frame.file_name.startswith(_DISTRIBUTIONS):
+            method = _METHOD.fullmatch(frame.function_name)
+            if method is not None and method[1] not in _AROUND:
+                return frame.function_name
+    return ""
 
 
 def to_raw(x: Any) -> Any:

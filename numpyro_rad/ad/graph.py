@@ -48,7 +48,7 @@ class Equation:
     ``split`` is set for control flow: its forward part also returns a tape for the edge of the same ``split``.
     ``nanoseconds`` is what running it takes, about; 0 for control flow, whose bodies have their own. ``acts`` says
     whether it does something besides computing its outputs (it prints, calls back): then it runs once, in its turn,
-    whoever reads them.
+    whoever reads them. ``within`` names the method of a distribution that it belongs to.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Equation:
     draws_bits: bool = False
     nanoseconds: float = 0.0
     acts: bool = False
+    within: str = ""
 
     @property
     def anchor(self) -> bool:

@@ -173,6 +173,7 @@ class _Builder:
                 draws_bits=rules.draws_bits(equation),
                 nanoseconds=rules.nanoseconds(equation),
                 acts=_jax.acts(equation),
+                within=_jax.distribution(equation),
             )
         )
 

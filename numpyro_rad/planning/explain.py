@@ -13,7 +13,7 @@ from typing import Any
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.graph import Edge, Split, Value, sites
+from numpyro_rad.ad.graph import Edge, Graph, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
 from numpyro_rad.mistakes import is_key, shown
 from numpyro_rad.wording import LITTLE, change_text, saving_text, size_text
@@ -33,6 +33,7 @@ class Row:
     :ivar stored_bytes: what the plan stores for it; a copy shared with an earlier row counts there.
     :ivar relative_variance: predicted variance of its estimate divided by its squared norm; 0 if exact.
     :ivar path: its name in the program, see ``Plan.to_dict``.
+    :ivar within: the method of a distribution that it is computed in, as in ``Normal.log_prob``; empty elsewhere.
     """
 
     line: str
@@ -45,11 +46,12 @@ class Row:
     stored_bytes: int
     relative_variance: float
     path: Path = ()
+    within: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A plan as a table; ``print`` it.
+    """A plan in a few rows; ``print`` it. :meth:`table` has all of them.
 
     :ivar rows: one for each residual, in the order of the program.
     :ivar stored_bytes: bytes held for the backward sweep at any time: codes, scales, keys and kept values. The sum of
@@ -69,6 +71,32 @@ class Explanation:
     predicted: Prediction | None = None
 
     def __str__(self) -> str:
+        """A summary: residuals by line and site, the largest first, those under 1 % of all together in one row."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.line, row.site), []).append(row)
+        stored, exact = sum(r.stored_bytes for r in self.rows), max(1, self.exact_bytes)
+        total = max(1, stored)
+        large, small = [], []
+        for rows in groups.values():
+            sizes = _exact_bytes(rows), sum(r.stored_bytes for r in rows)
+            (large if sizes[0] >= exact / 100 or sizes[1] >= total / 100 else small).append((sizes, rows))
+        large.sort(key=lambda group: (-group[0][1], -group[0][0]))
+        body = [_summary(rows, sizes, exact, total) for sizes, rows in large]
+        if small:
+            sizes = tuple(sum(s[i] for s, _ in small) for i in (0, 1))
+            body.append((f"{len(small)} more, each under 1 %", "", "", "", *_shared(sizes, exact, total)))
+        header = ("where", "site", "what", "how", "exact", "share", "stored", "share")
+        saving = saving_text(self.exact_bytes, self.stored_bytes)
+        last = ("total", "", "", saving, size_text(self.exact_bytes), "", size_text(self.stored_bytes), "")
+        text = _aligned([header, *body], last, right={4, 5, 6, 7})
+        text.append("The residuals one by one: explain(...).table().")
+        if self.predicted is not None:
+            text.append("Predicted: " + _prediction(self.predicted))
+        return "\n".join(text)
+
+    def table(self) -> str:
+        """All residuals, one row each, in the order of the program."""
         header = ("where", "site", "read by", "shape", "dtype", "decision", "exact", "stored", "rel. variance")
         body = [
             (
@@ -87,6 +115,8 @@ class Explanation:
         sizes = size_text(self.exact_bytes), size_text(self.stored_bytes)
         total = ("total", "", "", "", "", saving_text(self.exact_bytes, self.stored_bytes), *sizes, "")
         text = _aligned([header, *body], total, right={6, 7, 8})
+        if any(r.relative_variance for r in self.rows):
+            text.append("rel. variance: of a residual's code, relative to the squared norm of the residual.")
         if self.defaults:
             text.append(
                 "Kept exactly by the safe default (no rule, or none that is unbiased): " + ", ".join(self.defaults)
@@ -94,6 +124,34 @@ class Explanation:
         if self.predicted is not None:
             text.append("Predicted: " + _prediction(self.predicted))
         return "\n".join(text)
+
+
+def _exact_bytes(rows: Sequence[Row]) -> int:
+    return sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
+
+
+def _summary(rows: Sequence[Row], sizes: tuple[int, int], exact: int, total: int) -> tuple[str, ...]:
+    """Residuals of one line and site, as one row."""
+    first = rows[0]
+    what = dict.fromkeys(r.within or r.operation for r in sorted(rows, key=lambda r: -r.exact_bytes))
+    how: dict[str, int] = {}
+    for r in rows:
+        how[r.decision] = how.get(r.decision, 0) + max(1, r.exact_bytes)
+    said = [_few(list(what)), _few(sorted(how, key=lambda d: -how[d]))]
+    return (first.line or "?", first.site, *said, *_shared(sizes, exact, total))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _shared(sizes: Sequence[int], exact: int, total: int) -> tuple[str, ...]:
+    """Exact and stored bytes, each with its share of all."""
+    return tuple(
+        text
+        for size, whole in zip(sizes, (exact, total), strict=True)
+        for text in (size_text(size), f"{100 * size / whole:.0f} %" if size else "")
+    )
 
 
 def _aligned(lines: Sequence[tuple[str, ...]], total: tuple[str, ...], right: set[int]) -> list[str]:
@@ -116,7 +174,7 @@ def _prediction(predicted: Prediction) -> str:
         change_text(predicted.added_seconds, "time"),
         change_text(predicted.added_variance, "variance"),
     )
-    text = f"{time} and {variance}, relative to the exact step and its gradient"
+    text = f"{time} and {variance}, relative to the time of the exact step and the variance of its gradient"
     if predicted.gap is not None:
         best = predicted.gap < LITTLE
         less = "less" if best else f"{100 * predicted.gap:.1f} % less"
@@ -345,7 +403,29 @@ def _row(plan: Plan, value: Value, site: str, operation: str, decision: str, sto
     exact = 0 if decision == "alive" else _jax.aval_bytes(aval) * plan.repeat
     line = equation.line if equation is not None else ""
     path = (*plan.path, value.number)
-    return Row(line, site, operation, shape, str(aval.dtype), decision, exact, stored * plan.held, variance, path)
+    within = _within(plan.graph, value)
+    size = stored * plan.held
+    return Row(line, site, operation, shape, str(aval.dtype), decision, exact, size, variance, path, within)
+
+
+def _within(graph: Graph, value: Value) -> str:
+    """The method of a distribution that a value is computed in. A derivative of a density, on the line of the density,
+    belongs to it.
+    """
+    first = graph.producer.get(value)
+    if first is None or first.within:
+        return first.within if first is not None else ""
+    todo, seen, line = [first], {first}, first.line
+    while todo:
+        equation = todo.pop(0)
+        line = line or equation.line
+        if equation.within.endswith(".log_prob"):
+            return equation.within
+        makers = [graph.producer[a] for a in equation.inputs if a in graph.producer]  # type: ignore[index]
+        near = [e for e in makers if e.cheap and (not line or e.line in ("", line)) and e not in seen]
+        seen.update(near)
+        todo += near
+    return ""
 
 
 def _segments_row(plan: Plan, node: Split, site: str, line: str) -> Row:
