@@ -1,4 +1,4 @@
-"""``RAD_SVI.run`` inside of JAX's transformations, and the optimizers that cannot take its steps."""
+"""``RAD_SVI`` before its first step: inside of transformations, with optimizers and budgets that cannot work."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.optim import Minimize
 
-from numpyro_rad import RAD_ELBO, RAD_SVI, StochasticRound
+from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound
 
 X = jnp.linspace(-1.0, 1.0, 24).reshape(8, 3)
 Y = X.sum(1)
@@ -108,3 +108,11 @@ def test_line_searches_want_exact_gradients(encode_all):
     with pytest.warns(UserWarning, match=r"evaluates the loss several times.*RAD_ELBO\(exact=True\)"):
         svi.init(jax.random.key(0), X, Y)
     svi_of(RAD_SVI, Minimize(), RAD_ELBO(exact=True), AutoDelta).init(jax.random.key(0), X, Y)
+
+
+def test_an_impossible_budget_is_refused_before_anything_is_measured(monkeypatch):
+    svi = svi_of(RAD_SVI, loss=RAD_ELBO(memory_budget="1B"))
+    monkeypatch.setattr(RAD_ELBO, "calibrate", lambda *args, **kwargs: pytest.fail("it calibrates"))
+    for start in (lambda: svi.init(jax.random.key(0), X, Y), lambda: svi.run(jax.random.key(0), 2, X, Y)):
+        with pytest.raises(BudgetError, match="memory_budget=1 bytes is too small"):
+            start()

@@ -9,6 +9,8 @@ more than its own two loops differ by.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +29,7 @@ from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import is_result, on_device
 from numpyro_rad.mistakes import check_fit, check_state
 from numpyro_rad.planning.calibration import Calibration
+from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.training.arguments import (
     blamed,
     check_key,
@@ -150,6 +153,12 @@ class RAD_SVI(SVI):
         if self.calibrate is None and planner.memory_budget is None and planner.added_variance is None:
             return
         if planner.calibration is None or planner.calibration is self._measured:
+            if planner.memory_budget is not None:  # what is impossible is said before anything is measured
+                twin = copy.copy(elbo)
+                twin.planner = dataclasses.replace(planner, calibration=None)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", VarianceWarning)
+                    twin.plan_of_update(self, state, *args, **kwargs)
             most = None if self.calibrate in (None, True) else self.calibrate
             options = {"batches": batches, "draws": CALIBRATION_DRAWS, "most_bytes": most}
             try:
