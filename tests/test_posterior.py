@@ -26,6 +26,7 @@ def model(y, masked, counts, labels):
     mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
     numpyro.sample("many", dist.Normal(jnp.zeros(LARGE), 1.0).to_event(1))
     numpyro.deterministic("twice", 2 * mu)
+    numpyro.deterministic("few", jnp.array([[1.0, -1.0]]) * mu)
     numpyro.sample("half", dist.Normal(mu * jnp.ones(N), 0.5), obs=y)  # half of the spread that the data have
     with numpyro.handlers.mask(mask=jnp.arange(N) % 3 != 0):
         numpyro.sample("masked", dist.Normal(mu * jnp.ones(N), 1.5), obs=masked)
@@ -47,9 +48,9 @@ def found():
 
 
 def test_sites_have_their_moments(found):
-    assert [s.name for s in found.sites] == ["mu", "many", "twice"]
-    mu, many, twice = found.sites
-    for site, loc, scale in ((mu, 2.0, 0.03), (twice, 4.0, 0.06)):
+    assert [s.name for s in found.sites] == ["mu", "many", "twice", "few[0, 0]", "few[0, 1]"]
+    mu, many, twice, *few = found.sites
+    for site, loc, scale in ((mu, 2.0, 0.03), (twice, 4.0, 0.06), (few[0], 2.0, 0.03), (few[1], -2.0, 0.03)):
         error = scale / np.sqrt(DRAWS)
         z = [(site.mean[0] - loc) / error, (site.sd[0] - scale) / (error / np.sqrt(2))]
         z += [(site.low[0] - loc + 1.645 * scale) / (2.1 * error), (site.high[0] - loc - 1.645 * scale) / (2.1 * error)]

@@ -6,6 +6,7 @@ that of one draw, whatever the size of the model and of the data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ DRAWS = 300
 
 ENTRIES = 2**15
 """Of all sites together, at which large ones are looked at; they are spread evenly."""
+
+FEW = 8
+"""Entries of a site up to which each has a row of its own."""
 
 _CATEGORIES = (dist.CategoricalProbs, dist.CategoricalLogits, dist.MultinomialProbs, dist.MultinomialLogits)
 
@@ -62,12 +66,12 @@ def _measured(
     """Summaries, checks, and why some of the latter are not there."""
     observed = {n: s for n, s in draws.observed.items() if wanted and _has_order(s)}
     most = max(1, ENTRIES // max(1, len(draws.posterior) + len(observed)))
-    sizes: dict[str, int] = {}  # of the sites, known when a draw is traced
+    shapes: dict[str, tuple[int, ...]] = {}  # of the sites, known when a draw is traced
     known = {n: _Observed(s, most) for n, s in observed.items()}
 
     def entries(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         kept = {n: jnp.asarray(x) for n, x in found["posterior"].items() if _is_number(x)}
-        sizes.update({n: x.size for n, x in kept.items()})
+        shapes.update({n: x.shape for n, x in kept.items()})
         again = found.get("posterior_predictive", {})
         return {
             "sites": {n: jnp.ravel(x)[_spread(x.size, most)].astype(float) for n, x in kept.items() if x.size},
@@ -77,8 +81,8 @@ def _measured(
         }
 
     found = collected(draws, key, DRAWS, None, wanted, entries)
-    drawn, predicted = found["sites"], found["predicted"]  # in the alphabet's order; sizes have the model's
-    sites = tuple(_summary(n, size, drawn[n][0].astype(float)) for n, size in sizes.items() if n in drawn)
+    drawn, predicted = found["sites"], found["predicted"]  # in the alphabet's order; shapes have the model's
+    sites = tuple(s for n in shapes if n in drawn for s in _summaries(n, shapes[n], drawn[n][0].astype(float)))
     there = [n for n in known if n in predicted and len(known[n].index)]
     remarks = [
         f"No predictive check of {n}: the model draws one value for several data. Put the site in a plate."
@@ -131,11 +135,16 @@ def _layers(fn: Any) -> Iterator[Any]:
         fn = fn.base_dist
 
 
-def _summary(name: str, size: int, drawn: np.ndarray) -> SiteSummary:
-    """Of draws of the entries of a site, shape (draws, entries)."""
-    low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
-    ranges = ((float(x.min()), float(x.max())) for x in (drawn.mean(0), drawn.std(0, ddof=1), low, high))
-    return SiteSummary(name, size, *ranges)
+def _summaries(name: str, shape: tuple[int, ...], drawn: np.ndarray) -> Iterator[SiteSummary]:
+    """Of draws of the entries of a site, shape (draws, entries): one for each entry of a small site, one of a large."""
+    size = math.prod(shape)
+    single = 1 < size <= FEW and drawn.shape[1] == size
+    for i in range(size) if single else [slice(None)]:
+        part = drawn[:, i].reshape(len(drawn), -1)
+        low, high = np.quantile(part, [0.05, 0.95], axis=0)
+        ranges = ((float(x.min()), float(x.max())) for x in (part.mean(0), part.std(0, ddof=1), low, high))
+        of = f"{name}[{', '.join(str(int(k)) for k in np.unravel_index(i, shape))}]" if single else name
+        yield SiteSummary(of, part.shape[1] if single else size, *ranges)
 
 
 def _check(name: str, observed: np.ndarray, drawn: np.ndarray) -> PredictiveCheck:

@@ -223,9 +223,9 @@ class FitQuality:
 
 @dataclasses.dataclass(frozen=True)
 class SiteSummary:
-    """A site under the guide. Of each number the smallest and the largest over the entries of the site.
+    """A site under the guide, or an entry of a small one. Of each number the smallest and the largest over its entries.
 
-    :ivar name: of the site.
+    :ivar name: of the site, with the index of an entry.
     :ivar size: number of its entries; of a large site some thousand are looked at.
     :ivar mean: range of the means.
     :ivar sd: range of the standard deviations.
