@@ -369,7 +369,7 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("name", few(CASES, "a point"))
+@pytest.mark.parametrize("name", few(CASES))
 def test_every_function(name, tmp_path):
     fit, failures = Fit(CASES[name], tmp_path), []
     assert fit.result is not None  # without a fit there is nothing to try

@@ -17,6 +17,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from coverage_examples import models as coverage
+from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import (
@@ -107,6 +108,7 @@ def of_module(make, **changes):
 COVERED = ("low_rank_covariance",)
 TREES = ("equinox", "random nnx", "random equinox", "plain", "inverse autoregressive flow", "block neural flow")
 CASES |= {f"a tree of parameters: {name}": partial(of_module, modules.TREES[name]) for name in TREES}
+CASES |= {f"mutable state: {name}": partial(of_module, modules.MUTABLE[name]) for name in ("plain",)}
 CASES |= {name.replace("_", " "): partial(covered, name) for name in COVERED}
 
 
@@ -170,6 +172,38 @@ def half_precision():
         regression(x, y, lambda _: h)
 
     return Case(model=model, guide=normal(model), args=(X, Y))
+
+
+@case
+def masked_sentinels():
+    """Missing values are marked by a number that no likelihood may see, and masked."""
+
+    def model(x, y):
+        w = weights()
+        seen = y > -900.0
+        with numpyro.plate("points", len(x)), handlers.mask(mask=seen):
+            numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=jnp.where(seen, y, 0.0))
+
+    return Case(model=model, guide=normal(model), args=(X, np.where(np.arange(12) % 3 == 0, np.float32(-999.0), Y)))
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@case
+def options_and_keyword_data():
+    """Data by keyword, as NumPy of double precision; options that are strings, sizes, flags, None and tuples."""
+
+    def model(data, kind="linear", hidden=(2,), scale=None, columns=(), verbose=False):
+        x = jnp.stack([data["columns"][name] for name in columns], -1)
+        w = weights("w", x.shape[-1], *hidden)
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0)) if scale is None else scale
+        h = jnp.tanh(x @ w) if kind == "network" else x @ w
+        regression(x, data["y"], lambda _: h.sum(-1), scale)
+
+    data = {"y": Y.astype(np.float64), "columns": {"age": X[:, 0], "height": X[:, 1].astype(np.float64)}}
+    kwargs = {"data": data, "kind": "network", "hidden": (4,), "scale": None, "columns": ("age", "height")}
+    return Case(model=model, guide=normal(model), kwargs=kwargs)
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
