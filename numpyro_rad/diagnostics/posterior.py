@@ -138,13 +138,17 @@ def _layers(fn: Any) -> Iterator[Any]:
 def _summaries(name: str, shape: tuple[int, ...], drawn: np.ndarray) -> Iterator[SiteSummary]:
     """Of draws of the entries of a site, shape (draws, entries): one for each entry of a small site, one of a large."""
     size = math.prod(shape)
-    single = 1 < size <= FEW and drawn.shape[1] == size
-    for i in range(size) if single else [slice(None)]:
-        part = drawn[:, i].reshape(len(drawn), -1)
-        low, high = np.quantile(part, [0.05, 0.95], axis=0)
-        ranges = ((float(x.min()), float(x.max())) for x in (part.mean(0), part.std(0, ddof=1), low, high))
-        of = f"{name}[{', '.join(str(int(k)) for k in np.unravel_index(i, shape))}]" if single else name
-        yield SiteSummary(of, part.shape[1] if single else size, *ranges)
+    if not 1 < size <= FEW or drawn.shape[1] < size:
+        yield _summary(name, size, drawn)
+        return
+    for i, index in enumerate(np.ndindex(shape)):
+        yield _summary(f"{name}[{', '.join(map(str, index))}]", 1, drawn[:, i : i + 1])
+
+
+def _summary(name: str, size: int, drawn: np.ndarray) -> SiteSummary:
+    low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
+    ranges = ((float(x.min()), float(x.max())) for x in (drawn.mean(0), drawn.std(0, ddof=1), low, high))
+    return SiteSummary(name, size, *ranges)
 
 
 def _check(name: str, observed: np.ndarray, drawn: np.ndarray) -> PredictiveCheck:
