@@ -203,7 +203,7 @@ def explains(fit: Fit) -> None:
     table = fit.explained(svi.loss)
     assert table.stored_bytes == plan.stored_bytes == sum(row.stored_bytes for row in table.rows)
     assert {row.site for row in table.rows} <= {*fit.sites, ""}
-    text = str(table)
+    text = table.table()
     assert all(row.operation in text for row in table.rows)
 
 
