@@ -235,6 +235,8 @@ def test_files_of_others_are_neither_touched_nor_mixed_with(tmp_path, name):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [file.name]
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".DS_Store").write_text("of the system")
+    (tmp_path / "checkpoints" / "80.orbax-checkpoint-tmp").mkdir()  # of a run that was killed while it saved
+    (tmp_path / "checkpoints" / "81.orbax-checkpoint-tmp-1234").mkdir()
     Store(Checkpoint(tmp_path / "checkpoints")).__exit__()
 
 

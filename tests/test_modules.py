@@ -185,7 +185,7 @@ def test_everything_takes_mutable_state(name, few_codecs, tmp_path):
     record = fit_record(svi, result, result.losses, *args)
     assert assessed(record, svi, result.state, *args, draws=2, pareto_k=False).quality is not None
     for fit in (result, result.state, {**result.params, **result.state.mutable_state}):
-        data = to_arviz(svi, fit, *args, key=KEY, num_samples=2, batch_size=2)
+        data = to_arviz(svi, fit, *args, key=KEY, num_samples=2, chunk_size=2)
         assert np.isfinite(data["sample_stats"]["lp"].values).all()
         assert explain(svi, fit, *args).rows
     assert compare(explain(svi, result, *args), explain(RAD_ELBO(), KEY, result, model, guide, *args)).plans
@@ -219,7 +219,7 @@ def test_numpy_parameters_are_taken():
     svi, state, _ = prepared((local, local_guide, (x,)), RAD_ELBO())
     params, saved = (jax.tree.map(np.asarray, tree) for tree in (svi.get_params(state), state._replace(rng_key=None)))
     saved = saved._replace(rng_key=state.rng_key)
-    data = to_arviz(svi, params, x, key=KEY, num_samples=2, batch_size=1)
+    data = to_arviz(svi, params, x, key=KEY, num_samples=2, chunk_size=1)
     assert data["posterior"]["z"].shape == (1, 2, 5)
     assert np.isfinite(fit_quality(svi, saved, x, key=KEY, pareto_k=False, max_particles=2).elbo.value)
     assert explain(svi, params, x).program == explain(svi, saved, x).program == explain(svi, state, x).program

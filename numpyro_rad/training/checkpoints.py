@@ -183,7 +183,7 @@ def _ours(path: Path) -> bool:
     """Whether a run may have put this into its folder; hidden files, which systems leave everywhere, do no harm."""
     if path.name.startswith("."):
         return True
-    step, _, unfinished = path.name.removeprefix("broken-").partition(".orbax-checkpoint-tmp")
+    step, unfinished, _ = path.name.removeprefix("broken-").partition(".orbax-checkpoint-tmp")
     if not (step.isdigit() and path.is_dir()):
         return False
     return bool(unfinished) or any((path / item).is_dir() for item in ("arrays", "meta"))
