@@ -33,8 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # keys, effects and source lines, NumPyro's objects, files of ArviZ and Orbax, warnings. Plans, prices, statistics,
 # records, reports and messages are made of our own data and NumPy: the newest versions try them.
 DEPENDS_ON_VERSIONS = frozenset(
-    """archive bases checkpoints codecs effects elbo elimination exactness lines modules primitives sharding structure
-    svi transformed unbiased warnings""".split()
+    """archive bases checkpoints effects elbo exactness lines modules primitives sharding structure svi transformed
+    warnings""".split()
 )
 
 

@@ -86,7 +86,7 @@ def test_a_tree_is_calibrated_as_its_leaves_are(few_codecs):
     assert found[0].gradient_variance > 0 and len(found[0].reach) == 3
 
 
-@pytest.mark.parametrize("name", ["flax", *(pytest.param(n, marks=pytest.mark.slow) for n in TREES if n != "flax")])
+@pytest.mark.parametrize("name", ["flax", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nnx", "random flax"))])
 def test_a_budget_is_planned_for(name, few_codecs):
     """``RAD_SVI`` calibrates before the first step; the calibration can be saved and is one of this program."""
     model, guide, args = TREES[name]()
@@ -99,12 +99,12 @@ def test_a_budget_is_planned_for(name, few_codecs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "random equinox"])
+@pytest.mark.parametrize("name", ["plain"])
 def test_a_band_of_rho_plans_anew(name, few_codecs):
     model, guide, args = TREES[name]()
     tracking = Tracking(interval=1, replan=(0.9, 0.91), on_alarm="record")
     svi = RAD_SVI(model, guide, optax.adam(1e-3), tracking=tracking)
-    result = svi.run(KEY, 8, *args, progress_bar=False)
+    result = svi.run(KEY, 24, *args, progress_bar=False)
     assert any(alarm.kind == "replan" and "new plan" in alarm.message for alarm in result.alarms)
 
 
@@ -168,7 +168,7 @@ def test_a_plan_needs_the_mutable_state():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTABLE)
+@pytest.mark.parametrize("name", ["flax"])
 def test_everything_takes_mutable_state(name, few_codecs, tmp_path):
     model, guide, args = MUTABLE[name]()
     tracking = Tracking(interval=2, replan=(0.9, 0.91), on_alarm="record")
