@@ -344,7 +344,7 @@ def test_growth_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_pa
 def test_memory_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
     memory, figures = (benchmarks(module) for module in ("memory", "figures"))
     output, page = tmp_path / "memory.json", tmp_path / "page.md"
-    tasks = ["exact_step", "step", "look", "to_arviz"]
+    tasks = ["exact_step", "step", "gradient_variance", "to_arviz"]
     memory.main(["--quick", "--tasks", *tasks, "--output", str(output)])
     rows = {row["task"]: row for row in json.loads(output.read_text(), parse_constant=pytest.fail)["memory"]}
     assert list(rows) == tasks

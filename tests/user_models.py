@@ -19,7 +19,7 @@ import numpyro.distributions as dist
 from coverage_examples import models as coverage
 from numpyro import handlers
 from numpyro.distributions import constraints
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import (
     AutoDelta,
     AutoNormal,
@@ -225,3 +225,32 @@ def no_data():
             numpyro.sample("b", dist.Normal(numpyro.param("b_loc", jnp.zeros(4)), scale[1:]))
 
     return Case(model=model, guide=guide)
+
+
+@case
+def importance_weighted():
+    def model(x, y):
+        w = weights()
+        regression(x, y, lambda x: x @ w)
+
+    return Case(model=model, guide=normal(model), args=(X, Y), base=lambda: RenyiELBO(0.5, 3))
+
+
+@case
+def a_model_that_prints():
+    """Effects at top level, in a loop and in a branch, some of them in order; what they saw is counted."""
+    seen = []
+
+    def model(x, y):
+        w = weights()
+        jax.debug.callback(lambda w: seen.append("top"), w, ordered=True)
+
+        def step(total, row):
+            jax.debug.callback(lambda _: seen.append("row"), total)
+            return total + jnp.tanh(row @ w), row @ w
+
+        _, predicted = jax.lax.scan(step, 0.0, x)
+        jax.lax.cond(w.sum() > -1e9, lambda: jax.debug.callback(lambda: seen.append("branch")), lambda: None)
+        regression(x, y, lambda _: predicted)
+
+    return Case(model=model, guide=normal(model), args=(X[:4], Y[:4]), effects=seen)
