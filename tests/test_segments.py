@@ -389,7 +389,7 @@ def test_a_cut_loop_stores_its_carries():
     tape = jax.eval_shape(partial(sweep.forward, plan), jax.ShapeDtypeStruct((2,), jnp.uint32), inputs)[1]
     assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tape)) == counts[0] * H.nbytes + H.nbytes
     shown = explain(rad(f, exact=True, memory_budget=budget), KEY, *args, argnums=positions(args))
-    assert f"{' x '.join(map(str, counts))} segments of {last}" in str(shown)
+    assert f"{' x '.join(map(str, counts))} segments of {last}" in shown.table()
     assert sum(r.stored_bytes for r in shown.rows) == shown.stored_bytes == plan.stored_bytes
 
 
