@@ -216,10 +216,12 @@ class RAD_ELBO(Trace_ELBO):
         return taken.plan, taken.labels
 
     def with_plan(self, plan: Plan) -> RAD_ELBO:
-        """This ELBO with that very plan for its gradients, instead of one that is chosen anew."""
-        chosen = {"plan": plan.to_dict(), "codec": None, "memory_budget": None, "added_variance": None, "exact": False}
+        """A copy of this ELBO with that very plan for its gradients, instead of one that is chosen anew.
+
+        :param plan: of the program that will be differentiated; for another one the gradient raises ``ValueError``.
+        """
         found = copy.copy(self)
-        found.planner = dataclasses.replace(self.planner, **chosen)
+        found.planner = self.planner.pinned(plan.to_dict())
         return found
 
     def calibrate(

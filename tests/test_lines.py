@@ -62,7 +62,7 @@ def lines(elbo, model, *args):
         "jax/network.py",
         "numpyro_rad/network.py",
         "<ipython-input-3-0123456789ab>",
-        "/tmp/ipykernel_17/network.py",
+        "/ipykernel_17/network.py",
         "<string>",
     ),
 )

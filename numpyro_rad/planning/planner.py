@@ -189,6 +189,10 @@ class Planner:
         """The options that differ from their defaults, as text; measured variances are left out."""
         return arguments_text(self, without=["calibration"])
 
+    def pinned(self, saved: Mapping[str, Any]) -> Planner:
+        """This planner with a saved plan (:meth:`Plan.to_dict`) in the place of whatever chooses one."""
+        return dataclasses.replace(self, plan=saved, codec=None, memory_budget=None, added_variance=None, exact=False)
+
     def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a program.
 

@@ -18,13 +18,15 @@ from typing import Any
 import jax
 from numpyro.infer.svi import SVI
 
+from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.mistakes import check_fit, shown
-from numpyro_rad.planning.explain import explained, size_text
+from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.planning.worth import SMALL_BYTES, Option, percent, recommended
 from numpyro_rad.training.steps import split
+from numpyro_rad.wording import size_text
 
 _SHARES = (0.2, 0.1, 0.05)  # of the exact residuals, for the budgets that are tried
 
@@ -144,8 +146,8 @@ class _Trial:
                 self._compile(twin, svi_state, args, kwargs)
         except BudgetError as error:
             self.note = f"not possible below {size_text(error.smallest_bytes)}"
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            self._out_of_memory(error)
+        except Exception as error:
+            self._does_not_fit(error)
         self.compile_seconds = time.perf_counter() - begun
 
     @property
@@ -185,14 +187,14 @@ class _Trial:
         begun = time.perf_counter()
         try:
             jax.block_until_ready(self.run())
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            self._out_of_memory(error)
+        except Exception as error:
+            self._does_not_fit(error)
         else:
             self.times.append(time.perf_counter() - begun)
 
-    def _out_of_memory(self, error: Exception) -> None:
-        """What does not fit is an answer; anything else that the device complains of is not."""
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    def _does_not_fit(self, error: Exception) -> None:
+        """What does not fit is an answer; any other error is not."""
+        if not _jax.is_out_of_memory(error):
             raise error
         self.note, self.times = "does not fit", []
 

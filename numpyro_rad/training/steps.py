@@ -8,7 +8,6 @@ has to use the same one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -171,8 +170,7 @@ class Steps:
             self.plans[outline] = plan[0].to_dict()
         saved = self.plans[outline]
         if saved:
-            pinned = {"plan": saved, "codec": None, "memory_budget": None, "added_variance": None, "exact": False}
-            elbo.planner = dataclasses.replace(before, **pinned)
+            elbo.planner = before.pinned(saved)
         try:
             if self.plan is None:
                 self.plan = plan or self._planned(state, args, kwargs)
