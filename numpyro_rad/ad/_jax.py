@@ -7,13 +7,14 @@ the user's program an equation comes from). A new JAX release should need change
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import importlib.util
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -145,14 +146,14 @@ def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
         has_tangent[:] = [t.dtype != jax.dtypes.float0 for t in out_tangents]
         return outs, [t for t, on in zip(out_tangents, has_tangent, strict=True) if on]
 
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in avals]
-    return jax.make_jaxpr(program)(shapes, tangent_avals), has_tangent
+    return jax.make_jaxpr(program)(_structs(avals), tangent_avals), has_tangent
 
 
 def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Run a program, each equation under its own context and source line."""
     open_jaxpr = jaxpr.jaxpr
     env: dict[Any, Any] = dict(zip(open_jaxpr.invars, args, strict=True))
+    env.update(zip(open_jaxpr.constvars, jaxpr.consts, strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
@@ -166,11 +167,33 @@ def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
 def bind(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on ``args`` under its own context and source line; always a list."""
     primitive = equation.primitive
+    with context(equation):
+        out = primitive.bind(*args, **primitive.get_bind_params(equation.params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def context(equation: JaxprEquation) -> Iterator[None]:
+    """Whatever is traced inside has the context and the source line of an equation."""
     info = equation.source_info
     names = source_info_util.current_name_stack() + info.name_stack
     with source_info_util.user_context(info.traceback, name_stack=names), equation.ctx.manager:
-        out = primitive.bind(*args, **primitive.get_bind_params(equation.params))
-    return list(out) if primitive.multiple_results else [out]
+        yield
+
+
+def literal(atom: Any) -> np.ndarray:
+    """The value of a literal, with its type."""
+    return np.asarray(atom.val, atom.aval.dtype)
+
+
+def retrace(run: Callable[[Sequence[Any]], list[Any]], jaxpr: Jaxpr) -> Jaxpr:
+    """The program of ``run`` at inputs like those of ``jaxpr``."""
+    avals = [v.aval for v in jaxpr.jaxpr.invars]
+    return jax.make_jaxpr(lambda *args: run(args))(*_structs(avals))
+
+
+def _structs(avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in avals]
 
 
 def run_again(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:

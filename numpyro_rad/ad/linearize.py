@@ -19,6 +19,7 @@ import jax
 from numpyro_rad.ad import _jax, elementwise, rules, scalars
 from numpyro_rad.ad.elementwise import ONE, Coefficients, LinearForm
 from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad.invariants import hoist
 
 
 def linearize(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
@@ -28,7 +29,7 @@ def linearize(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
     :param active: one flag for each input: whether its cotangent is wanted.
     :return: a graph whose tangent outputs are aligned with the program's outputs (None: no or zero tangent).
     """
-    both, has_tangent = _jax.jvp_jaxpr(jaxpr, active)
+    both, has_tangent = _jax.jvp_jaxpr(hoist(jaxpr), active)
     is_tangent = [False] * len(active) + [True] * sum(active)
     graph, results, coefficients = split(both, is_tangent)
     n_outs = len(has_tangent)

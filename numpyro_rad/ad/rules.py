@@ -40,6 +40,8 @@ _RANDOM = "random_bits threefry2x32 random_wrap random_unwrap random_split rando
 CHEAP = frozenset(_ELEMENTWISE + _STRUCTURAL + _REDUCTIONS + _RANDOM)
 """Primitives of the primal program that may be run again in the backward sweep."""
 
+_REARRANGEMENTS = frozenset([*_STRUCTURAL, *_RANDOM, "convert_element_type", "copy"])
+
 _CALLS = frozenset({"jit", "closed_call", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call"})
 
 BILINEAR = frozenset({"dot_general", "conv_general_dilated", "mul"})
@@ -63,6 +65,14 @@ def is_cheap(equation: _jax.JaxprEquation) -> bool:
     if name in _CALLS:
         return all(is_cheap(e) for j in _jax.inner_jaxprs(equation) for e in j.jaxpr.eqns)
     return False
+
+
+def is_rearrangement(equation: _jax.JaxprEquation) -> bool:
+    """Whether ``equation`` only moves, repeats or picks entries, or makes keys and bits."""
+    name = equation.primitive.name
+    if name in _REARRANGEMENTS:
+        return True
+    return name in _CALLS and all(is_rearrangement(e) for j in _jax.inner_jaxprs(equation) for e in j.jaxpr.eqns)
 
 
 def draws_bits(equation: _jax.JaxprEquation) -> bool:
