@@ -15,6 +15,7 @@ import pytest
 from models import PROBLEMS, logistic, network_regression, wave
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from programs import few
 
 from numpyro_rad import RAD_ELBO, BudgetError, assessed, fit_record
 from numpyro_rad.diagnostics.records import FitRecord
@@ -78,7 +79,7 @@ OUT_OF_SUPPORT = pytest.mark.filterwarnings("ignore:Out-of-support values")
 # -- the numbers are those of SVI --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "hierarchy", "linear model"])
+@pytest.mark.parametrize("name", few(["autoencoder", "hierarchy", "linear model"], "linear model"))
 @pytest.mark.parametrize("loss", [Trace_ELBO, RAD_ELBO], ids=lambda x: x.__name__)
 def test_it_gives_what_svi_gives(name, loss):
     p, steps = PROBLEMS[name](), 40
@@ -456,3 +457,57 @@ def test_results_and_objects_are_copied_and_pickled():
     assert result.svi is svi and same(result.args, (X, Y))
     other = copy.deepcopy(svi)
     assert same_run(other.run(jax.random.PRNGKey(0), 20, X, Y, progress_bar=False), result)
+
+
+# -- how long it takes to begin ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrations(monkeypatch):
+    """Counts them, and has each take a while."""
+    made, calibrate = [], RAD_ELBO.calibrate
+
+    def counted(self, *args, **kwargs):
+        made.append(calibrate(self, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(RAD_ELBO, "calibrate", counted)
+    return made
+
+
+def test_init_and_run_calibrate_once(calibrations):
+    """For the same start and data; what comes from elsewhere is measured anew."""
+    svi = small(RAD_ELBO(memory_budget="1MiB"))
+    svi.init(jax.random.key(KEY), X, Y)
+    first = svi.run(jax.random.key(KEY), 2, X, Y, progress_bar=False)
+    assert len(calibrations) == 1
+    assert same_run(small(RAD_ELBO(memory_budget="1MiB")).run(jax.random.key(KEY), 2, X, Y, progress_bar=False), first)
+    assert len(calibrations) == 2
+    svi.run(jax.random.key(KEY), 2, X, -Y, progress_bar=False)
+    assert len(calibrations) == 3
+    svi.run(jax.random.key(4), 2, X, -Y, progress_bar=False)
+    assert len(calibrations) == 4
+
+
+def test_time_is_told(calibrations, capsys):
+    """While it passes and afterwards; all of it is accounted for."""
+    svi = small(RAD_ELBO(memory_budget="1MiB"), tracking=quiet(interval=2))
+    validate = X[:5], Y[:5]
+    result = svi.run(jax.random.key(KEY), 4, X, Y, validate=validate, callbacks=[lambda look: None])
+    shown = capsys.readouterr().err
+    assert [name in shown for name in ("initial values", "calibrating", "tracing", "compiling")] == [True] * 4
+    assert "4/4" in shown
+    found = result.record.activities
+    parts = {"initial values", "tracing", "calibrating", "compiling", "looking at the noise", "held-out data"}
+    assert {*parts, "callbacks", "steps"} == set(found)
+    assert min(found.values()) >= 0 and found["calibrating"] > 0
+    assert sum(found.values()) == pytest.approx(result.record.seconds)
+    text = result.report(format="markdown")
+    assert "Wall time" in text and all(name in text for name in parts)
+
+
+def test_time_of_a_resumed_run_goes_on(tmp_path):
+    first = small().run(jax.random.key(KEY), 2, X, Y, checkpoint=tmp_path / "c", progress_bar=False).record.activities
+    again = small().run(jax.random.key(KEY), 4, X, Y, checkpoint=tmp_path / "c", progress_bar=False).record.activities
+    assert {"compiling", "saving"} <= set(first)
+    assert all(again[name] > s for name, s in first.items() if name in ("compiling", "steps"))

@@ -360,6 +360,7 @@ class FitRecord:
     :ivar validation: loss on held-out data during the fit.
     :ivar convergence: whether its iterates have converged; None if they were not recorded.
     :ivar posterior: what the guide says of the latent variables and of the data.
+    :ivar activities: seconds of each part of the run, which add up to ``seconds``; empty if they were not measured.
     """
 
     title: str
@@ -378,6 +379,7 @@ class FitRecord:
     validation: Validation | None = None
     convergence: Convergence | None = None
     posterior: Posterior | None = None
+    activities: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def to_dict(record: Any) -> Any:
@@ -418,7 +420,8 @@ def _built(kind: Any, data: Any) -> Any:
         return None if data is None else _built(inner, data)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is dataclasses.MISSING]
+        missing = dataclasses.MISSING
+        fields = [f for f in dataclasses.fields(kind) if f.name in data or f.default is f.default_factory is missing]
         found = {f.name: _built(hints[f.name], data[f.name]) for f in fields}  # older data lack newer fields
         return kind(**found)  # type: ignore
     if origin is tuple:

@@ -27,7 +27,9 @@ def summary(record: FitRecord) -> tuple[tuple[str, str], ...]:
     """The main figures of a fit: names and values."""
     found = [("steps", f"{record.num_steps:,}"), ("parameters", f"{record.num_params:,}")]
     if math.isfinite(record.seconds):
-        found.append(("wall time", seconds_text(record.seconds)))
+        steps = record.activities.get("steps")
+        told = "" if steps is None else f" ({seconds_text(steps)} of it steps)"
+        found.append(("wall time", seconds_text(record.seconds) + told))
     finite = np.isfinite(record.losses)
     if finite.any():
         mean, error = charts.mean_and_error(np.asarray(record.losses, float)[-max(2, len(record.losses) // 20) :])
@@ -334,5 +336,8 @@ def _settings(record: FitRecord) -> Iterator[Section]:
         for title, found in pairs
         if found
     ]
+    if record.activities:
+        rows = [(name, seconds_text(s), f"{s / record.seconds:.0%}") for name, s in record.activities.items()]
+        tables.insert(0, Table("Wall time", ("part of the run", "time", "share"), tuple(rows)))
     if tables:
         yield Section("Settings", (), tuple(tables))

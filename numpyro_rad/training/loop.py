@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.quality import Iterates
@@ -41,6 +40,7 @@ from numpyro_rad.training.checkpoints import (
     to_host,
 )
 from numpyro_rad.training.fingerprint import data, fingerprint
+from numpyro_rad.training.progress import Progress
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.steps import Steps
 from numpyro_rad.training.validation import Plateau, Validator
@@ -98,10 +98,11 @@ class Fit:
         snapshot: Snapshot | None,
         start: dict[str, Any],
         validator: Validator | None,
+        progress: Progress,
     ) -> None:
         self.svi, self.num_steps, self.feed, self.options = svi, num_steps, feed, options
         self.store, self.checkpoint, self.validator = store, checkpoint, validator
-        self.begun, self.created = time.perf_counter(), results.now()
+        self.progress, self.created = progress, results.now()
         self.state = jax.tree.map(jnp.copy, state)  # steps are given their memory
         self.step, self.used, self.pace = 0, 0, 1
         self.fetched: list[np.ndarray] = []
@@ -132,7 +133,9 @@ class Fit:
         update = self.svi.stable_update if self.options["stable_update"] else self.svi.update
         forward = self.options["forward_mode_differentiation"]
         fixed = isinstance(self.feed, Fixed)
-        return Steps(self.svi, partial(update, forward_mode_differentiation=forward), fixed, self.plans)
+        return Steps(
+            self.svi, partial(update, forward_mode_differentiation=forward), fixed, self.plans, self.progress.doing
+        )
 
     def _copy(self) -> Any:
         return jax.tree.map(jnp.copy, self.state)
@@ -149,19 +152,15 @@ class Fit:
         """Loss on held-out data so far."""
         return None if self.validator is None else self.validator.record
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begun
-
-    def go(self, progress_bar: bool, callbacks: tuple, stop: Stop | None) -> None:
+    def go(self, callbacks: tuple, stop: Stop | None) -> None:
         """Take the steps."""
         if self._nothing_left(stop):
             return
         losses = self.steps.buffer(self.state, *self.feed.first)
         flying: deque = deque()
         flushed = time.perf_counter()
-        bar = tqdm.tqdm(total=self.num_steps, initial=self.step, disable=not progress_bar)
-        with bar, _deferred_interrupt() as asked:
+        bar = self.progress.bar
+        with _deferred_interrupt() as asked:
             while self.step < self.num_steps and self.stopped_at is None:
                 try:
                     given = None if asked.is_set() else self.feed.next(asked.is_set)
@@ -294,20 +293,24 @@ class Fit:
         if self.tracker is not None:
             (args, kwargs), *others = self.feed.samples(2)
             other = others[0] if others else None
-            self.alarms += self.tracker.look(self.step, self.state, args, kwargs, seconds=self.seconds, other=other)
+            with self.progress.doing("looking at the noise"):
+                seconds = self.progress.total
+                self.alarms += self.tracker.look(self.step, self.state, args, kwargs, seconds=seconds, other=other)
             if np.isfinite(self.losses[-1]):
                 self.last_good, self.last_good_step = self._copy(), self.step
             if self.tracker.wants_replan:
                 self._replan()
         if self.validator is not None:
-            self.validator.look(self.step, self.state)
+            with self.progress.doing("held-out data"):
+                self.validator.look(self.step, self.state)
         if callbacks:
             track = None if self.tracker is None else self.tracker.track
             noticed = track, tuple(self.alarms), self.held_out
             seen = Look(self.step, self._copy(), float(self.losses[-1]), self.losses, *noticed)
-            for callback in callbacks:
-                if callback(seen) is True:
-                    self.stopped_at, self.ending = self.step, f"a callback ended it after step {self.step}"
+            with self.progress.doing("callbacks"):
+                answers = [callback(seen) for callback in callbacks]
+            if any(answer is True for answer in answers):
+                self.stopped_at, self.ending = self.step, f"a callback ended it after step {self.step}"
         if stop is not None and self.stopped_at is None:
             why = self._reason(stop)
             if why:
@@ -331,9 +334,9 @@ class Fit:
         (args, kwargs), *others = self.feed.samples(CALIBRATION_DRAWS)
         more = [a for a, k in others if not k]
         try:
-            self.svi._measured = elbo.calibrate(
-                self.svi, self.state, *args, batches=more, draws=CALIBRATION_DRAWS, **kwargs
-            )
+            with self.progress.doing("calibrating"):
+                options = {"batches": more, "draws": CALIBRATION_DRAWS}
+                self.svi._measured = elbo.calibrate(self.svi, self.state, *args, **options, **kwargs)
         except Exception as error:
             if _jax.is_out_of_memory(error):
                 why = "memory is too short to measure variances (see RAD_ELBO.calibrate)."
@@ -390,7 +393,7 @@ class Fit:
         meta = {
             "fingerprint": self.fingerprint,
             "position": list(self.feed.position),
-            "seconds": self.seconds,
+            "seconds": self.progress.split(),
             "alarms": to_dict(self.alarms),
             "tracker": None if self.tracker is None else self.tracker.to_dict(),
             "iterates": self.iterates.to_dict(),
@@ -401,7 +404,8 @@ class Fit:
             "diagnosed": self.diagnosed,
         }
         try:
-            self.store.save(Snapshot(self.step, [*to_host(self.state), self.losses], meta))
+            with self.progress.doing("saving"):
+                self.store.save(Snapshot(self.step, [*to_host(self.state), self.losses], meta))
         except CheckpointError as error:  # the fit itself is well: nothing of it is to be lost
             warnings.warn(f"{error} The run goes on without it.", stacklevel=4)
             self.alarms.append(Alarm(self.step, "checkpoint", "", str(error)))
@@ -415,7 +419,7 @@ class Fit:
         *leaves, losses = snapshot.arrays
         self.state = from_host(leaves, self.state)
         self.step, self.fetched, self.saved = snapshot.step, [losses], snapshot.step
-        self.begun -= meta["seconds"]
+        self.progress.go_on(self.step, meta["seconds"])
         self.alarms = [from_dict(Alarm, a) for a in meta["alarms"] if a["kind"] != _EARLY_END]  # it goes on now
         self.iterates = Iterates.restore(meta["iterates"])
         if self.validator is not None:
@@ -437,6 +441,7 @@ class Fit:
         plan, (args, kwargs) = self.steps.plan, self.feed.last
         if plan is None and params and isinstance(svi.loss, RAD_ELBO):  # all steps were taken before it was resumed
             plan = svi.loss.plan_of_update(svi, self.state, *args, **kwargs)
+        activities = self.progress.split()
         result.record = FitRecord(
             title=results.title(svi),
             created=self.created,
@@ -444,7 +449,8 @@ class Fit:
             options=self._told(stop),
             num_steps=self.step,
             num_params=sum(x.size for x in params),
-            seconds=self.seconds,
+            seconds=sum(activities.values()),
+            activities=activities,
             losses=self.losses,
             alarms=tuple(self.alarms),
             plan=None if plan is None else results.plan_record(*plan, self.steps.temporary_bytes),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,12 +35,20 @@ class Steps:
     :param fixed: whether arguments are the same for the whole run. If the model looks at their numbers they are then
         compiled in, as ``SVI.run`` does.
     :param plans: saved plans by signature of the arguments, of a run that goes on; new ones are added.
+    :param doing: what is entered with the name of what is done, ``Progress.doing``.
     :ivar temporary_bytes: temporary memory of the largest compiled step, None where the compiler does not say.
     :ivar plan: the plan of the first one and the sites of what it differentiates, None for other ELBOs than RAD's.
     """
 
-    def __init__(self, svi: Any, update: Any, fixed: bool, plans: dict[str, dict[str, Any]]) -> None:
-        self._svi, self._update, self._fixed, self.plans = svi, update, fixed, plans
+    def __init__(
+        self,
+        svi: Any,
+        update: Any,
+        fixed: bool,
+        plans: dict[str, dict[str, Any]],
+        doing: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        self._svi, self._update, self._fixed, self.plans, self._doing = svi, update, fixed, plans, doing
         self.temporary_bytes: int | None = None
         self.plan: tuple[Plan, list[str]] | None = None
         self._loops = True
@@ -55,7 +63,8 @@ class Steps:
     def buffer(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> jax.Array:
         """Room for the losses."""
         if self._loss_dtype is None:
-            loss, _ = self._traced(lambda *a, **k: self._svi.evaluate(state, *a, **k), args, kwargs)
+            with self._doing("tracing"):
+                loss, _ = self._traced(lambda *a, **k: self._svi.evaluate(state, *a, **k), args, kwargs)
             self._loss_dtype = getattr(loss, "dtype", jnp.result_type(float))
         return jnp.zeros(CAPACITY, self._loss_dtype)
 
@@ -101,14 +110,15 @@ class Steps:
         return key
 
     def _compile(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
-        with self._pinned(state, args, kwargs) as pinned:
+        with self._doing("tracing"), self._pinned(state, args, kwargs) as pinned:
             try:
                 return self._lowered(state, losses, args, kwargs)
             except ValueError:
                 if not pinned:
                     raise
         self.plans[_outline(args, kwargs)] = {}  # the program that is differentiated here is another: planned in place
-        return self._lowered(state, losses, args, kwargs)
+        with self._doing("tracing"):
+            return self._lowered(state, losses, args, kwargs)
 
     def _lowered(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The compiled step: arguments traced if the model allows that, a loop if the optimizer does."""
@@ -126,7 +136,9 @@ class Steps:
             self._loops = loops
             leaves = [x for x in jax.tree.leaves((state, arrays)) if isinstance(x, jax.Array)]
             alone = all(len(x.sharding.device_set) == 1 for x in leaves)
-            return self._callable(lowered.compile(), step if not alone else None, traced)
+            with self._doing("compiling"):
+                compiled = lowered.compile()
+            return self._callable(compiled, step if not alone else None, traced)
         assert first is not None
         raise first
 

@@ -40,8 +40,10 @@ from numpyro_rad.training.arguments import (
 )
 from numpyro_rad.training.batches import Batches, Fixed, Varying, words
 from numpyro_rad.training.checkpoints import Checkpoint, Snapshot, Store
+from numpyro_rad.training.fingerprint import checksum, data
 from numpyro_rad.training.loop import CALIBRATION_DRAWS, Fit, Look, Stop
 from numpyro_rad.training.optimizers import evaluations
+from numpyro_rad.training.progress import Progress
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.validation import Validator, held_out
 from numpyro_rad.transform import looks_at_numbers
@@ -86,6 +88,7 @@ class RAD_SVI(SVI):
         super().__init__(model, guide, optim, RAD_ELBO() if loss is None else loss, **static_kwargs)
         self.tracking, self.calibrate, self._optim = tracking, calibrate, optim
         self._measured: Calibration | None = None  # by this object, so it is measured anew for another fit
+        self._measured_at: tuple = (None, None)  # a calibration, and the start and data that it was measured with
 
     def init(self, rng_key: Any, *args: Any, init_params: Any = None, **kwargs: Any) -> SVIState:
         """The initial state, as in ``SVI``; with ``RAD_ELBO`` it also calibrates, if that is wanted, and plans.
@@ -145,7 +148,8 @@ class RAD_SVI(SVI):
         return super().get_params(svi_state)
 
     def _calibrate(self, state: SVIState, args: tuple, kwargs: dict[str, Any], batches: Sequence[tuple] = ()) -> None:
-        """Measure variances where that is wanted and nobody else has."""
+        """Measure variances where that is wanted and nobody else has, once for the same start and data: ``init`` does
+        it, and a ``run`` with the same key after it begins at the same state."""
         elbo = self.loss
         if not isinstance(elbo, RAD_ELBO) or self.calibrate is False:
             return
@@ -153,6 +157,9 @@ class RAD_SVI(SVI):
         if self.calibrate is None and planner.memory_budget is None and planner.added_variance is None:
             return
         if planner.calibration is None or planner.calibration is self._measured:
+            at = checksum(state), words((args, kwargs)), *(data(self, (a, kwargs)) for a in (args, *batches))
+            if self._measured is not None and self._measured is self._measured_at[0] and at == self._measured_at[1]:
+                return
             if planner.memory_budget is not None:  # what is impossible is said before anything is measured
                 twin = copy.copy(elbo)
                 twin.planner = dataclasses.replace(planner, calibration=None)
@@ -163,6 +170,7 @@ class RAD_SVI(SVI):
             options = {"batches": batches, "draws": CALIBRATION_DRAWS, "most_bytes": most}
             try:
                 self._measured = elbo.calibrate(self, state, *args, **options, **kwargs)
+                self._measured_at = self._measured, at
             except Exception as error:
                 if not (isinstance(error, BudgetError) or _jax.is_out_of_memory(error)):
                     raise
@@ -252,6 +260,7 @@ class RAD_SVI(SVI):
         if isinstance(checkpoint, (str, Path)):
             checkpoint = Checkpoint(checkpoint)
         with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(Progress(num_steps, progress_bar))
             store = stack.enter_context(Store(checkpoint)) if checkpoint is not None else None
             snapshot = store.newest() if store is not None else None
             done = _steps_of(snapshot, num_steps, store)
@@ -265,22 +274,24 @@ class RAD_SVI(SVI):
                 feed = Varying(reader, args, kwargs)
             state, args, kwargs = init_state, *feed.first
             if state is None or self.constrain_fn is None:
-                with blamed(self.model, args, kwargs, batches):
+                with progress.doing("initial values"), blamed(self.model, args, kwargs, batches):
                     fresh = on_device(SVI.init(self, rng_key, *args, init_params=init_params, **kwargs))
                 state = fresh if state is None else state
-            if batches is None:
-                args, kwargs = self._placed(state, args, kwargs)
-                feed = Fixed(args, kwargs)
-            self._check_optimizer(state, args, kwargs)
+            with progress.doing("tracing"):
+                if batches is None:
+                    args, kwargs = self._placed(state, args, kwargs)
+                    feed = Fixed(args, kwargs)
+                self._check_optimizer(state, args, kwargs)
             if snapshot is None:
                 more = [a for a, k in feed.next_few(CALIBRATION_DRAWS)[1:] if not k and words(a) == words(args)]
                 if init_state is None or self._measured is None:
-                    self._calibrate(state, args, kwargs, more)
+                    with progress.doing("calibrating"):
+                        self._calibrate(state, args, kwargs, more)
             if validate is not None:
                 validator = Validator(self, state, held_out(validate, *beside))
             start = {"init_state": init_state, "init_params": init_params}
-            fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start, validator)
-            fit.go(progress_bar, called, stop)
+            fit = Fit(self, state, num_steps, feed, options, store, checkpoint, snapshot, start, validator, progress)
+            fit.go(called, stop)
             return fit.result(stop)
 
     def _placed(self, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
