@@ -39,12 +39,19 @@ DEPENDS_ON_VERSIONS = frozenset(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what does not depend on versions, with old ones, unless files or all tests are asked for."""
+    """Leave out exhaustive tests unless they are asked for, and with old versions what does not depend on them, unless
+    files or all tests are asked for."""
+    if "exhaustive" not in config.option.markexpr:  # it may be one case of a slow test
+        _keep(config, items, [item for item in items if item.get_closest_marker("exhaustive") is None])
     whole = all(Path(arg).is_dir() for arg in config.args)
     if jax.__version_info__ >= (0, 11) or config.getoption("--every-version") or not whole:
         return
     kept = [item for item in items if item.path.stem.removeprefix("test_") in DEPENDS_ON_VERSIONS]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    _keep(config, items, kept)
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
     items[:] = kept
 
 

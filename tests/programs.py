@@ -24,10 +24,13 @@ def normal(*shape, seed=0, scale=1.0):
     return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
 
 
-def few(names, *usual):
-    """Parameters of a test that takes seconds for each: ``usual`` run always, the others are slow tests."""
+def few(names, *usual, slow=1):
+    """Parameters of a test that takes seconds for each: ``usual`` run always; of the others, one in ``slow`` is a slow
+    test and the rest are exhaustive ones."""
     assert set(usual) <= set(names)
-    return [pytest.param(n, marks=() if n in usual else pytest.mark.slow) for n in names]
+    others = [n for n in names if n not in usual]
+    marks = {n: pytest.mark.exhaustive if i % slow else pytest.mark.slow for i, n in enumerate(others)}
+    return [pytest.param(n, marks=marks.get(n, ())) for n in names]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -55,6 +55,7 @@ def fit(width, points, loss=None, of=SVI):
     return svi, wave(points)
 
 
+@pytest.mark.slow
 def test_a_small_model_needs_nothing():
     svi, data = fit(4, 16)
     state = svi.init(jax.random.key(0), *data)

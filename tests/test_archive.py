@@ -364,6 +364,7 @@ class Network(linen.Module):
         return linen.Dense(1)(jnp.tanh(linen.Dense(3)(x)))
 
 
+@pytest.mark.slow
 def test_modules_as_parameters_and_as_random_sites(tmp_path):
     def plain(x, y):
         net = flax_module("net", Network(), input_shape=(1,))

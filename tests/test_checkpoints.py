@@ -304,6 +304,7 @@ print(json.dumps(fingerprint(svi, state, {{}}, ((X, Y), {{"scale": float(sys.arg
 """
 
 
+@pytest.mark.slow
 def test_the_program_of_a_run_is_known_in_other_processes():
     """NumPyro adds up sites in the order of a set of names, which is another one with another seed of the hashes."""
     program = SAME_PROGRAM.format(tests=str(Path(__file__).parent))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import few
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
 from numpyro_rad.ad import _jax
@@ -66,7 +67,7 @@ def label(value):
 # Bytes
 
 
-@pytest.mark.parametrize("codec", [Keep(), BitMask(), *RANDOM], ids=label)
+@pytest.mark.parametrize("codec", few([Keep(), BitMask(), *RANDOM], *RANDOM[::3]), ids=label)
 def test_stored_bytes_are_those_of_the_code(codec):
     with jax.enable_x64(True):
         for dtype in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.bool_):
@@ -87,6 +88,7 @@ def test_stored_bytes_of_a_batch():
     assert RandomProjection(0.1).stored_bytes((8, 100), jnp.bfloat16) == 8 * 10 * 2
 
 
+@pytest.mark.slow
 def test_groups_end_where_the_shares_of_devices_end(monkeypatch):
     """What belongs to an eighth of the rows is an eighth of each array of the code."""
     monkeypatch.setattr(jax, "device_count", lambda: 8)

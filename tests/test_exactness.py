@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from programs import few
 
 import numpyro_rad
 from numpyro_rad import Keep, StochasticRound, rad
@@ -438,14 +439,13 @@ def check(name, wrappers):
     assert any((g != 0).any() for g in gradients) or name in WITHOUT_GRADIENT, "there is no gradient to compare"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, *NAMES[::3]))
 def test_exact(name):
-    """Under jit, and under one wrapper each, in turn; ``-m slow`` runs all of them."""
+    """Under jit, and under one wrapper each, in turn."""
     check(name, [eager, WRAPPERS[NAMES.index(name) % len(WRAPPERS)]])  # eager inside jit is jit
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, slow=4))
 def test_exact_under_every_wrapper(name):
     check(name, WRAPPERS)
 

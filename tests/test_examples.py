@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
+from programs import few
 
 from numpyro_rad import VarianceWarning
 
@@ -79,7 +80,7 @@ def write_mnist(folder: Path) -> None:
             (folder / "mnist" / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
 
 
-@pytest.mark.parametrize("dataset", ["digits", "uci:small"])
+@pytest.mark.parametrize("dataset", few(["digits", "uci:small"], slow=2))
 def test_ends_with_one_table_and_one_picture(
     bnn: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str
 ) -> None:
@@ -244,9 +245,7 @@ TINY_WORKLOADS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("p2", "p4") else pytest.param(name, marks=pytest.mark.slow) for name in TINY_WORKLOADS]
-)
+@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=2))
 def test_benchmark_from_run_to_page(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
@@ -368,7 +367,7 @@ def test_budget_curves_say_what_they_cannot_read(
     assert "checkpoint_dots" not in budgets.parse_arguments(["p4"]).rivals  # makes no sense there
 
 
-@pytest.mark.parametrize("name", TINY_WORKLOADS)
+@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=2))
 def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], ModuleType], name: str) -> None:
     """The same loss and gradient from every way to write the layer, up to the precision of bfloat16."""
     full, rivals = benchmarks("workloads").WORKLOADS[name][0], benchmarks("rivals").RIVALS
@@ -410,7 +409,7 @@ def test_benchmarks_read_stored_images(benchmarks: Callable[[str], ModuleType], 
         np.testing.assert_array_equal(y, x if name == "p5vae" else np.arange(10))
 
 
-@pytest.mark.parametrize("name", ["p4", pytest.param("p5", marks=pytest.mark.slow), "p5vae"])
+@pytest.mark.parametrize("name", few(["p4", "p5", "p5vae"]))
 def test_quick_workloads_have_the_exact_gradient(benchmarks: Callable[[str], ModuleType], name: str) -> None:
     """The exact plan and, for 8 bits, the same up to a small random error; no part of the gradient vanishes."""
     quick, rivals, measure = benchmarks("workloads").WORKLOADS[name][1], benchmarks("rivals"), benchmarks("measure")

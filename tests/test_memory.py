@@ -19,6 +19,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro.infer import SVI
+from programs import few
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, Tracking, report
 from numpyro_rad.diagnostics import quality, tracking
@@ -105,9 +106,7 @@ DIAGNOSTICS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("look", "shadow"))) for n in DIAGNOSTICS]
-)
+@pytest.mark.parametrize("name", few(DIAGNOSTICS))
 def test_no_diagnostic_takes_more_than_twice_a_step(fitted, name):
     """Whatever it compiles, single operations included: for 60 draws, and for the thousand of k-hat."""
     svi, state, args, step = fitted

@@ -288,6 +288,7 @@ print(plan.graph.fingerprint())
 """
 
 
+@pytest.mark.slow
 def test_programs_are_known_in_other_processes():
     """NumPyro adds up sites in the order of a set of names, which is another one with another seed of the hashes."""
 

@@ -610,6 +610,7 @@ def test_compiled_updates_of_examples_meet_their_budget(name):
     assert compiled < exact / 2, (compiled, exact)
 
 
+@pytest.mark.slow
 def test_compiled_memory_of_an_update_falls_with_the_budget():
     """Six layers of 256 units on 1024 rows: 1 MiB for each array of activations."""
 

@@ -30,6 +30,7 @@ from jax.flatten_util import ravel_pytree
 from jax.interpreters import ad, batching, mlir
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from programs import few
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain, rad
@@ -658,6 +659,7 @@ def without_a_case(names, tangent):
     return sorted((names & installed) - covered - EXCLUDED.keys())
 
 
+@pytest.mark.slow
 def test_every_primitive_has_a_case():
     missing = without_a_case(of_primal_programs(), tangent=False)
     assert not missing, f"add a case (or a line to EXCLUDED, with the reason) for {', '.join(missing)}"
@@ -741,10 +743,10 @@ def assert_encoded(label, randomized, weights):
     assert operations, f"nothing is encoded, so there is nothing to test:\n{table}"
 
 
-@pytest.mark.parametrize(
-    "label",
-    [pytest.param(n, marks=[] if n in REPRESENTATIVE else pytest.mark.slow) for n in CASES if n not in NOT_ENCODED],
-)
+ENCODED = [n for n in CASES if n not in NOT_ENCODED]
+
+
+@pytest.mark.parametrize("label", few(ENCODED, *[n for n in ENCODED if n in REPRESENTATIVE][::3], slow=4))
 @pytest.mark.usefixtures("no_residual_is_too_small")
 def test_unbiased(label):
     loss, weights = loss_of(label), weights_of(label)
@@ -825,6 +827,7 @@ def unknown_primitive():
 
 
 @pytest.mark.usefixtures("no_residual_is_too_small")
+@pytest.mark.slow
 def test_unknown_primitive():
     """A model with it trains: its residual is exact, whatever is encoded around it, and the table says so."""
     curve = unknown_primitive()

@@ -281,6 +281,7 @@ def test_shadow_is_two_runs_of_svi(encode_all):
     assert "25 steps" in str(found) and "3 seeds" in str(found)
 
 
+@pytest.mark.slow
 def test_shadow_compares_the_plan_that_trains(encode_all):
     """Calibrated and under a budget: not a word about another program, and the losses of the run itself."""
     problem = small_network()

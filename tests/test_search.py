@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import normal
+from programs import few, normal
 
 from numpyro_rad import Keep, SampledRound, StochasticRound, rad
 from numpyro_rad.planning import decision, search, solver
@@ -59,7 +59,7 @@ def everything(made):
         yield made.judged(found, made.together(found))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", few(range(4), 0, slow=3))
 def test_the_best_within_a_budget(graph, seed):
     made = problem(graph, seed)
     choices = list(everything(made))
@@ -85,7 +85,7 @@ def test_what_codes_add_alone_is_no_guide(graph, monkeypatch):
     assert min(ratios) >= 1 and max(ratios) > 1.5
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", few(range(4), slow=4))
 def test_the_fewest_bytes_at_a_variance(graph, seed):
     made = problem(graph, seed)
     unit = 1 / made.residual_bytes

@@ -101,9 +101,7 @@ def collectives(run):
     return sorted(COLLECTIVE.findall(run["program"]))
 
 
-@pytest.mark.parametrize(
-    "cases", [pytest.param(DEFAULT, id="default"), pytest.param(OTHERS, id="others", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("cases", [pytest.param(DEFAULT, id="default"), pytest.param(OTHERS, id="others")])
 def test_sharded_step(cases):
     """Same loss, a gradient with as much noise, and no collective of our own."""
     runs = report(cases)

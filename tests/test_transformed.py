@@ -10,6 +10,7 @@ import pytest
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.optim import Minimize
+from programs import few
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound
 
@@ -45,7 +46,9 @@ def in_a_loop(svi):
     return jax.lax.scan(fit, 0, jax.random.split(jax.random.key(0), 2))[1]
 
 
-@pytest.mark.parametrize("transformed", (over_seeds, over_data, compiled, in_a_loop), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "transformed", few([over_seeds, over_data, compiled, in_a_loop], over_data), ids=lambda f: f.__name__
+)
 def test_run_is_that_of_svi_inside_of_a_transformation(transformed):
     expected = transformed(svi_of(SVI))
     with pytest.warns(UserWarning, match=r"is SVI\.run, without the progress bar, tracking"):

@@ -13,7 +13,7 @@ from models import wave
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import flat, network, normal
+from programs import few, flat, network, normal
 from zscores import assert_unbiased, bound
 
 from numpyro_rad import RAD_ELBO, NoiseKeys, SampleAxis, StochasticRound
@@ -99,7 +99,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few(CASES, "rounded"))
 def test_a_linear_model_in_closed_form(case):
     elbo, size, codec = CASES[case]
     svi, state = initialised(elbo(), size=size)
@@ -327,6 +327,7 @@ def test_mutable_state_and_static_arguments():
         assert abs(one.value - other.value) < bound(3) * np.hypot(one.standard_error, other.standard_error)
 
 
+@pytest.mark.slow
 def test_a_calibrated_plan_is_measured_without_complaint():
     """Plates with a key of their own make another program, of which the calibration knows nothing."""
     svi, state = initialised(RAD_ELBO(memory_budget=80), size=BATCH)

@@ -19,11 +19,8 @@ import numpyro.distributions as dist
 from coverage_examples import models as coverage
 from numpyro import handlers
 from numpyro.distributions import constraints
-from numpyro.infer import RenyiELBO, Trace_ELBO
-from numpyro.infer.autoguide import (
-    AutoDelta,
-    AutoNormal,
-)
+from numpyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from numpyro.infer.initialization import init_to_feasible
 
 
@@ -108,7 +105,7 @@ def of_module(make, **changes):
 COVERED = ("low_rank_covariance",)
 TREES = ("equinox", "random nnx", "random equinox", "plain", "inverse autoregressive flow", "block neural flow")
 CASES |= {f"a tree of parameters: {name}": partial(of_module, modules.TREES[name]) for name in TREES}
-CASES |= {f"mutable state: {name}": partial(of_module, modules.MUTABLE[name]) for name in ("plain",)}
+CASES |= {f"mutable state: {name}": partial(of_module, modules.MUTABLE[name]) for name in ("plain", "flax", "nnx")}
 CASES |= {name.replace("_", " "): partial(covered, name) for name in COVERED}
 
 
@@ -121,6 +118,48 @@ def networks_in_model_and_guide():
     return known("autoencoder", args=(models.bars(6, 3),), kwargs={"hidden": 4})
 
 
+@case
+def partial_pooling_of_particles():
+    """The Kullback-Leibler terms of TraceMeanField, for several particles at once."""
+    return known("hierarchy", args=models.seasons(5, 2), base=lambda: TraceMeanField_ELBO(num_particles=2))
+
+
+@case
+def particles_one_after_the_other():
+    def model(x, y):
+        w = weights("w", 3, 2)
+        regression(x, y, lambda x: jnp.tanh(x @ w).sum(-1))
+
+    return Case(
+        model=model,
+        guide=normal(model),
+        args=(X, Y),
+        base=lambda: Trace_ELBO(num_particles=2, vectorize_particles=False),
+    )
+
+
+@case
+def minibatches_of_a_plate():
+    """The plate draws them; whoever needs all data gets them with ``batch_size=None``."""
+    args = models.classes(24, 3)
+    return known("linear model", args=args, kwargs={"batch_size": 8}, full={"batch_size": None})
+
+
+@case
+def enumerated_clusters():
+    """Discrete assignments are summed out."""
+
+    def model(y):
+        weight = numpyro.sample("weight", dist.Dirichlet(jnp.ones(2)))
+        loc = numpyro.sample("loc", dist.Normal(jnp.array([-1.0, 1.0]), 1.0).to_event(1))
+        with numpyro.plate("points", len(y)):
+            cluster = numpyro.sample("cluster", dist.Categorical(weight), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(loc[cluster], 0.5), obs=y)
+
+    guide = normal(handlers.block(handlers.seed(model, 0), hide=["cluster"]))
+    return Case(model=model, guide=guide, args=(Y,), base=TraceEnum_ELBO, no_k_hat="enumerate")
+
+
 # -- guides ------------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +170,19 @@ def a_point():
         regression(x, y, lambda x: x @ w, scale)
 
     return Case(model=model, guide=AutoDelta(model), args=(X, Y), no_k_hat="a point")
+
+
+@case
+def full_covariance():
+    """A triangle of covariances, and sites that are functions of others."""
+
+    def model(x, y):
+        w = weights()
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        numpyro.deterministic("length", jnp.linalg.norm(w))
+        regression(x, y, lambda x: x @ w, scale)
+
+    return Case(model=model, guide=AutoMultivariateNormal(model, init_scale=0.05), args=(X, Y))
 
 
 # -- names, types and shapes -------------------------------------------------------------------------------------------
