@@ -123,7 +123,7 @@ def together():
     return program(model, guide, *wave(16), elbo=Trace_ELBO(multi_sample_guide=True))
 
 
-@pytest.mark.parametrize("name", few(BASES, "enumeration, guessed nesting", slow=2))
+@pytest.mark.parametrize("name", few(BASES, "enumeration, guessed nesting", slow=9))
 def test_value_and_exact_gradient_are_those_of_the_base(double, name):
     make, build = BASES[name]
     problem = build(make())
@@ -138,8 +138,7 @@ def test_value_and_exact_gradient_are_those_of_the_base(double, name):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", few(BASES, slow=5))
 def test_trains_like_the_base(name):
     """``SVI`` finds all it asks of a loss, and ten steps of the exact plan are ten steps of the base."""
     make, build = BASES[name]
@@ -149,7 +148,7 @@ def test_trains_like_the_base(name):
 
 
 @pytest.mark.parametrize(
-    "name", few(["mean field, particles", "importance weighted", "graph"], "mean field, particles")
+    "name", few(["mean field, particles", "importance weighted", "graph"], "mean field, particles", slow=2)
 )
 def test_gradient_is_unbiased_over_path_keys(double, encode_all, name):
     make, build = BASES[name]
@@ -306,7 +305,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", few(MODELS, "loops and branches in a scan", slow=2))
+@pytest.mark.parametrize("name", few(MODELS, "loops and branches in a scan", slow=4))
 def test_exact_plan_has_the_gradient_of_trace_elbo(double, name):
     problem = MODELS[name]()
     expected = problem.value_and_grad(Trace_ELBO())
@@ -324,7 +323,7 @@ def minibatched(num_particles=1):
     return problem, RAD_ELBO(num_particles, codec=StochasticRound(bits=2))
 
 
-@pytest.mark.parametrize("source", few(NoiseKeys._fields, NoiseKeys._fields[-1]))
+@pytest.mark.parametrize("source", few(NoiseKeys._fields, NoiseKeys._fields[-1], slow=2))
 def test_each_source_of_noise_moves_the_gradient_alone(double, encode_all, source):
     problem, elbo = minibatched()
     draws = gradients(problem, elbo, **{source: 4})
@@ -399,7 +398,7 @@ def test_path_noise_is_independent_of_the_minibatch_noise(double, encode_all):
     assert_uncorrelated(both - minibatch, minibatch, "path and minibatch noise")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fifty_thousand_particles_converge_to_the_exact_gradient(double, encode_all):
     """All particles share guide noise and data, so that only their paths differ: the error falls to its 224th."""
     problem = small_network(16)

@@ -78,7 +78,7 @@ def z_of_variance(codec, x, direction):
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (70,), (2, 3, 130)], ids=str)
-@pytest.mark.parametrize("codec", few(CODECS, *CODECS[::3]), ids=str)
+@pytest.mark.parametrize("codec", few(CODECS, *CODECS[::3], slow=99), ids=str)
 def test_variance_along_a_direction(codec, shape):
     """Entries of the direction differ a thousandfold, and x is not centred."""
     x = normal(*shape) + 0.5
@@ -167,8 +167,7 @@ def measured(svi, state, args, elbo, guides=64, paths=64):
     return within, draws.mean(1).var(0, ddof=1).sum() - within / paths
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few(MODELS, slow=3))
 def test_predicted_is_measured(name):
     codec, (model, args) = StochasticRound(4), MODELS[name]
     svi, state = prepared(model, args)
@@ -201,7 +200,7 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("name", few(DEEP))
+@pytest.mark.parametrize("name", few(DEEP, slow=3))
 def test_errors_that_multiply(name):
     """Codes together add more than twice what they add one by one."""
     model, args, codec = DEEP[name]
@@ -286,7 +285,7 @@ def test_a_variance_takes_two_draws(draws):
         svi.loss.calibrate(svi, state, *args, draws=draws)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_another_program_warns():
     args = regression_data()
     svi, state = prepared(branching, args, memory_budget="2kB")
@@ -382,7 +381,7 @@ def test_particles_and_mutable_state(model, particles):
     assert state.mutable_state is None or state.mutable_state["seen"]["steps"] == 2  # svi.init is a step too
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_batches_count():
     """Minibatches that the caller draws are part of the variance if the calibration sees them."""
     x, y = regression_data(96)

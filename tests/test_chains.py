@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from programs import normal
+from programs import few, normal
 
 from numpyro_rad import Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import sweep
@@ -92,7 +92,7 @@ def cut(monkeypatch, f, n_segments, codec, only=None):
 
 
 FAST = ("layers", "skips_and_a_shared_weight")
-CASES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in PROGRAMS]
+CASES = few(PROGRAMS, *FAST, slow=2)
 
 
 def coded(plan):
@@ -104,7 +104,7 @@ def gradient(f, **options):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("n_segments", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("n_segments", few([2, 3], 3))
 def test_gradients_are_exact(monkeypatch, name, n_segments):
     f = PROGRAMS[name]
     plan = cut(monkeypatch, f, n_segments, codec=Keep())

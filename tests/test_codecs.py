@@ -67,7 +67,7 @@ def label(value):
 # Bytes
 
 
-@pytest.mark.parametrize("codec", few([Keep(), BitMask(), *RANDOM], *RANDOM[::3]), ids=label)
+@pytest.mark.parametrize("codec", few([Keep(), BitMask(), *RANDOM], *RANDOM[::3], slow=4), ids=label)
 def test_stored_bytes_are_those_of_the_code(codec):
     with jax.enable_x64(True):
         for dtype in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.bool_):

@@ -49,7 +49,7 @@ def evaluate(example, key):
     return results
 
 
-@pytest.mark.parametrize("name", few(models.MODELS, *FAST, slow=2))
+@pytest.mark.parametrize("name", few(models.MODELS, *FAST, slow=5))
 def test_value_and_exact_gradient(name):
     example = models.MODELS[name]
     for package in example.needs:

@@ -161,7 +161,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize(
     "name",
-    few(PROGRAMS, "plate with a subsample", "network", slow=2),
+    few(PROGRAMS, "plate with a subsample", "network", slow=5),
 )
 def test_exact_plan_has_the_gradient_of_trace_elbo(double, name):
     problem = PROGRAMS[name]()
@@ -197,7 +197,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("loop", few(LOOPS, "vmap", "map with checkpoint"))
+@pytest.mark.parametrize("loop", few(LOOPS, "vmap", slow=2))
 def test_particles(double, loop):
     problem = pooled()
     options = {"num_particles": 4, "vectorize_particles": LOOPS[loop]}
@@ -270,7 +270,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", few(OPTIMIZERS, "optax chain"))
+@pytest.mark.parametrize("name", few(OPTIMIZERS, "optax chain", slow=3))
 def test_optimizers(double, name):
     problem = pooled()
     steps = 1 if name == "Minimize" else 20
@@ -406,7 +406,9 @@ def test_says_nothing_in_ordinary_use(capfd):
 
 # -- under other transformations ---------------------------------------------------------------------------------------
 
-BOTH = pytest.mark.parametrize("codec", [pytest.param(Keep(), marks=pytest.mark.slow), None], ids=["exact", "default"])
+BOTH = pytest.mark.parametrize(
+    "codec", [pytest.param(Keep(), marks=pytest.mark.exhaustive), None], ids=["exact", "default"]
+)
 
 
 @BOTH
@@ -554,7 +556,7 @@ def test_gradient_of_the_full_data_is_unbiased_over_minibatches_and_paths(double
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", few([(1, True), (3, True), (3, False)], (3, True)), ids=str)
+@pytest.mark.parametrize("case", few([(1, True), (3, True), (3, False)], (3, True), slow=2), ids=str)
 def test_budget_is_met(encode_all, case):
     (particles, loop), problem = case, small_network(128)
     most = problem.explain(RAD_ELBO(particles, loop, codec=Keep())).stored_bytes

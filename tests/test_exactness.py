@@ -439,13 +439,13 @@ def check(name, wrappers):
     assert any((g != 0).any() for g in gradients) or name in WITHOUT_GRADIENT, "there is no gradient to compare"
 
 
-@pytest.mark.parametrize("name", few(NAMES, *NAMES[::3]))
+@pytest.mark.parametrize("name", few(NAMES, *NAMES[::3], slow=4))
 def test_exact(name):
     """Under jit, and under one wrapper each, in turn."""
     check(name, [eager, WRAPPERS[NAMES.index(name) % len(WRAPPERS)]])  # eager inside jit is jit
 
 
-@pytest.mark.parametrize("name", few(NAMES, slow=4))
+@pytest.mark.parametrize("name", few(NAMES, slow=8))
 def test_exact_under_every_wrapper(name):
     check(name, WRAPPERS)
 

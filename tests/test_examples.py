@@ -107,7 +107,7 @@ def test_ends_with_one_table_and_one_picture(
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_seed_same_numbers(bnn: ModuleType, tmp_path: Path) -> None:
     arguments = [*TINY, "--figure", str(tmp_path / "picture.png"), "--codec", "2"]
     first, second = bnn.main(arguments), bnn.main(arguments)
@@ -245,7 +245,7 @@ TINY_WORKLOADS = {
 }
 
 
-@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=2))
+@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=4))
 def test_benchmark_from_run_to_page(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
@@ -367,7 +367,7 @@ def test_budget_curves_say_what_they_cannot_read(
     assert "checkpoint_dots" not in budgets.parse_arguments(["p4"]).rivals  # makes no sense there
 
 
-@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=2))
+@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=9))
 def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], ModuleType], name: str) -> None:
     """The same loss and gradient from every way to write the layer, up to the precision of bfloat16."""
     full, rivals = benchmarks("workloads").WORKLOADS[name][0], benchmarks("rivals").RIVALS
@@ -409,7 +409,7 @@ def test_benchmarks_read_stored_images(benchmarks: Callable[[str], ModuleType], 
         np.testing.assert_array_equal(y, x if name == "p5vae" else np.arange(10))
 
 
-@pytest.mark.parametrize("name", few(["p4", "p5", "p5vae"]))
+@pytest.mark.parametrize("name", few(["p4", "p5", "p5vae"], slow=2))
 def test_quick_workloads_have_the_exact_gradient(benchmarks: Callable[[str], ModuleType], name: str) -> None:
     """The exact plan and, for 8 bits, the same up to a small random error; no part of the gradient vanishes."""
     quick, rivals, measure = benchmarks("workloads").WORKLOADS[name][1], benchmarks("rivals"), benchmarks("measure")

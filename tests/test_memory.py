@@ -106,7 +106,7 @@ DIAGNOSTICS = {
 }
 
 
-@pytest.mark.parametrize("name", few(DIAGNOSTICS))
+@pytest.mark.parametrize("name", few(DIAGNOSTICS, slow=3))
 def test_no_diagnostic_takes_more_than_twice_a_step(fitted, name):
     """Whatever it compiles, single operations included: for 60 draws, and for the thousand of k-hat."""
     svi, state, args, step = fitted

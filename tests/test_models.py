@@ -50,7 +50,7 @@ def assert_same_end(found, expected):
     assert abs(difference) < 0.5 * np.std(final(expected), ddof=1), f"final losses differ by {difference:.3g}"
 
 
-@pytest.mark.parametrize("name", few(PROBLEMS, "linear model"))
+@pytest.mark.parametrize("name", few(PROBLEMS, "linear model", slow=3))
 def test_trains_with_one_word_changed(name):
     expected = losses(name, Trace_ELBO())
     assert np.all(final(expected) < 0.9 * expected[:, :10].mean(1)), "nothing is learned, nothing is compared"
@@ -68,8 +68,7 @@ def test_trains_with_one_word_changed(name):
             assert_same_end(losses(name, RAD_ELBO(codec=StochasticRound(bits=1))), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", few(PROBLEMS, slow=3))
 def test_default_stores_less(name):
     """All store less than their residuals, and all but the one that is elementwise throughout hold random codes."""
     problem = PROBLEMS[name]()

@@ -11,6 +11,7 @@ import optax
 import pytest
 from modules import MUTABLE, TREES, line
 from numpyro.infer import SVI, Trace_ELBO
+from programs import few
 
 from numpyro_rad import (
     RAD_ELBO,
@@ -86,7 +87,7 @@ def test_a_tree_is_calibrated_as_its_leaves_are(few_codecs):
     assert found[0].gradient_variance > 0 and len(found[0].reach) == 3
 
 
-@pytest.mark.parametrize("name", ["flax", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nnx", "random flax"))])
+@pytest.mark.parametrize("name", few(["flax", "nnx", "random flax"], "flax", slow=2))
 def test_a_budget_is_planned_for(name, few_codecs):
     """``RAD_SVI`` calibrates before the first step; the calibration can be saved and is one of this program."""
     model, guide, args = TREES[name]()
@@ -140,7 +141,7 @@ def test_leaves_have_names_of_their_own():
 # Mutable state
 
 
-@pytest.mark.parametrize("name", ["flax", *(pytest.param(n, marks=pytest.mark.slow) for n in MUTABLE if n != "flax")])
+@pytest.mark.parametrize("name", few(MUTABLE, "flax", slow=4))
 def test_a_run_with_mutable_state_is_that_of_svi(name):
     model, guide, args = MUTABLE[name]()
     svi = RAD_SVI(model, guide, optax.adam(1e-3), Trace_ELBO(), tracking=None)

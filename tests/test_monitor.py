@@ -133,7 +133,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("progress_bar", [True, False])
-@pytest.mark.parametrize("kind", few(OPTIMIZERS, *list(OPTIMIZERS)[::2]))
+@pytest.mark.parametrize("kind", few(OPTIMIZERS, *list(OPTIMIZERS)[::2], slow=9))
 def test_is_found_in_a_run_of_svi_and_changes_nothing(kind, progress_bar):
     svi = SVI(model, AutoNormal(model), OPTIMIZERS[kind](), Trace_ELBO())
     result = svi.run(jax.random.key(0), 20, *DATA, progress_bar=progress_bar)

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import assert_close, assert_equal_trees, network, small_network
+from programs import assert_close, assert_equal_trees, few, network, small_network
 from test_coverage import models as examples
 
 from numpyro_rad import (
@@ -582,8 +582,7 @@ def temp_bytes(svi, state, *args):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["hidden_markov_model", "predator_prey_rk4", "deep_markov_model"])
+@pytest.mark.parametrize("name", few(["hidden_markov_model", "predator_prey_rk4", "deep_markov_model"], slow=3))
 def test_compiled_updates_of_examples_meet_their_budget(name):
     """Besides the budget a step has only its working memory, which is the same at every budget."""
     problem = examples.MODELS[name].make()

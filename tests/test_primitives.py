@@ -746,7 +746,7 @@ def assert_encoded(label, randomized, weights):
 ENCODED = [n for n in CASES if n not in NOT_ENCODED]
 
 
-@pytest.mark.parametrize("label", few(ENCODED, *[n for n in ENCODED if n in REPRESENTATIVE][::3], slow=4))
+@pytest.mark.parametrize("label", few(ENCODED, *[n for n in ENCODED if n in REPRESENTATIVE][::3], slow=8))
 @pytest.mark.usefixtures("no_residual_is_too_small")
 def test_unbiased(label):
     loss, weights = loss_of(label), weights_of(label)

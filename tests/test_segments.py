@@ -212,7 +212,7 @@ TOLERANCE = {"half_precision_carry": 2e-2}  # XLA may skip a rounding to half pr
 # Values and gradients
 
 
-@pytest.mark.parametrize("name", few(PROGRAMS, *list(PROGRAMS)[::3], slow=2))
+@pytest.mark.parametrize("name", few(PROGRAMS, *list(PROGRAMS)[::3], slow=5))
 def test_exact_gradient(name):
     """Cut by hand in one of four ways, and by the planner under the tightest budget."""
     f, args = PROGRAMS[name]
@@ -231,7 +231,7 @@ def test_exact_gradient(name):
 FULL_PRECISION = [n for n in PROGRAMS if n != "half_precision_carry"]
 
 
-@pytest.mark.parametrize("name", few(FULL_PRECISION, *FULL_PRECISION[::4], slow=2))
+@pytest.mark.parametrize("name", few(FULL_PRECISION, *FULL_PRECISION[::4], slow=5))
 def test_codes_are_those_of_the_loop_in_one_pass(name):
     """Under a rounding and a sampling codec in turn."""
     f, args = PROGRAMS[name]
@@ -246,7 +246,7 @@ def test_codes_are_those_of_the_loop_in_one_pass(name):
     assert np.abs(found[1] - exact_gradient(f, args)[1]).max() > 1e-3 * np.abs(expected).max()  # codes are at work
 
 
-@pytest.mark.parametrize("lengths", few(CUTS, CUTS[-1]), ids=str)
+@pytest.mark.parametrize("lengths", few(CUTS, CUTS[-1], slow=3), ids=str)
 @pytest.mark.parametrize("name", ["stacked_forward", "stacked_reverse"])
 @pytest.mark.usefixtures("ordered")
 def test_every_cut_has_the_codes_and_the_gradient_of_the_whole(name, lengths):

@@ -79,7 +79,7 @@ OUT_OF_SUPPORT = pytest.mark.filterwarnings("ignore:Out-of-support values")
 # -- the numbers are those of SVI --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", few(["autoencoder", "hierarchy", "linear model"], "linear model"))
+@pytest.mark.parametrize("name", few(["autoencoder", "hierarchy", "linear model"], "linear model", slow=2))
 @pytest.mark.parametrize("loss", [Trace_ELBO, RAD_ELBO], ids=lambda x: x.__name__)
 def test_it_gives_what_svi_gives(name, loss):
     p, steps = PROBLEMS[name](), 40

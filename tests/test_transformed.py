@@ -47,7 +47,7 @@ def in_a_loop(svi):
 
 
 @pytest.mark.parametrize(
-    "transformed", few([over_seeds, over_data, compiled, in_a_loop], over_data), ids=lambda f: f.__name__
+    "transformed", few([over_seeds, over_data, compiled, in_a_loop], over_data, slow=3), ids=lambda f: f.__name__
 )
 def test_run_is_that_of_svi_inside_of_a_transformation(transformed):
     expected = transformed(svi_of(SVI))

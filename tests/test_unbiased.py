@@ -199,7 +199,7 @@ def check(name, codec):
     assert_unbiased(draws, exact_gradient(f, args), f"gradient of {name} with {codec}")
 
 
-@pytest.mark.parametrize("name", few(PROGRAMS, *list(PROGRAMS)[::4]))
+@pytest.mark.parametrize("name", few(PROGRAMS, *list(PROGRAMS)[::4], slow=3))
 def test_unbiased(name):
     """Each program under one rounding and one linear codec, in turn."""
     number = list(PROGRAMS).index(name)
@@ -219,7 +219,7 @@ KEPT = [("two_readers_on_one_path", codec) for codec in (StochasticRound(8), Sam
 PAIRS = [(n, c) for n in PROGRAMS for c in CODECS if (n, c) not in KEPT]
 
 
-@pytest.mark.parametrize("pair", few(PAIRS, slow=4), ids=str)
+@pytest.mark.parametrize("pair", few(PAIRS, slow=8), ids=str)
 def test_every_program_with_every_codec_is_unbiased(pair):
     check(*pair)
 

@@ -13,7 +13,7 @@ from numpyro_rad.report import charts
 from numpyro_rad.report.charts import Curve
 from numpyro_rad.report.noise import noise, noise_over_time
 from numpyro_rad.report.parts import MAX_ROWS, Section, Table, largest, thin
-from numpyro_rad.report.verdict import estimate, rho_of
+from numpyro_rad.report.verdict import estimate, pareto_k_text, rho_of
 from numpyro_rad.wording import change_text, number, saving_text, seconds_text, size_text
 
 
@@ -37,11 +37,12 @@ def summary(record: FitRecord) -> tuple[tuple[str, str], ...]:
     rho = rho_of(record)
     if rho is not None:
         low, high = rho[1] or (rho[0], rho[0])
-        found.append(("ρ", number(rho[0]) if low > 0 else f"below {number(max(high, 0.0))}" if high > 0 else "0"))
+        bounded = low <= 0 and math.isfinite(high)
+        found.append(("ρ", number(rho[0]) if not bounded else f"below {number(high)}" if high > 0 else "0"))
     if record.plan is not None:
         found += _memory(record.plan)
     if record.quality is not None and record.quality.pareto_k is not None:
-        found.append(("k-hat", number(record.quality.pareto_k)))
+        found.append(("k-hat", pareto_k_text(record.quality.pareto_k)))
     return tuple(found)
 
 
@@ -244,7 +245,7 @@ def _quality(record: FitRecord) -> Iterator[Section]:
     converged = {None: "unknown", True: "yes", False: "no"}[quality.converged]
     rows = (
         ("ELBO (nats)", estimate(quality.elbo), "a mean over draws of the guide; higher is better"),
-        ("Pareto k-hat", number(quality.pareto_k), "at most 0.7: expectations under the guide can be trusted"),
+        ("Pareto k-hat", pareto_k_text(quality.pareto_k), "at most 0.7: expectations under the guide can be trusted"),
         ("largest split R-hat of the iterates", number(quality.r_hat), "near 1: they move about one place"),
         ("largest relative MCSE of the mean iterate", number(quality.mcse), "small: their average is precise"),
         ("converged (Dhaka et al. 2020)", converged, "by the two numbers above"),

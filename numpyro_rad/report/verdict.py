@@ -150,6 +150,11 @@ def rho_of(record: FitRecord) -> tuple[float, tuple[float, float] | None, str] |
     return None
 
 
+def pareto_k_text(k: float | None) -> str:
+    """k-hat for people: it is infinite where weights have no moments at all."""
+    return number(k) if k is None or not math.isinf(k) else "infinite"
+
+
 def _rho_text(rho: float) -> str:
     return f"= {rho:.2g}" if rho > 0 else "not distinguishable from 0"
 
@@ -358,10 +363,11 @@ def _of_trust(record: FitRecord) -> Iterator[Finding]:
     k = record.quality.pareto_k if record.quality is not None else None
     if k is None:
         return
+    told = f"k-hat {pareto_k_text(k)}"
     if k <= GOOD_PARETO_K:
-        yield Finding("good", f"The guide is close to the posterior (k-hat {k:.2f}, at most {GOOD_PARETO_K}).")
+        yield Finding("good", f"The guide is close to the posterior ({told}, at most {GOOD_PARETO_K}).")
         return
-    what = f"Expectations under the guide need not be those under the posterior (k-hat {k:.2f}, above {GOOD_PARETO_K})."
+    what = f"Expectations under the guide need not be those under the posterior ({told}, above {GOOD_PARETO_K})."
     advice = (
         "Try a richer guide (full covariance, a flow) or reparameterize the model. The joint k-hat of a Bayesian "
         "neural network, and of any model with many latent variables, is nearly always above 0.7: judge such a fit by "
