@@ -101,6 +101,22 @@ def test_rho_above_its_bound():
     assert tracker.rho > 0.5 and "bound 0.5" in alarm.message
 
 
+@pytest.mark.parametrize(("rho", "alarms"), [(0.25, 0), (4.0, 1)])
+def test_gradients_that_shrink_a_hundredfold(rho, alarms):
+    """The first looks do not decide alone: in fifty runs, of twenty looks with ten degrees of freedom each."""
+    rng, raised = np.random.default_rng(0), []
+    for _ in range(50):
+        tracker = Tracker(initialised(RAD_ELBO())[0], Tracking(on_alarm="record"))
+        tracker._names, found = ("site",), []
+        for step in range(20):
+            path, total = np.array([rho, 1.0 + rho]) * rng.chisquare(10, 2) / 10 * 100 ** (-step / 10)
+            look = np.array([[path], [total], [0.1 * total]])
+            tracker._average.add(look)
+            found += [a for a in tracker._judge(step, look) if a.kind == "rho"]
+        raised.append(len(found))
+    assert abs(np.mean(raised) - alarms) <= 0.04, raised
+
+
 def test_no_alarm_without_a_reason():
     """Warnings are errors here."""
     svi, state = initialised(RAD_ELBO(codec=StochasticRound(8)))

@@ -307,22 +307,23 @@ class Tracker:
 
     def _judge(self, step: int, look: np.ndarray) -> list[Alarm]:
         """Add a look to what is tested, and what is certain by now."""
-        path, total, norm = look
-        exact, options = total.sum() - path.sum(), self.tracking
+        (path, total, norm), options = look, self.tracking
+        sums = path.sum(), total.sum() - path.sum(), _HARMLESS * norm.sum()
         tests = {
-            "rho": path.sum() - options.rho_max * (exact + _HARMLESS * norm.sum()),
-            "signal": np.where(total > 0, options.snr_min * total - norm, 0.0),
+            "rho": _share(*sums, options.rho_max),
+            "signal": _relative(np.where(total > 0, options.snr_min * total - norm, 0.0), total, norm),
         }
         if options.replan is not None:
             low, high = options.replan
-            tests |= {"above": path.sum() - high * (exact + _HARMLESS * norm.sum()), "below": low * exact - path.sum()}
+            tests |= {"above": _share(*sums, high), "below": -_share(*sums[:2], 0.0, low)}
         for name, value in tests.items():
             self._judged.setdefault(name, _Running()).add(np.asarray(value))
         alarms = []
         if self._judged["rho"].is_positive() and ("rho", "") not in self._issued:
             self._issued.add(("rho", ""))
+            times = f"{self.rho:.2g}" if math.isfinite(self.rho) else "many"
             message = (
-                f"the codes of the residuals add {self.rho:.2g} times the variance of the exact gradient (bound "
+                f"the codes of the residuals add {times} times the variance of the exact gradient (bound "
                 f"{options.rho_max:g}), averaged over the looks up to step {step}: training takes that much longer. "
                 "Try a larger memory_budget, more bits (codec=StochasticRound(bits=8)), or RAD_ELBO.calibrate at the "
                 "present parameters."
@@ -351,6 +352,20 @@ class Tracker:
             elif on_alarm == "warn" and alarm.kind != "signal":
                 warnings.warn(alarm.message, TrackingWarning, stacklevel=3)
         return tuple(alarms)
+
+
+def _share(path: float, exact: float, harmless: float, rho: float) -> np.ndarray:
+    """By how much codes add more than ``rho`` times the variance of the exact gradient, relative to what a look saw.
+
+    Gradients may shrink a hundredfold over a fit. Looks have to count alike: as they are, the first ones would decide
+    the average and its spread.
+    """
+    return _relative(path - rho * (exact + harmless), path, exact + path, rho * harmless)
+
+
+def _relative(value: Any, *sizes: Any) -> np.ndarray:
+    size = sum(map(np.abs, sizes))
+    return np.where(size > 0, value / np.where(size > 0, size, 1.0), 0.0)
 
 
 class _Running:
