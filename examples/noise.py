@@ -1,7 +1,7 @@
 """How noisy is my gradient? One Bayesian neural network within two memory budgets, and the report of each fit.
 
     python examples/noise.py
-    python examples/noise.py --budgets 1MiB,2MiB,4MiB --steps 1000 --folder reports
+    python examples/noise.py --budgets 512KiB,2MiB --steps 1000 --folder reports
 
 The model is that of ``bnn.py`` on scikit-learn's digits. The smaller budget is too small: its report says so. What the
 two reports say is told in ``docs/noise.md``.
@@ -26,7 +26,7 @@ from numpyro_rad import RAD_ELBO, RAD_SVI, RAD_SVIRunResult, Tracking, TrackingW
 def main(arguments: list[str] | None = None) -> dict[str, RAD_SVIRunResult]:
     """Fit within each budget, write the reports, and print what they say first."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--budgets", default="1MiB,4MiB", help="memory budgets (default: %(default)s)")
+    parser.add_argument("--budgets", default="256KiB,1MiB", help="memory budgets (default: %(default)s)")
     parser.add_argument("--steps", type=bnn.positive_int, default=300, help="of each fit (default: %(default)s)")
     parser.add_argument("--interval", type=bnn.positive_int, default=20, help="steps between two looks at the noise")
     parser.add_argument("--hidden", type=bnn.positive_int, default=256, help="units of a layer (default: %(default)s)")
