@@ -65,7 +65,8 @@ def _shapes(
         both = (*guide_trace.values(), *model_trace.values())
         for site in both:  # rows that do not fit are seen by the densities
             if site["type"] == "sample":
-                site["fn"].log_prob(site["value"])
+                steps = site["intermediates"]  # without which some flows have no density
+                site["fn"].log_prob(site["value"], *([steps] if steps else ()))
         found.extend((s["name"], s["args"][0], s["args"][1] or s["args"][0]) for s in both if s["type"] == "plate")
 
     jax.eval_shape(run, jax.random.key(0), params)
