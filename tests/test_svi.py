@@ -262,11 +262,12 @@ def test_plans_by_price_are_calibrated_once_for_each_fit():
     measured = svi.loss.planner.calibration
     assert measured is not None
     again = svi.run(jax.random.key(0), 5, x, y, progress_bar=False)
-    assert svi.loss.planner.calibration is not measured
+    assert svi.loss.planner.calibration is measured  # the same fit
     assert same_run(first, again)
-    kept = svi.loss.planner.calibration
     svi.run(jax.random.key(0), 5, x, y, progress_bar=False, init_state=again.state)
-    assert svi.loss.planner.calibration is kept
+    assert svi.loss.planner.calibration is measured
+    svi.run(jax.random.key(1), 5, x, y, progress_bar=False)
+    assert svi.loss.planner.calibration is not measured
     plan = first.record.plan
     assert 0 < plan.stored_bytes <= 2**18 < plan.exact_bytes
     assert max(held for _, held, _ in plan.timeline) <= 1.001 * plan.stored_bytes
