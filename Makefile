@@ -8,7 +8,7 @@
 #   PYTHON=...       the interpreter (default: the first of python3.12, python3.13, python3.11, python3 that works)
 #   VENV=...         the virtual environment (default: .venv)
 #   DEMO_ARGS=...    more options for examples/bnn.py, such as DEMO_ARGS="--dataset mnist --data-dir data"
-#   PYTEST_ARGS=...  more options for pytest, such as PYTEST_ARGS="-m slow"
+#   PYTEST_ARGS=...  more options for pytest: PYTEST_ARGS="-m slow" for the slow tests, "-m exhaustive" for the rest
 #   BENCH_ARGS=...   workload and options of the benchmark, such as BENCH_ARGS="p2 --data-dir data" (default: p1)
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))

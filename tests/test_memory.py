@@ -252,7 +252,7 @@ def test_reports_leave_no_file_open(tmp_path, suffix):
 # -- resident memory ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the benchmark of memory measures it
 def test_process_grows_by_no_more_than_a_step_and_its_compiler():
     """Draws for ArviZ in a fresh process: what they take besides the compiler is far below the 200 MiB of 20 draws at
     once. A process that compiles a plain step stands for the compiler."""

@@ -168,7 +168,7 @@ def test_a_plan_needs_the_mutable_state():
             measure(svi, result.params, *args, key=KEY)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the matrix does the same
 @pytest.mark.parametrize("name", ["flax"])
 def test_everything_takes_mutable_state(name, few_codecs, tmp_path):
     model, guide, args = MUTABLE[name]()
