@@ -101,7 +101,10 @@ def collectives(run):
     return sorted(COLLECTIVE.findall(run["program"]))
 
 
-@pytest.mark.parametrize("cases", [pytest.param(DEFAULT, id="default"), pytest.param(OTHERS, id="others")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases", [pytest.param(DEFAULT, id="default"), pytest.param(OTHERS, id="others", marks=pytest.mark.exhaustive)]
+)
 def test_sharded_step(cases):
     """Same loss, a gradient with as much noise, and no collective of our own."""
     runs = report(cases)
