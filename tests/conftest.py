@@ -31,9 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # With the oldest versions, those tests run whose subject is where versions differ: JAX's programs and its compiler,
 # keys, effects and source lines, NumPyro's objects, files of ArviZ and Orbax, warnings. Plans, prices, statistics,
-# records, reports and messages are made of our own data and NumPy: the newest versions try them.
+# records, reports, messages and the loop of a run are our own: the newest versions try them.
 DEPENDS_ON_VERSIONS = frozenset(
-    """archive bases checkpoints effects elbo exactness lines modules primitives sharding structure svi transformed
+    """archive bases checkpoints effects elbo exactness invariants lines modules primitives structure transformed
     warnings""".split()
 )
 
