@@ -245,7 +245,7 @@ TINY_WORKLOADS = {
 }
 
 
-@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=4))
+@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=6))
 def test_benchmark_from_run_to_page(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
@@ -316,14 +316,14 @@ def test_budget_curves_from_run_to_page(
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_growth_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", few(["depth", "batch", "particles", "loop length"], slow=4))
+def test_growth_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_path: Path, axis: str) -> None:
     growth, figures = (benchmarks(module) for module in ("growth", "figures"))
     output, page = tmp_path / "growth.json", tmp_path / "page.md"
-    growth.main(["--quick", "--output", str(output)])
+    growth.main(["--quick", "--axes", axis, "--output", str(output)])
 
     axes = json.loads(output.read_text(), parse_constant=pytest.fail)["growth"]
-    assert list(axes) == list(growth.AXES)
+    assert list(axes) == [axis]
     for name, rows in axes.items():
         axis = growth.AXES[name]
         assert [(r["size"], r["rival"]) for r in rows] == [(n, r) for n in axis.quick for r in axis.rivals]
@@ -331,11 +331,12 @@ def test_growth_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_pa
             assert row["temp_bytes"] > 0 and ("stored_bytes" in row) == (row["family"] == "ours")
         small, large = ([r for r in rows if r["size"] == n and r["rival"] == "exact"] for n in axis.quick)
         assert small[0]["temp_bytes"] < large[0]["temp_bytes"]
-    assert axes["depth"][-2]["planning"]["residuals"] > 10 and axes["depth"][-2]["planning"]["seconds"] < 1
+            if row["rival"] == "ours_4bit":
+                assert row["planning"]["residuals"] > 10 and row["planning"]["seconds"] < 1
 
     page.write_text("before\n<!-- growth-table -->\nold\n<!-- /growth-table -->\nafter\n")
     figures.main([str(output), "--into", str(page), "--figure", str(tmp_path / "growth.png")])
-    assert "old" not in page.read_text() and "checkpoint, segments" in page.read_text()
+    assert "old" not in page.read_text() and all(r["label"] in page.read_text() for r in axes[axis])
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 

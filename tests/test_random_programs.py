@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("double", "encode_all")
 
 DRAWS, CONFIRM = 1024, 16  # path keys, and how many times as many look again at a program that seems biased
 LINEAR = [StochasticRound(2), SampleAxis(0.3), RandomProjection(0.3)]
-EXACT_PROGRAMS, UNBIASED_PROGRAMS = 40, 16
+EXACT_PROGRAMS, UNBIASED_PROGRAMS = 24, 8
 LARGEST = 144  # entries of an array
 SHAPES = [(6, 12), (12, 12), (12,), (3, 4, 6)]
 ARGS = tuple(np.random.default_rng([3, *s]).standard_normal(s) * 0.6 for s in SHAPES)
