@@ -322,21 +322,20 @@ def test_growth_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_pa
     output, page = tmp_path / "growth.json", tmp_path / "page.md"
     growth.main(["--quick", "--axes", axis, "--output", str(output)])
 
-    axes = json.loads(output.read_text(), parse_constant=pytest.fail)["growth"]
-    assert list(axes) == [axis]
-    for name, rows in axes.items():
-        axis = growth.AXES[name]
-        assert [(r["size"], r["rival"]) for r in rows] == [(n, r) for n in axis.quick for r in axis.rivals]
-        for row in rows:
-            assert row["temp_bytes"] > 0 and ("stored_bytes" in row) == (row["family"] == "ours")
-            if row["rival"] == "ours_4bit":
-                assert row["planning"]["residuals"] > 10 and row["planning"]["seconds"] < 1
-        small, large = ([r for r in rows if r["size"] == n and r["rival"] == "exact"] for n in axis.quick)
-        assert small[0]["temp_bytes"] < large[0]["temp_bytes"]
+    found = json.loads(output.read_text(), parse_constant=pytest.fail)["growth"]
+    assert list(found) == [axis]
+    rows, quick, rivals = found[axis], growth.AXES[axis].quick, growth.AXES[axis].rivals
+    assert [(r["size"], r["rival"]) for r in rows] == [(n, r) for n in quick for r in rivals]
+    for row in rows:
+        assert row["temp_bytes"] > 0 and ("stored_bytes" in row) == (row["family"] == "ours")
+        if row["rival"] == "ours_4bit":
+            assert row["planning"]["residuals"] > 10 and row["planning"]["seconds"] < 1
+    small, large = ([r for r in rows if r["size"] == n and r["rival"] == "exact"] for n in quick)
+    assert small[0]["temp_bytes"] < large[0]["temp_bytes"]
 
     page.write_text("before\n<!-- growth-table -->\nold\n<!-- /growth-table -->\nafter\n")
     figures.main([str(output), "--into", str(page), "--figure", str(tmp_path / "growth.png")])
-    assert "old" not in page.read_text() and all(r["label"] in page.read_text() for r in axes[axis])
+    assert "old" not in page.read_text() and all(r["label"] in page.read_text() for r in rows)
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
