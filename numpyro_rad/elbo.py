@@ -75,8 +75,9 @@ class RAD_ELBO(Trace_ELBO):
     :param options: how to plan, each as in :class:`numpyro_rad.Planner`: ``codec``, ``memory_budget``,
         ``added_variance``, ``plan``, ``exact``, ``objective``, ``offload``, ``overrides``, ``calibration``. Above all
         ``memory_budget="256MiB"``, the most bytes that may be held between the two sweeps of one gradient, all
-        particles together (codes, scales and kept values count, parameters and data do not). Without any, residuals are
-        rounded to 4 bits where the bytes saved are worth the time.
+        particles together (codes, scales and kept values count, parameters and data do not). Without any, a
+        program with less than 16 MiB of residuals is left to JAX's own reverse mode, as with ``Trace_ELBO``, and of
+        a larger one residuals are rounded to 4 bits where the bytes saved are worth the time.
     :raises TypeError: for a wrong ``base`` or option, and for a number of particles that is none.
     :raises ValueError: for an option that cannot be read, for two that exclude each other, or for a ``base`` together
         with an argument that belongs on it.

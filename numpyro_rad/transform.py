@@ -26,6 +26,7 @@ from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
 from numpyro_rad.mistakes import options_of
 from numpyro_rad.planning.planner import Options, Planner
+from numpyro_rad.planning.plans import untouched_plan
 
 
 class Program:
@@ -52,6 +53,7 @@ class Program:
 
     def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, planner: Planner, names: Sequence[str]) -> None:
         self._jaxpr, self._out_tree, self._planner, self._names = jaxpr, out_tree, planner, names
+        self._made_bytes = _jax.made_bytes(jaxpr)
         self._graphs: dict[tuple[bool, ...], Graph] = {}
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
@@ -66,33 +68,46 @@ class Program:
         if active not in self._plans:
             graph = self.graph(active)
             names = (name for name, on in zip(self._names, active, strict=True) if on)
-            self._plans[active] = self._planner(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
+            if self._planner.leaves_alone(self._made_bytes):
+                self._plans[active] = untouched_plan(graph)
+            else:
+                self._plans[active] = self._planner(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
         return self._plans[active]
+
+    def _is_untouched(self, active: tuple[bool, ...]) -> bool:
+        """Whether JAX's own reverse mode differentiates. What computes little is not even linearized."""
+        return self._planner.leaves_alone(self._made_bytes) or self.plan(active).untouched
 
     def __call__(self, seed: Any, *operands: Any) -> Any:
         """The function's value at ``operands``, with a derivative whose randomness comes from ``seed``."""
 
         def value(seed: Any, *operands: Any) -> list[Any]:
-            return _as_arrays(_jax.evaluate(self._jaxpr, operands))
+            return _jax.as_arrays(_jax.evaluate(self._jaxpr, operands))
 
         def sweep_forward(seed: Any, *operands: Any) -> tuple[list[Any], _Stored]:
             active = tuple(
                 bool(o.perturbed) and jnp.issubdtype(jax.typeof(o.value).dtype, jnp.inexact) for o in operands
             )
-            plan = self.plan(active)
             arrays = [o.value for o in operands]
+            if self._is_untouched(active):
+                outs, pullback = _jax.vjp(self._jaxpr, active, arrays)
+                return outs, _Stored(pullback, active)
+            plan = self.plan(active)
             outs, tape = forward(plan, seed.value, arrays)
             reads = [a for v, a in zip(plan.graph.inputs, arrays, strict=True) if v in plan.reads]
-            return _as_arrays(outs), _Stored((seed.value, tape, reads), active)
+            return _jax.as_arrays(outs), _Stored((seed.value, tape, reads), active)
 
         def sweep_backward(stored: _Stored, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-            plan = self.plan(stored.active)
-            seed, tape, arrays = stored.arrays
-            reads = dict(zip([v for v in plan.graph.inputs if v in plan.reads], arrays, strict=True))
             arriving = [None if isinstance(c, SymbolicZero) else c for c in cotangents]
-            pulled = iter(backward(plan, seed, tape, reads, arriving))
+            if self._is_untouched(stored.active):
+                pulled = iter(_jax.pull_back(stored.arrays, arriving, [v.aval for v in self._jaxpr.jaxpr.outvars]))
+            else:
+                plan = self.plan(stored.active)
+                seed, tape, arrays = stored.arrays
+                reads = dict(zip([v for v in plan.graph.inputs if v in plan.reads], arrays, strict=True))
+                pulled = iter(backward(plan, seed, tape, reads, arriving))
             gradients = [next(pulled) if on else None for on in stored.active]
-            avals = [v.aval for v in plan.graph.inputs]
+            avals = [v.aval for v in self._jaxpr.jaxpr.invars]
             return None, *(None if g is None else _jax.as_weak_as(g, a) for g, a in zip(gradients, avals, strict=True))
 
         run = jax.custom_vjp(value)
@@ -174,11 +189,6 @@ def with_arguments(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any)
     raise AssertionError  # the second pass returns or raises
 
 
-def _as_arrays(results: Sequence[Any]) -> list[Any]:
-    """Results of a program, of which a constant one is a literal until here."""
-    return [r if isinstance(r, jax.Array) else jnp.asarray(r) for r in results]
-
-
 @jax.tree_util.register_pytree_node_class
 class _Stored:
     """What ``custom_vjp`` carries from one sweep to the other: arrays, and which operands were differentiated."""
@@ -204,7 +214,8 @@ def rad(f: Callable, **options: Unpack[Options]) -> Callable:
 
     :param f: a function of arrays (any pytree) that JAX can differentiate in reverse mode.
     :param options: those of :class:`numpyro_rad.Planner`, above all ``memory_budget="64MiB"``, the most bytes that may
-        be held between the sweeps (the arguments of ``f`` do not count), or ``codec=``. Without any, residuals are
+        be held between the sweeps (the arguments of ``f`` do not count), or ``codec=``. Without any, a
+        program with less than 16 MiB of residuals is left to JAX's own reverse mode, and of a larger one residuals are
         rounded to 4 bits where the bytes saved are worth the time.
     :return: a function ``g(key, *args, **kwargs)``. ``key`` is one JAX PRNG key, typed or raw, from which only the
         derivative draws: use a fresh one for every call.

@@ -13,6 +13,7 @@ import pytest
 
 import numpyro_rad.ad.sweep
 import numpyro_rad.planning.decision
+import numpyro_rad.planning.worth
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,6 +71,14 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def small_models_are_planned(monkeypatch, request):
+    """The small models of the tests stand for large ones, which are not left to JAX. A test, or a module, that is
+    marked ``untouched`` sees what users of small models see."""
+    if request.node.get_closest_marker("untouched") is None:
+        monkeypatch.setattr(numpyro_rad.planning.worth, "UNTOUCHED_BYTES", 0)
 
 
 @pytest.fixture

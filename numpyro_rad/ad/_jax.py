@@ -131,7 +131,7 @@ def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
     """
     avals = [v.aval for v in jaxpr.jaxpr.invars]
     _check_references(jaxpr)
-    run = jax.jit(partial(evaluate, jaxpr)) if has_references(jaxpr) else partial(evaluate, jaxpr)
+    run = _runner(jaxpr)
     tangent_avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, on in zip(avals, active, strict=True) if on]
     has_tangent: list[bool] = []
 
@@ -147,6 +147,47 @@ def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
         return outs, [t for t, on in zip(out_tangents, has_tangent, strict=True) if on]
 
     return jax.make_jaxpr(program)(_structs(avals), tangent_avals), has_tangent
+
+
+def _runner(jaxpr: Jaxpr) -> Callable[[Sequence[Any]], list[Any]]:
+    """A program as a function that JAX can differentiate."""
+    return jax.jit(partial(evaluate, jaxpr)) if has_references(jaxpr) else partial(evaluate, jaxpr)
+
+
+def vjp(jaxpr: Jaxpr, active: Sequence[bool], args: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Results of a program and its pullback to the active arguments, as JAX's own reverse mode makes it; a pytree."""
+    run = _runner(jaxpr)
+
+    def of_active(*moving: Any) -> list[Any]:
+        fresh = iter(moving)
+        return as_arrays(run([next(fresh) if on else x for x, on in zip(args, active, strict=True)]))
+
+    return jax.vjp(of_active, *(x for x, on in zip(args, active, strict=True) if on))
+
+
+def pull_back(pullback: Any, cotangents: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+    """Cotangents of the active arguments of :func:`vjp`.
+
+    :param cotangents: of the results; None for zero.
+    :param avals: types of the results.
+    """
+    zeros = [ad.Zero(aval.to_tangent_aval()) for aval in avals]  # arrays of zeros would be pulled back
+    return list(pullback([z if c is None else c for c, z in zip(cotangents, zeros, strict=True)]))
+
+
+def made_bytes(jaxpr: Jaxpr) -> int:
+    """Bytes of all that a program computes, in all iterations of its loops where their number is known."""
+    total = 0
+    for equation in jaxpr.jaxpr.eqns:
+        repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += repeat * sum(map(made_bytes, inner_jaxprs(equation)))
+        total += sum(aval_bytes(v.aval) for v in equation.outvars)
+    return total
+
+
+def as_arrays(results: Sequence[Any]) -> list[Any]:
+    """Results of a program, of which a constant one is a literal until here."""
+    return [r if isinstance(r, jax.Array) else jnp.asarray(r) for r in results]
 
 
 def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:

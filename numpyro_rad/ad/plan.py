@@ -83,6 +83,8 @@ class Plan:
     :ivar reads: inputs of the graph that the backward sweep needs.
     :ivar repeat: how often the graph runs in one call (the product of the lengths of the scans around it).
     :ivar held: of how many of these runs the tape is held at once.
+    :ivar untouched: whether the program is left to JAX's own reverse mode, which stores every residual. What it stores
+        are not quite the residuals here, of which elementwise derivatives are fused.
     """
 
     graph: Graph
@@ -98,6 +100,7 @@ class Plan:
     chain_length: int
     reads: frozenset[Value]
     predicted: Prediction | None = None
+    untouched: bool = False
 
     @property
     def runs_again(self) -> dict[int, list[Value]]:
@@ -154,6 +157,7 @@ class Plan:
             "encoded": encoded,
             "segments": segments,
             "chain": self.chain_length,
+            "untouched": self.untouched,
         }
 
     def estimated(self, residual: Value) -> bool:

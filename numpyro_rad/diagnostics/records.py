@@ -320,6 +320,7 @@ class PlanRecord:
         plan, bytes if all were stored exactly.
     :ivar exact_temporary_bytes: temporary memory of the compiled step with exact gradients; None if unknown.
     :ivar exact_loss: the loss whose gradients these are, as it is written in a program.
+    :ivar untouched: whether the program is left to JAX's own reverse mode.
     """
 
     rows: tuple[PlanRow, ...]
@@ -331,6 +332,7 @@ class PlanRecord:
     timeline: tuple[tuple[float, float, float], ...]
     exact_temporary_bytes: int | None = None
     exact_loss: str = "Trace_ELBO()"
+    untouched: bool = False
 
     @property
     def saves(self) -> bool | None:

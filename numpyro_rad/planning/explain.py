@@ -16,6 +16,7 @@ from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Edge, Graph, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
 from numpyro_rad.mistakes import is_key, shown
+from numpyro_rad.planning.worth import UNTOUCHED
 from numpyro_rad.wording import LITTLE, change_text, saving_text, size_text
 
 
@@ -61,6 +62,8 @@ class Explanation:
         lines.
     :ivar program: the fingerprint of the program.
     :ivar predicted: what the plan is expected to cost; None where nothing is predicted.
+    :ivar untouched: whether the program is left to JAX's own reverse mode. The rows are then what there is to store;
+        JAX may store other arrays in their place, before the compiler drops those that it makes again.
     """
 
     rows: tuple[Row, ...]
@@ -69,6 +72,7 @@ class Explanation:
     defaults: tuple[str, ...]
     program: str = ""
     predicted: Prediction | None = None
+    untouched: bool = False
 
     def __str__(self) -> str:
         """A summary: residuals by line and site, the largest first, those under 1 % of all together in one row."""
@@ -91,7 +95,9 @@ class Explanation:
         last = ("total", "", "", saving, size_text(self.exact_bytes), "", size_text(self.stored_bytes), "")
         text = _aligned([header, *body], last, right={4, 5, 6, 7})
         text.append("The residuals one by one: explain(...).table().")
-        if self.predicted is not None:
+        if self.untouched:
+            text.append(UNTOUCHED)
+        elif self.predicted is not None:
             text.append("Predicted: " + _prediction(self.predicted))
         return "\n".join(text)
 
@@ -242,9 +248,8 @@ def explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
     """The explanation of a plan; ``labels`` are the sites of its tangent inputs."""
     rows = tuple(_rows(plan, labels))
     exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
-    return Explanation(
-        rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), plan.graph.fingerprint(), plan.predicted
-    )
+    fixed = plan.graph.fingerprint(), plan.predicted, plan.untouched
+    return Explanation(rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), *fixed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
-from numpyro_rad.planning import decision, plans
+from numpyro_rad.planning import decision, plans, worth
 from numpyro_rad.planning.decision import Wanted
 from numpyro_rad.planning.noise import EqualShares, Flow
 from numpyro_rad.wording import arguments_text, call_text
@@ -193,6 +193,12 @@ class Planner:
         """This planner with a saved plan (:meth:`Plan.to_dict`) in the place of whatever chooses one."""
         return dataclasses.replace(self, plan=saved, codec=None, memory_budget=None, added_variance=None, exact=False)
 
+    def leaves_alone(self, n_bytes: int) -> bool:
+        """Whether a program that stores so many bytes, or fewer, is left to JAX."""
+        chosen = (self.codec, self.memory_budget, self.added_variance, self.plan)
+        free = all(option is None for option in chosen) and not (self.exact or self.offload or self.overrides)
+        return free and n_bytes < worth.UNTOUCHED_BYTES
+
     def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a program.
 
@@ -211,6 +217,10 @@ class Planner:
                     "host's, so nothing is gained. Leave it out here."
                 )
             wanted = dataclasses.replace(wanted, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
+        if self.leaves_alone(0):
+            plan = plans.untouched_plan(graph)
+            if self.leaves_alone(plan.stored_bytes):
+                return plan
         if self.added_variance is not None:
             return plans.plan_for_variance(graph, self.added_variance, wanted)
         if self.memory_budget is not None:

@@ -39,6 +39,14 @@ CHAIN_LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 """Numbers of segments that are tried for a program without loops."""
 
 
+def untouched_plan(graph: Graph) -> Plan:
+    """The plan that leaves the program to JAX's own reverse mode: every residual is stored."""
+    decision = Decision(graph, Wanted(lambda path, value, repeat: ()))
+    needed = {d.value for d in decision.problem.demands}
+    plan = decision.plan(solver.settled(decision.problem, needed, decision.coded()))
+    return dataclasses.replace(plan, untouched=True, predicted=Prediction(0.0, 0.0, None))
+
+
 def make_plan(graph: Graph, wanted: Wanted) -> Plan:
     """The plan that stores the fewest bytes in one pass over the program, whatever else it costs."""
     decision = Decision(graph, wanted)
@@ -137,6 +145,8 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
             "the guide, the shapes of the data, the versions of JAX and NumPyro and the ELBO have to be the same; "
             "plan again with memory_budget= instead."
         )
+    if saved.get("untouched"):
+        return untouched_plan(graph)
     graphs = _with_paths(graph)
     nodes = {(*path, e.split.number): e.split for path, g in graphs for e in g.edges if e.split is not None}
     values = {(*path, v.number): v for path, g in graphs for e in g.equations for v in e.outputs}

@@ -14,6 +14,15 @@ from numpyro_rad.wording import size_text
 SMALL_BYTES = 2**23
 """A step that takes less temporary memory than this (8 MiB) is not worth any trouble."""
 
+UNTOUCHED_BYTES = 2**24
+"""A program with fewer bytes of residuals (16 MiB) is left to JAX's own reverse mode, unless an option says what to
+store: there is little to gain, and whatever else is done takes time to run and to compile."""
+
+UNTOUCHED = (
+    f"Residuals of less than {size_text(UNTOUCHED_BYTES)} are left to JAX's own reverse mode. To store less, choose: "
+    "memory_budget=, codec=, added_variance= or exact=True."
+)
+
 _WORTH_IT = 1.5  # times less memory than Trace_ELBO
 
 _MOST_TIME, _MOST_VARIANCE = 1.1, 0.05  # of what is recommended, relative to Trace_ELBO

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from numpyro_rad.diagnostics.records import Estimate, FitRecord, PlanRecord, PlanRow, Posterior, Validation
+from numpyro_rad.planning.worth import UNTOUCHED
 from numpyro_rad.report import charts
 from numpyro_rad.report.charts import Curve
 from numpyro_rad.report.noise import noise, noise_over_time
@@ -161,11 +162,13 @@ def _plan(record: FitRecord) -> Iterator[Section]:
         f"{size_text(plan.exact_bytes)}{saving}.",
         *_step_text(plan),
     ]
-    if plan.added_seconds is not None and plan.added_variance is not None:
+    if plan.untouched:
+        text.append(UNTOUCHED)
+    elif plan.added_seconds is not None and plan.added_variance is not None:
         time, variance = change_text(plan.added_seconds, "time"), change_text(plan.added_variance, "variance")
         text.append(f"Predicted, relative to the exact step and its gradient: {time} and {variance}.")
     tables = (_decisions_table(plan), *([_rows_table(plan)] if plan.rows else []))
-    figures = (partial(_timeline_figure, plan),) if len(plan.timeline) > 1 else ()
+    figures = (partial(_timeline_figure, plan),) if len(plan.timeline) > 1 and not plan.untouched else ()
     yield Section("Memory", (" ".join(text),), tables, figures)
 
 

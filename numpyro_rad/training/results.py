@@ -312,6 +312,7 @@ def plan_record(plan: Plan, sites: list[str], temporary_bytes: int | None) -> Pl
         predicted.added_seconds if predicted is not None else None,
         predicted.added_variance if predicted is not None else None,
         _both_timelines(plan),
+        untouched=plan.untouched,
     )
 
 
