@@ -15,6 +15,10 @@ import numpyro_rad.ad.sweep
 import numpyro_rad.planning.decision
 import numpyro_rad.planning.worth
 
+# The small models of the tests stand for large ones, which are not left to JAX.
+UNTOUCHED_BYTES = numpyro_rad.planning.worth.UNTOUCHED_BYTES
+numpyro_rad.planning.worth.UNTOUCHED_BYTES = 0
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -74,11 +78,10 @@ def ctrl_c():
 
 
 @pytest.fixture(autouse=True)
-def small_models_are_planned(monkeypatch, request):
-    """The small models of the tests stand for large ones, which are not left to JAX. A test, or a module, that is
-    marked ``untouched`` sees what users of small models see."""
-    if request.node.get_closest_marker("untouched") is None:
-        monkeypatch.setattr(numpyro_rad.planning.worth, "UNTOUCHED_BYTES", 0)
+def as_users_see_it(monkeypatch, request):
+    """Tests that are marked ``untouched`` see what users of small models see."""
+    if request.node.get_closest_marker("untouched") is not None:
+        monkeypatch.setattr(numpyro_rad.planning.worth, "UNTOUCHED_BYTES", UNTOUCHED_BYTES)
 
 
 @pytest.fixture
