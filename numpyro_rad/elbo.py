@@ -29,7 +29,7 @@ from numpyro_rad.mistakes import is_key, options_of, shown
 from numpyro_rad.planning import plans
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Options, Planner, parse_bytes
-from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves
+from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves, taking_arrays
 from numpyro_rad.wording import arguments_text, call_text
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
@@ -327,12 +327,9 @@ class RAD_ELBO(Trace_ELBO):
         for _ in range(8):
             self.planner = dataclasses.replace(before, memory_budget=budget, codec=None, added_variance=None, plan=None)
             try:
-                update = jax.jit(lambda state, *rest: svi.update(state, *rest, **kwargs))  # traced anew for each plan
-                sizes: Any = update.lower(svi_state, *args).compile().memory_analysis()
+                step = _step_bytes(svi, svi_state, args, kwargs)
             except BudgetError:
                 break
-            step = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-            step += sizes.temp_size_in_bytes
             if step <= limit:
                 return budget
             smallest = min(smallest, step)
@@ -394,6 +391,20 @@ class RAD_ELBO(Trace_ELBO):
             if not _jax.is_traced(value):
                 return value
         return randomized(run, self.planner, seed, site_leaves(param_map))
+
+
+def _step_bytes(svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """Bytes that a whole compiled ``svi.update`` takes, its arguments and results included."""
+
+    def update(svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # a new function, traced for a new plan
+        return svi.update(svi_state, *args, **kwargs)
+
+    run, arrays = taking_arrays(update, args, kwargs, svi_state)
+    sizes = run.lower(arrays, svi_state).compile().memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    if not arrays:  # what the model looks at is a constant of the program
+        held += sum(x.nbytes for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "nbytes"))
+    return held + sizes.temp_size_in_bytes
 
 
 def _check_operands(rng_key: Any, param_map: Any, model: Any, guide: Any) -> None:

@@ -169,10 +169,16 @@ def looks_at_numbers(f: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def with_arguments(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> Callable:
-    """``f(*operands, args, kwargs)`` compiled, as a function of the operands.
+    """``f(*operands, args, kwargs)`` compiled, as a function of the operands; see :func:`taking_arrays`."""
+    run, arrays = taking_arrays(f, args, kwargs, *like)
+    return partial(run, arrays)
+
+
+def taking_arrays(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> tuple[Any, list[Any]]:
+    """``f(*operands, args, kwargs)`` under ``jax.jit``, as a function of arrays and operands; and these arrays.
 
     Arrays among the arguments are handed to the compiled function: as constants of it they would be copied into it,
-    more than once. Where ``f`` looks at their numbers they are constants all the same.
+    more than once. Where ``f`` looks at their numbers they are constants all the same, and the list is empty.
 
     :param like: operands, of which only shapes and dtypes matter.
     """
@@ -185,7 +191,7 @@ def with_arguments(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any)
             if not traced:
                 raise
         else:
-            return partial(run, arrays)
+            return run, arrays
     raise AssertionError  # the second pass returns or raises
 
 

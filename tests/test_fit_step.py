@@ -63,6 +63,24 @@ def test_the_whole_step_fits(model, share):
     assert np.isfinite(loss)
 
 
+def by_group(x, y):
+    """A model that looks at its data."""
+    offset = numpyro.sample("offset", dist.Normal(0.0, 1.0).expand([int(y.max()) + 1]).to_event(1))
+    numpyro.sample("x", dist.Normal(jnp.tanh(offset[y]), 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.slow
+def test_a_model_that_looks_at_its_data():
+    """The data are constants of its program, and count all the same."""
+    x, group = X[:4096].ravel(), np.arange(4096 * 8) % 7
+    svi = SVI(by_group, AutoNormal(by_group), optax.adam(1e-3), RAD_ELBO())
+    state = svi.init(jax.random.key(0), x, group)
+    assert svi.loss.fit_step(svi, state, "1GiB", x, group) == 2**30
+    with pytest.raises(BudgetError) as caught:
+        svi.loss.fit_step(svi, state, x.nbytes, x, group)
+    assert caught.value.smallest_bytes > x.nbytes + group.nbytes
+
+
 @pytest.mark.slow
 def test_a_step_that_cannot_fit_says_what_it_takes_and_changes_nothing():
     elbo = RAD_ELBO()

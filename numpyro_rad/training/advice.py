@@ -25,7 +25,7 @@ from numpyro_rad.mistakes import check_fit, shown
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.planning.worth import SMALL_BYTES, Option, percent, recommended
-from numpyro_rad.training.steps import split
+from numpyro_rad.transform import taking_arrays
 from numpyro_rad.wording import size_text
 
 _SHARES = (0.2, 0.1, 0.05)  # of the exact residuals, for the budgets that are tried
@@ -160,25 +160,14 @@ class _Trial:
         self.added_variance = plan.predicted.added_variance if plan.predicted is not None else 0.0
 
     def _compile(self, svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        first: Exception | None = None
-        for traced in (True, False):  # a model may look at its arguments
-            arrays, merge = split(args, kwargs, traced)
+        def step(state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return SVI.update(svi, state, *args, **kwargs)
 
-            def step(state: Any, arrays: list[Any], merge: Any = merge) -> Any:
-                args, kwargs = merge(arrays)
-                return SVI.update(svi, state, *args, **kwargs)
-
-            try:
-                compiled = jax.jit(step).lower(svi_state, arrays).compile()
-            except (TypeError, jax.errors.JAXTypeError) as error:
-                first = first or error
-                continue
-            sizes = compiled.memory_analysis()
-            self.temporary_bytes = None if sizes is None else int(sizes.temp_size_in_bytes)
-            self.run = partial(compiled, svi_state, arrays)
-            return
-        assert first is not None
-        raise first
+        run, arrays = taking_arrays(step, args, kwargs, svi_state)
+        compiled = run.lower(arrays, svi_state).compile()
+        sizes = compiled.memory_analysis()
+        self.temporary_bytes = None if sizes is None else int(sizes.temp_size_in_bytes)
+        self.run = partial(compiled, arrays, svi_state)
 
     def time(self) -> None:
         """Take one step."""
