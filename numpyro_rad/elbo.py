@@ -25,7 +25,7 @@ from numpyro.primitives import Messenger
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_state
-from numpyro_rad.mistakes import is_key, options_of, shown
+from numpyro_rad.mistakes import is_key, kwargs_checked, options_of, shown
 from numpyro_rad.planning import plans
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Options, Planner, parse_bytes
@@ -225,6 +225,7 @@ class RAD_ELBO(Trace_ELBO):
         found.planner = self.planner.pinned(plan.to_dict())
         return found
 
+    @kwargs_checked
     def calibrate(
         self,
         svi: SVI,
@@ -305,6 +306,7 @@ class RAD_ELBO(Trace_ELBO):
         self.planner = dataclasses.replace(self.planner, calibration=found)
         return found
 
+    @kwargs_checked
     def fit_step(self, svi: SVI, svi_state: Any, total: int | str, *args: Any, **kwargs: Any) -> int:
         """Choose ``memory_budget`` such that one whole ``svi.update`` fits into so much memory.
 

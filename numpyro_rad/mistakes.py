@@ -1,7 +1,8 @@
 """What a caller's mistake is told in: values in a few words, and the option that was meant where a name is misspelt.
 
 A message says what was handed over, so it has to be short whatever that is: :func:`shown`. Functions with options are
-decorated with :func:`names_checked`, or :func:`options_of` where a dataclass says what the options are.
+decorated with :func:`names_checked`, :func:`options_of` where a dataclass says what the options are, or
+:func:`kwargs_checked` where all other names belong to the model.
 """
 
 from __future__ import annotations
@@ -122,6 +123,48 @@ def names_checked(f: F, known: Iterable[str] = ()) -> F:
         for name in kwargs:
             if name not in taken:
                 raise misspelt(called, name, names)
+        return f(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def check_names(method: Callable, fns: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keyword arguments for model and guide that are misspelt options.
+
+    :param method: whose options they may have been meant for.
+    :raises TypeError: if model or guide cannot take one that is spelled much like an option.
+    """
+    options = [p.name for p in inspect.signature(method).parameters.values() if p.kind in _NAMED and p.name != "self"]
+    for name in kwargs:
+        question = meant(name, options)
+        refusing = next((fn for fn in fns if not _takes(fn, name)), None)
+        if question and refusing is not None:
+            called = method.__qualname__.removesuffix(".__init__")
+            raise TypeError(f"{called} has no option {name}=, and {shown(refusing)} does not take it. {question}")
+
+
+def _takes(fn: Any, name: str) -> bool:
+    """Whether a keyword argument can be handed to it, as far as one can see."""
+    try:
+        parameters = inspect.signature(fn, follow_wrapped=False).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def kwargs_checked(f: F) -> F:
+    """``f`` of an ``SVI`` whose ``**kwargs`` go to model and guide, with a word where one is a misspelt option.
+
+    The ``SVI`` is one of the first two arguments, or what the first one has as ``svi``.
+    """
+    own = frozenset(p.name for p in inspect.signature(f).parameters.values() if p.kind in _NAMED)
+
+    @functools.wraps(f)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        first = (*args[:2], *(getattr(x, "svi", None) for x in args[:1]), kwargs.get("svi"))
+        svi = next((x for x in first if hasattr(x, "model") and hasattr(x, "guide")), None)
+        if svi is not None:
+            check_names(f, (svi.model, svi.guide), {name: x for name, x in kwargs.items() if name not in own})
         return f(*args, **kwargs)
 
     return checked  # type: ignore[return-value]

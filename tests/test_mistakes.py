@@ -346,3 +346,39 @@ def test_explain_of_what_has_no_plan():
             explain(rad(jnp.sum), *args)
     with pytest.raises(TypeError, match="svi_state is None"):
         explain(small(), None)
+
+
+MISSPELT = {
+    "gradient_variance": (numpyro_rad.gradient_variance, {"draw": 4}, "draws"),
+    "shadow": (
+        lambda svi, _, *args, **kwargs: numpyro_rad.shadow(svi, KEY, 2, *args, **kwargs),
+        {"num_seed": 2},
+        "num_seeds",
+    ),
+    "fit_quality": (numpyro_rad.fit_quality, {"max_particle": 4}, "max_particles"),
+    "to_arviz": (numpyro_rad.to_arviz, {"key": KEY, "num_sample": 4}, "num_samples"),
+    "advise": (numpyro_rad.advise, {"repeat": 1}, "repeats"),
+    "explain": (numpyro_rad.explain, {"argnum": 1}, "argnums"),
+    "plan_figure": (numpyro_rad.plan_figure, {"budget": ["1MiB"]}, "budgets"),
+    "calibrate": (lambda svi, *rest, **kwargs: svi.loss.calibrate(svi, *rest, **kwargs), {"draw": 4}, "draws"),
+    "fit_step": (lambda svi, *rest, **kwargs: svi.loss.fit_step(svi, *rest, **kwargs), {"totl": "1GiB"}, "total"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_misspelt_options_of_functions_whose_keywords_go_to_the_model(name):
+    function, options, option = MISSPELT[name]
+    svi = small()
+    state = svi.init(KEY, X, Y)
+    (wrong,) = options.keys() - {"key"}
+    with pytest.raises(TypeError, match=rf"{name} has no option {wrong}=.*linear.* does not take it.*{option}="):
+        function(svi, state, X, Y, **options)
+
+
+def test_keywords_that_the_model_takes_are_its_own():
+    def draw_counts(x, draw):
+        numpyro.sample("w", dist.Normal(float(draw), 1.0))
+
+    svi = RAD_SVI(draw_counts, AutoNormal(draw_counts), OPTIM, tracking=None)
+    state = svi.init(KEY, X, draw=3)
+    assert np.isfinite(numpyro_rad.gradient_variance(svi, state, X, draw=3, draws=2).total.total.value)

@@ -37,6 +37,7 @@ from numpyro_rad.diagnostics.plates import on_all_data
 from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import values_of, watched_state
+from numpyro_rad.mistakes import kwargs_checked
 from numpyro_rad.transform import with_arguments
 from numpyro_rad.wording import number, signed_text
 
@@ -55,6 +56,7 @@ _FEWER = "Pass fewer rows, or assess on a machine with more memory."
 _BLOCKS = 20  # of steps over which a shadow run averages
 
 
+@kwargs_checked
 def fit_quality(
     svi: SVI,
     fit: Any,
@@ -305,6 +307,7 @@ class Shadow:
         )
 
 
+@kwargs_checked
 def shadow(svi: SVI, rng_key: Any, num_steps: int, *args: Any, num_seeds: int = 4, **kwargs: Any) -> Shadow:
     """Run SVI with the randomized ELBO and with its exact base, from the same start and on the same keys.
 

@@ -40,7 +40,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVariance
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_keys
 from numpyro_rad.fits import state_of
-from numpyro_rad.mistakes import check_initialised
+from numpyro_rad.mistakes import check_initialised, kwargs_checked
 from numpyro_rad.planning.planner import Planner, VarianceWarning
 from numpyro_rad.transform import named_leaves, site_leaves
 
@@ -55,6 +55,7 @@ PATH, GUIDE, MINIBATCH, NORM = range(4)  # columns of what a replicate is reduce
 _PARTS = (PATH, GUIDE, MINIBATCH)
 
 
+@kwargs_checked
 def gradient_variance(
     svi: SVI,
     svi_state: Any,

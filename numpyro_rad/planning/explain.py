@@ -15,7 +15,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Edge, Graph, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
-from numpyro_rad.mistakes import is_key, shown
+from numpyro_rad.mistakes import is_key, kwargs_checked, shown
 from numpyro_rad.planning.worth import UNTOUCHED
 from numpyro_rad.wording import LITTLE, change_text, saving_text, size_text
 
@@ -188,6 +188,7 @@ def _prediction(predicted: Prediction) -> str:
     return text + "."
 
 
+@kwargs_checked
 def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs: Any) -> Explanation:
     """What the plan for ``target`` stores, recomputes and encodes. Traces the program and runs nothing.
 

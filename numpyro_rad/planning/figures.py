@@ -18,6 +18,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
 from numpyro_rad.ad.plan import BudgetError, Plan, recompute_leaves
 from numpyro_rad.ad.sweep import split_reads
+from numpyro_rad.mistakes import kwargs_checked
 from numpyro_rad.planning.explain import plan_of, planner_of
 from numpyro_rad.planning.planner import Planner, parse_bytes
 
@@ -41,6 +42,7 @@ class _Change:
     delta: float
 
 
+@kwargs_checked
 def plan_figure(
     target: Any,
     *args: Any,

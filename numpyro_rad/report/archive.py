@@ -21,6 +21,7 @@ from numpyro.infer import SVI
 from numpyro_rad.diagnostics.draws import Draws, collected
 from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, Validation, to_dict
 from numpyro_rad.fits import values_of, watched_state
+from numpyro_rad.mistakes import kwargs_checked
 
 SAMPLE = ("chain", "draw")
 
@@ -32,6 +33,7 @@ _NOTE = (
 _RESERVED = (*SAMPLE, "sample")  # the last is what ArviZ calls chain and draw when it stacks them
 
 
+@kwargs_checked
 def to_arviz(
     svi: SVI,
     result: Any,

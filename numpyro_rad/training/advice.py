@@ -21,7 +21,7 @@ from numpyro.infer.svi import SVI
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.mistakes import check_fit, shown
+from numpyro_rad.mistakes import check_fit, kwargs_checked, shown
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.planning.worth import SMALL_BYTES, Option, percent, recommended
@@ -66,6 +66,7 @@ class Advice:
         return "\n".join([*lines, "", self.sentence])
 
 
+@kwargs_checked
 def advise(
     svi: SVI,
     svi_state: Any,

@@ -19,7 +19,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 
 from numpyro_rad.diagnostics.tracking import Tracking
-from numpyro_rad.mistakes import is_key, meant, shown
+from numpyro_rad.mistakes import is_key, shown
 from numpyro_rad.training.checkpoints import Checkpoint
 from numpyro_rad.training.validation import Plateau
 
@@ -164,30 +164,6 @@ def _check_batches(batches: Any) -> None:
                 "of one batch belong into a tuple: batches=[(x, y)]. Without minibatches hand them to run: "
                 "run(rng_key, num_steps, x, y)."
             )
-
-
-def check_names(method: Callable, fns: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keyword arguments for model and guide that are misspelt options.
-
-    :param method: whose options they may have been meant for.
-    :raises TypeError: if model or guide cannot take one that is spelled much like an option.
-    """
-    options = [p.name for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for name in kwargs:
-        question = meant(name, [option for option in options if option not in ("self", "args")])
-        refusing = next((fn for fn in fns if not _takes(fn, name)), None)
-        if question and refusing is not None:
-            called = method.__qualname__.removesuffix(".__init__")
-            raise TypeError(f"{called} has no option {name}=, and {shown(refusing)} does not take it. {question}")
-
-
-def _takes(fn: Any, name: str) -> bool:
-    """Whether a keyword argument can be handed to it, as far as one can see."""
-    try:
-        parameters = inspect.signature(fn, follow_wrapped=False).parameters
-    except (TypeError, ValueError):
-        return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @contextlib.contextmanager

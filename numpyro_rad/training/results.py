@@ -29,6 +29,7 @@ from numpyro_rad.diagnostics.records import Alarm, Convergence, FitRecord, PlanR
 from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import on_device, state_of
+from numpyro_rad.mistakes import kwargs_checked
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.figures import exact_timeline, timeline
 from numpyro_rad.report.sections import summary
@@ -106,6 +107,7 @@ class RAD_SVIRunResult(SVIRunResult):
             raise ValueError(f"format={format!r} is none of {', '.join(formats)}.")
         return formats[format](self.record)
 
+    @kwargs_checked
     def assess(
         self, *args: Any, key: Any = None, draws: int = 32, pareto_k: bool = True, **kwargs: Any
     ) -> RAD_SVIRunResult:
@@ -174,6 +176,7 @@ def _alarms_text(alarms: tuple[Alarm, ...]) -> str:
     return f"{len(alarms)} ({kinds}), the first at step {alarms[0].step:,}: {alarms[0].message}"
 
 
+@kwargs_checked
 def fit_record(
     svi: SVI, svi_state: Any, losses: Any, *args: Any, seconds: float = math.nan, **kwargs: Any
 ) -> FitRecord:
@@ -208,6 +211,7 @@ def fit_record(
     )
 
 
+@kwargs_checked
 def assessed(
     record: FitRecord,
     svi: SVI,

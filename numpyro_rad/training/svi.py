@@ -27,13 +27,12 @@ from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import is_result, on_device
-from numpyro_rad.mistakes import check_fit, check_state
+from numpyro_rad.mistakes import check_fit, check_names, check_state
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.training.arguments import (
     blamed,
     check_key,
-    check_names,
     check_parts,
     check_run,
     checked_callbacks,
