@@ -84,7 +84,8 @@ def test_a_resumed_run_looks_as_if_it_had_never_ended(tmp_path):
     for field in ("steps", "losses"):
         assert np.array_equal(getattr(rest.record.validation, field), getattr(whole.record.validation, field))
     assert "held-out data had not fallen for 2 looks" in rest.record.options["ending"]
-    other = run(1500, checkpoint=tmp_path, validate=(X_OUT[:9], Y_OUT[:9]))  # other data: another curve
+    with pytest.warns(UserWarning, match="has other data than the run that goes on"):  # of the same shape
+        other = run(1500, checkpoint=tmp_path, validate=(X_OUT + 1, Y_OUT))
     assert other.record.validation.steps.tolist()[-1] == len(other.losses)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpyro_rad.diagnostics.quality import loss_of_one_particle
 from numpyro_rad.diagnostics.records import Validation, from_dict, to_dict
 from numpyro_rad.elbo import NoiseKeys, loss_by_keys
 from numpyro_rad.fits import on_device
-from numpyro_rad.training.batches import words
+from numpyro_rad.training.fingerprint import checksum
 from numpyro_rad.training.steps import signature
 from numpyro_rad.transform import split
 
@@ -144,17 +145,23 @@ class Validator:
 
     def to_dict(self) -> dict[str, Any]:
         """All that :meth:`restore` needs, for ``json.dumps``."""
-        return {"record": to_dict(self.record), "data": self._words()}
+        return {"record": to_dict(self.record), "data": self._checksums()}
 
     def restore(self, data: dict[str, Any] | None) -> None:
-        """Go on where the validator was that :meth:`to_dict` took apart, if its data were like these."""
-        if data is None or data["record"] is None or data["data"] != self._words():
+        """Go on where the validator was that :meth:`to_dict` took apart, if its data were these."""
+        if data is None or data["record"] is None:
+            return
+        if data["data"] != self._checksums():
+            warnings.warn(
+                "validate= has other data than the run that goes on, so that the losses on held-out data begin here.",
+                stacklevel=2,
+            )
             return
         record = from_dict(Validation, data["record"])
         self._steps, self._losses = record.steps.tolist(), list(record.losses)
 
-    def _words(self) -> list[dict[str, str]]:
-        return [words(given) for given in self._given]
+    def _checksums(self) -> list[str]:
+        return [checksum(given) for given in self._given]
 
     def _function(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Callable:
         """``(state, args, kwargs) -> losses`` of all draws, one for all batches of the same size."""
