@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # records, reports, messages and the loop of a run are our own: the newest versions try them.
 DEPENDS_ON_VERSIONS = frozenset(
     """archive bases checkpoints effects elbo exactness invariants lines modules primitives structure transformed
-    warnings""".split()
+    untouched warnings""".split()
 )
 
 
