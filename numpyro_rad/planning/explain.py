@@ -95,11 +95,7 @@ class Explanation:
         last = ("total", "", "", saving, size_text(self.exact_bytes), "", size_text(self.stored_bytes), "")
         text = _aligned([header, *body], last, right={4, 5, 6, 7})
         text.append("The residuals one by one: explain(...).table().")
-        if self.untouched:
-            text.append(UNTOUCHED)
-        elif self.predicted is not None:
-            text.append("Predicted: " + _prediction(self.predicted))
-        return "\n".join(text)
+        return "\n".join([*text, *self._outlook()])
 
     def table(self) -> str:
         """All residuals, one row each, in the order of the program."""
@@ -127,9 +123,13 @@ class Explanation:
             text.append(
                 "Kept exactly by the safe default (no rule, or none that is unbiased): " + ", ".join(self.defaults)
             )
-        if self.predicted is not None:
-            text.append("Predicted: " + _prediction(self.predicted))
-        return "\n".join(text)
+        return "\n".join([*text, *self._outlook()])
+
+    def _outlook(self) -> list[str]:
+        """What is said of the plan as a whole, below its rows."""
+        if self.untouched:
+            return [UNTOUCHED]
+        return [] if self.predicted is None else ["Predicted: " + _prediction(self.predicted)]
 
 
 def _exact_bytes(rows: Sequence[Row]) -> int:
