@@ -20,7 +20,6 @@ from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph, site_name
-from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
@@ -60,7 +59,7 @@ class Program:
     def graph(self, active: tuple[bool, ...]) -> Graph:
         """The linearized graph for the differentiated ones among the operands."""
         if active not in self._graphs:
-            self._graphs[active] = linearize(self._jaxpr, active)
+            self._graphs[active] = self._planner.graph(self._jaxpr, active)
         return self._graphs[active]
 
     def plan(self, active: tuple[bool, ...]) -> Plan:

@@ -375,8 +375,8 @@ def kill_and_resume(tmp_path, kills, seed):
 
 
 @pytest.mark.slow
-def test_kill_and_resume_six_times(tmp_path):
-    kill_and_resume(tmp_path, 6, seed=1)
+def test_kill_and_resume_three_times(tmp_path):
+    kill_and_resume(tmp_path, 3, seed=1)
 
 
 def test_ctrl_c_saves(tmp_path, ctrl_c):

@@ -157,7 +157,7 @@ def enumerated_clusters():
             numpyro.sample("y", dist.Normal(loc[cluster], 0.5), obs=y)
 
     guide = normal(handlers.block(handlers.seed(model, 0), hide=["cluster"]))
-    return Case(model=model, guide=guide, args=(Y,), base=TraceEnum_ELBO, no_k_hat="enumerate")
+    return Case(model=model, guide=guide, args=(Y,), base=TraceEnum_ELBO, no_k_hat="summed over")
 
 
 # -- guides ------------------------------------------------------------------------------------------------------------

@@ -233,6 +233,11 @@ def retrace(run: Callable[[Sequence[Any]], list[Any]], jaxpr: Jaxpr) -> Jaxpr:
     return jax.make_jaxpr(lambda *args: run(args))(*_structs(avals))
 
 
+def program(f: Callable[..., list[Any]], like: Sequence[Any]) -> Jaxpr:
+    """The program of a function of flat inputs at arrays or types like these."""
+    return jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(jnp.shape(a), a.dtype) for a in like))
+
+
 def _structs(avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in avals]
 
@@ -242,7 +247,7 @@ def run_again(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
 
     Of ``jax.checkpoint`` that is its body: the call itself would run a third time, and so often would it print.
     """
-    if equation.primitive.name in ("checkpoint", "remat2"):  # by the version of JAX
+    if equation.primitive.name in _CHECKPOINT:
         return evaluate(closed(equation.params["jaxpr"]), args)
     return bind(equation, args)
 
@@ -255,6 +260,16 @@ def inlined_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
     name = _INLINED.get(equation.primitive.name)
     body = None if name is None else closed(equation.params[name])
     return None if body is None or has_references(body) else body
+
+
+_CHECKPOINT = ("checkpoint", "remat2")  # by the version of JAX
+_FOLLOWED = {"custom_jvp_call": "call_jaxpr", **dict.fromkeys(_CHECKPOINT, "jaxpr")}
+
+
+def followed_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
+    """What a call computes that says how it is differentiated (``jax.custom_jvp``, ``jax.checkpoint``), else None."""
+    name = _FOLLOWED.get(equation.primitive.name)
+    return None if name is None else closed(equation.params[name])
 
 
 def acts(equation: JaxprEquation) -> bool:

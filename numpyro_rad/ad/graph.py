@@ -115,9 +115,28 @@ class Split:
         return True
 
 
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """A part of a program that runs slice by slice, forward and backward together.
+
+    :ivar number: of the slices.
+    :ivar axis_size: the length of the axis that is cut.
+    :ivar bytes_each: what one slice holds between its two sweeps.
+    :ivar line: the user's line where the axis is summed up.
+    """
+
+    number: int
+    axis_size: int
+    bytes_each: int
+    line: str
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Graph:
-    """Primal program, tangent program and how both begin and end."""
+    """Primal program, tangent program and how both begin and end.
+
+    :ivar slices: the part that is run in slices, whose gradient is known when the forward sweep has come to its end.
+    """
 
     inputs: list[Value]
     equations: list[Equation]
@@ -126,6 +145,7 @@ class Graph:
     edges: list[Edge]
     tangent_outputs: list[Value | None]
     producer: dict[Value, Equation] = dataclasses.field(default_factory=dict)
+    slices: Slices | None = None
 
     def finish(self) -> Graph:
         """Drop edges that lead nowhere, index producers."""

@@ -18,22 +18,29 @@ import jax
 
 from numpyro_rad.ad import _jax, elementwise, rules, scalars
 from numpyro_rad.ad.elementwise import ONE, Coefficients, LinearForm
-from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Slices, Split, Value
 from numpyro_rad.ad.invariants import hoist
 
 
-def linearize(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
+def linearize(
+    jaxpr: _jax.Jaxpr,
+    active: Sequence[bool],
+    rewritten: Callable[[_jax.Jaxpr], tuple[_jax.Jaxpr, Slices | None]] | None = None,
+) -> Graph:
     """The LCG of ``jaxpr`` with respect to the active ones among its inputs.
 
     :param jaxpr: a traced program.
     :param active: one flag for each input: whether its cotangent is wanted.
+    :param rewritten: from the program of primals and tangents to one that computes the same, with a part in slices.
     :return: a graph whose tangent outputs are aligned with the program's outputs (None: no or zero tangent).
     """
     both, has_tangent = _jax.jvp_jaxpr(hoist(jaxpr), active)
     is_tangent = [False] * len(active) + [True] * sum(active)
+    both, slices = (both, None) if rewritten is None else rewritten(both)
     graph, results, coefficients = split(both, is_tangent)
     n_outs = len(has_tangent)
     tangents = iter(tangent for _, tangent in results[n_outs:])
+    graph.slices = slices
     graph.outputs = [atom for atom, _ in results[:n_outs]]  # type: ignore[misc]
     graph.tangent_outputs = [next(tangents) if on else None for on in has_tangent]
     scalars.collect(graph.finish(), coefficients, free=graph.inputs)
@@ -48,7 +55,7 @@ def split(
     :return: the graph (outputs still to be set by the caller), for each output of the jaxpr the pair (primal atom or
         None, tangent or None), and what adds coefficients to the primal program.
     """
-    flat = _Flat()
+    flat = Flat()
     inputs = [flat.value(v.aval) for v in jaxpr.jaxpr.invars]
     flat.tangents.update(v for v, t in zip(inputs, is_tangent, strict=True) if t)
     results = flat.read(jaxpr, inputs)
@@ -77,10 +84,14 @@ class _Step:
         return self.equation.primitive.name
 
 
-class _Flat:
-    """A jaxpr as one list of steps, calls opened, and which of its values are tangents."""
+class Flat:
+    """A jaxpr as one list of steps, calls opened, and which of its values are tangents.
 
-    def __init__(self) -> None:
+    :param whole: whether cheap calls without tangents are opened, too.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
         self.steps: list[_Step] = []
         self.tangents: set[Atom] = set()
         self.n_values = 0
@@ -102,7 +113,7 @@ class _Flat:
             operands = [look_up(a) for a in equation.invars]
             flags = [o in self.tangents for o in operands]
             inner = _jax.inlined_jaxpr(equation)
-            if inner is not None and (any(flags) or not rules.is_cheap(equation)):
+            if inner is not None and (self.whole or any(flags) or not rules.is_cheap(equation)):
                 env.update(zip(equation.outvars, self.read(inner, operands), strict=True))
                 continue
             results = [self.value(v.aval) for v in equation.outvars]
@@ -117,7 +128,7 @@ class _Flat:
 class _Builder:
     """Emits the equations and edges of a flat program, in order."""
 
-    def __init__(self, flat: _Flat, results: list[Atom]) -> None:
+    def __init__(self, flat: Flat, results: list[Atom]) -> None:
         self.flat = flat
         self.equations: list[Equation] = []
         self.edges: list[Edge] = []
@@ -409,11 +420,15 @@ def _scan_tangents(equation: Any, flags: Sequence[bool]) -> tuple[list[bool], li
         ins[n_consts : n_consts + n_carry] = carry
 
 
-def _split_body(body: _jax.Jaxpr, ins: Sequence[bool], outs: Sequence[bool]) -> Graph:
+def split_body(body: _jax.Jaxpr, ins: Sequence[bool], outs: Sequence[bool], in_loop: bool = True) -> Graph:
+    """The graph of a part of a program, given which of its inputs and outputs are tangents.
+
+    :param in_loop: whether it runs several times before the backward sweep, so that its inputs are residuals, too.
+    """
     graph, results, coefficients = split(body, ins)
     graph.outputs = [p for (p, _), t in zip(results, outs, strict=True) if not t]  # type: ignore[misc]
     graph.tangent_outputs = [v for (_, v), t in zip(results, outs, strict=True) if t]
-    scalars.collect(graph.finish(), coefficients, free=())
+    scalars.collect(graph.finish(), coefficients, free=() if in_loop else graph.inputs)
     return graph.finish()
 
 
@@ -426,12 +441,12 @@ def _split_scan(equation: Any, flags: Sequence[bool]) -> tuple:
     params = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
     params["primal_counts"] = (consts.count(False), carry.count(False))
     params["tangent_counts"] = (consts.count(True), carry.count(True))
-    return (_split_body(body, ins, outs),), params, primal_at, tangent_at, outs
+    return (split_body(body, ins, outs),), params, primal_at, tangent_at, outs
 
 
 def _split_cond(equation: Any, flags: Sequence[bool]) -> tuple:
     ins, outs = list(flags[1:]), _cond_tangents(equation, list(flags))
-    graphs = tuple(_split_body(b, ins, outs) for b in _jax.cond_branches(equation))
+    graphs = tuple(split_body(b, ins, outs) for b in _jax.cond_branches(equation))
     primal_at = [0] + [i + 1 for i, t in enumerate(ins) if not t]
     tangent_at = [i + 1 for i, t in enumerate(ins) if t]
     return graphs, {}, primal_at, tangent_at, outs

@@ -158,6 +158,7 @@ class Plan:
             "segments": segments,
             "chain": self.chain_length,
             "untouched": self.untouched,
+            "slices": 1 if self.graph.slices is None else self.graph.slices.number,
         }
 
     def estimated(self, residual: Value) -> bool:

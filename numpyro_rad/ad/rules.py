@@ -17,7 +17,7 @@ import numpy as np
 
 from numpyro_rad.ad import _jax
 
-_ELEMENTWISE = """
+ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
 complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
 imag integer_pow is_finite le lgamma log log1p logistic lt le_to lt_to max min mul ne neg nextafter not
@@ -37,7 +37,7 @@ reduce_sum reduce_xor
 
 _RANDOM = "random_bits threefry2x32 random_wrap random_unwrap random_split random_fold_in random_seed".split()
 
-CHEAP = frozenset(_ELEMENTWISE + _STRUCTURAL + _REDUCTIONS + _RANDOM)
+CHEAP = frozenset(ELEMENTWISE + _STRUCTURAL + _REDUCTIONS + _RANDOM)
 """Primitives of the primal program that may be run again in the backward sweep."""
 
 _REARRANGEMENTS = frozenset([*_STRUCTURAL, *_RANDOM, "convert_element_type", "copy"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.graph import Edge, Graph, Split, Value, sites
+from numpyro_rad.ad.graph import Edge, Graph, Slices, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
 from numpyro_rad.mistakes import is_key, kwargs_checked, shown
 from numpyro_rad.planning.worth import UNTOUCHED
@@ -64,6 +64,8 @@ class Explanation:
     :ivar predicted: what the plan is expected to cost; None where nothing is predicted.
     :ivar untouched: whether the program is left to JAX's own reverse mode. The rows are then what there is to store;
         JAX may store other arrays in their place, before the compiler drops those that it makes again.
+    :ivar slices: the part of the program that runs slice by slice, if there is one. Of that part the rows have the
+        gradient in what it takes.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +75,7 @@ class Explanation:
     program: str = ""
     predicted: Prediction | None = None
     untouched: bool = False
+    slices: Slices | None = None
 
     def __str__(self) -> str:
         """A summary: residuals by line and site, the largest first, those under 1 % of all together in one row."""
@@ -129,7 +132,16 @@ class Explanation:
         """What is said of the plan as a whole, below its rows."""
         if self.untouched:
             return [UNTOUCHED]
-        return [] if self.predicted is None else ["Predicted: " + _prediction(self.predicted)]
+        told = [] if self.slices is None else [_in_slices(self.slices)]
+        return told if self.predicted is None else [*told, "Predicted: " + _prediction(self.predicted)]
+
+
+def _in_slices(slices: Slices) -> str:
+    where = f" at {slices.line}" if slices.line else ""
+    return (
+        f"What has the axis of {slices.axis_size} that is summed up{where} runs in {slices.number} slices, forward and "
+        f"backward together: each holds {size_text(slices.bytes_each)} meanwhile, and its gradient stays."
+    )
 
 
 def _exact_bytes(rows: Sequence[Row]) -> int:
@@ -250,7 +262,7 @@ def explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
     rows = tuple(_rows(plan, labels))
     exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
     fixed = plan.graph.fingerprint(), plan.predicted, plan.untouched
-    return Explanation(rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), *fixed)
+    return Explanation(rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), *fixed, plan.graph.slices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import numbers
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
@@ -23,7 +23,7 @@ from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
-from numpyro_rad.planning import decision, plans, worth
+from numpyro_rad.planning import decision, plans, slicing, worth
 from numpyro_rad.planning.decision import Wanted
 from numpyro_rad.planning.noise import EqualShares, Flow
 from numpyro_rad.wording import arguments_text, call_text
@@ -97,6 +97,7 @@ class Options(TypedDict, total=False):
     added_variance: float | None
     plan: Mapping[str, Any] | None
     exact: bool
+    slices: int | None
     objective: str
     offload: bool
     overrides: Mapping[Rule, Codec]
@@ -116,6 +117,10 @@ class Planner:
         the one of fewest bytes. More than 10 counts as 10: nobody can use such a gradient.
     :param plan: a saved plan (the dictionary of :meth:`Plan.to_dict`), for the program that it was made for.
     :param exact: no codes: recompute and keep only. Gradients are then exact.
+    :param slices: in how many slices to run the part of the model in which an axis, of rows or of particles for
+        instance, stays to itself until it is summed up; forward and backward together, so that only one slice's
+        residuals are alive. 1 for none. By default a memory budget chooses, on a single device. Values and gradients
+        are equal up to the rounding of sums. Where there is no such part nothing is cut.
     :param objective: with a budget, ``"balanced"`` for the least sum of added time and variance, ``"time"`` or
         ``"variance"`` for the least of one.
     :param offload: whether exact values of 1 MiB or more, outside of loops, may wait in the memory of the host, where
@@ -133,6 +138,7 @@ class Planner:
     added_variance: float | None = None
     plan: Mapping[str, Any] | None = None
     exact: bool = False
+    slices: int | None = None
     objective: str = "balanced"
     offload: bool = False
     overrides: Mapping[Rule, Codec] = dataclasses.field(default_factory=dict)
@@ -168,6 +174,13 @@ class Planner:
         for name in ("exact", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: True or False is expected.")
+        if self.slices is not None:
+            if isinstance(self.slices, bool) or not isinstance(self.slices, numbers.Integral):
+                raise TypeError(f"slices={self.slices!r}: a number of slices is expected, such as 8; 1 for none.")
+            if self.slices < 1:
+                raise ValueError(f"slices={self.slices}: there is at least 1 slice, which is the whole.")
+            if self.plan is not None:
+                raise ValueError("plan= and slices= exclude each other: a saved plan knows its slices.")
         if self.calibration is not None and not hasattr(self.calibration, "variance_model"):
             raise TypeError(f"calibration={self.calibration!r} is none. Pass what RAD_ELBO.calibrate returned.")
         if self.objective not in decision.OBJECTIVES:
@@ -191,13 +204,30 @@ class Planner:
 
     def pinned(self, saved: Mapping[str, Any]) -> Planner:
         """This planner with a saved plan (:meth:`Plan.to_dict`) in the place of whatever chooses one."""
-        return dataclasses.replace(self, plan=saved, codec=None, memory_budget=None, added_variance=None, exact=False)
+        return dataclasses.replace(
+            self, plan=saved, codec=None, memory_budget=None, added_variance=None, exact=False, slices=None
+        )
 
     def leaves_alone(self, n_bytes: int) -> bool:
         """Whether a program that stores so many bytes, or fewer, is left to JAX."""
         chosen = (self.codec, self.memory_budget, self.added_variance, self.plan)
-        free = all(option is None for option in chosen) and not (self.exact or self.offload or self.overrides)
+        free = all(option is None for option in chosen) and self.slices in (None, 1)
+        free = free and not (self.exact or self.offload or self.overrides)
         return free and n_bytes < worth.UNTOUCHED_BYTES
+
+    def graph(self, jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
+        """The linearized graph of a program, with the part in slices that shall be.
+
+        :param active: which of its inputs are differentiated.
+        """
+        number = self.slices if self.plan is None else self.plan.get("slices", 1)
+        if number is None and self.memory_budget is not None:
+
+            def smallest(graph: Graph) -> int:
+                return plans.make_plan(graph, Wanted(self._codecs(graph, {}))).stored_bytes
+
+            return slicing.graph_within(jaxpr, active, parse_bytes(self.memory_budget), smallest)
+        return slicing.graph_of(jaxpr, active, number or 1)
 
     def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a program.
@@ -224,7 +254,8 @@ class Planner:
         if self.added_variance is not None:
             return plans.plan_for_variance(graph, self.added_variance, wanted)
         if self.memory_budget is not None:
-            return self._warned(plans.plan_within(graph, parse_bytes(self.memory_budget), wanted))
+            in_slices = 0 if graph.slices is None else graph.slices.bytes_each
+            return self._warned(plans.plan_within(graph, parse_bytes(self.memory_budget), wanted, in_slices))
         if self.exact or self.codec is not None:
             return plans.make_plan(graph, wanted)
         return plans.balanced_plan(graph, wanted)

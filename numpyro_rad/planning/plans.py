@@ -59,8 +59,8 @@ def balanced_plan(graph: Graph, wanted: Wanted) -> Plan:
     return decision.plan(solver.priced(decision.priced(), 1 / max(1, decision.residual_bytes)))
 
 
-def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
-    """The plan of least cost that holds at most ``budget_bytes``.
+def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted, in_slices: int = 0) -> Plan:
+    """The plan of least cost that holds at most ``budget_bytes``, of which slices hold ``in_slices`` while they run.
 
     Where one pass over a loop would cost more than to run it twice, or would not fit, cutting the loop into segments is
     tried as well.
@@ -72,7 +72,7 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
     decisions = [Decision(graph, wanted)]
     for decision in decisions:  # grows while it is read
         try:
-            solution = search.within(decision, budget_bytes)
+            solution = search.within(decision, budget_bytes - in_slices)
         except solver.Infeasible as error:
             solution = None
             too_large.append(decision.plan(error.smallest))
@@ -87,11 +87,12 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
     if best is not None:
         return best[0].plan(best[1])
     smallest = min(too_large, key=lambda plan: plan.stored_bytes)
+    least = smallest.stored_bytes + in_slices
     raise BudgetError(
-        f"memory_budget={budget_bytes} bytes is too small: this program stores at least {smallest.stored_bytes} "
-        f"bytes between its sweeps{_binding(smallest)}. Try memory_budget={smallest.stored_bytes} or more, a "
+        f"memory_budget={budget_bytes} bytes is too small: this program stores at least {least} "
+        f"bytes between its sweeps{_binding(smallest)}. Try memory_budget={least} or more, a "
         "smaller minibatch or fewer particles.",
-        smallest.stored_bytes,
+        least,
     )
 
 

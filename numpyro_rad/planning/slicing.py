@@ -1,0 +1,80 @@
+"""In how many slices to run the part of a program in which an axis stays to itself (``ad.slices``).
+
+Slices take next to no time, add no variance and store the gradient of the part alone. So where a program does not fit
+into a budget as it is, slices come first, as few as it takes; whatever else there is to store is planned as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.graph import Graph
+from numpyro_rad.ad.linearize import linearize
+from numpyro_rad.ad.plan import Plan
+from numpyro_rad.ad.slices import MOST_UNROLLED, Part, find
+from numpyro_rad.planning import decision, plans
+
+MOST_SLICES = 64
+"""Slices that are tried of themselves, at most."""
+
+
+def exact_plan(graph: Graph) -> Plan:
+    """The plan of a slice: nothing in it is random, and what is cheap is computed again."""
+    return plans.make_plan(graph, decision.Wanted(decision.any_of(())))
+
+
+def graph_of(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int) -> Graph:
+    """The linearized graph of a program in which what can be run in slices is run in so many."""
+    if n_slices == 1:
+        return linearize(jaxpr, active)
+
+    def rewritten(program: _jax.Jaxpr) -> tuple:
+        part = find(program, active)
+        return (program, None) if part is None else part.cut(n_slices, exact_plan)
+
+    return linearize(jaxpr, active, rewritten)
+
+
+def graph_within(
+    jaxpr: _jax.Jaxpr, active: Sequence[bool], budget_bytes: int, smallest: Callable[[Graph], int]
+) -> Graph:
+    """The linearized graph of a program, with as few slices as make it fit into a budget.
+
+    :param smallest: the fewest bytes that a plan for a graph stores.
+    """
+    whole = linearize(jaxpr, active)
+    # among several devices a slice of a sharded axis would be fetched from all of them
+    if MOST_SLICES == 1 or jax.device_count() > 1 or plans.untouched_plan(whole).stored_bytes <= budget_bytes:
+        return whole
+    found: list[Part | None] = []
+
+    def look(program: _jax.Jaxpr) -> tuple:
+        found.append(find(program, active))
+        return program, None
+
+    linearize(jaxpr, active, look)
+    (part,) = found
+    if part is None or part.gradient_bytes > budget_bytes:
+        return whole
+    most = MOST_UNROLLED if part.slow_in_loops else MOST_SLICES
+    number = 2
+    while number <= most:
+        graph = linearize(jaxpr, active, lambda _, number=number: part.cut(number, exact_plan))
+        assert graph.slices is not None
+        room = budget_bytes - smallest(graph)
+        if graph.slices.bytes_each <= room:
+            return graph
+        if room <= 0 or graph.slices.number < number:  # the axis is too short
+            break
+        number = max(2 * number, _power_of_two(number * graph.slices.bytes_each / room))
+    return whole
+
+
+def _power_of_two(at_least: float) -> int:
+    number = 1
+    while number < at_least:
+        number *= 2
+    return number

@@ -1,0 +1,378 @@
+"""Parts of programs that run slice by slice: found where an axis stays to itself, exact, smaller, and left alone
+otherwise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import lax
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from test_random_programs import ARGS, INDEX, loss, seeded
+
+from numpyro_rad import RAD_ELBO, BudgetError, explain, rad
+from numpyro_rad.ad import axes
+from numpyro_rad.planning import slicing
+
+ROWS, INPUTS, HIDDEN, CLASSES = 12, 5, 6, 3
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+X, LABELS = numbers(ROWS, INPUTS), np.arange(ROWS) % CLASSES
+W, V, B = numbers(INPUTS, HIDDEN) / 2, numbers(HIDDEN, CLASSES), numbers(CLASSES)
+EACH = numbers(ROWS, HIDDEN, seed=1)  # what every row has of its own
+IMAGES, KERNEL = numbers(ROWS, 6, 6, 2), numbers(3, 3, 2, 4) / 3
+SERIES, STEP = numbers(4, ROWS, HIDDEN), numbers(HIDDEN, HIDDEN) / 2
+
+
+def cross_entropy(logits):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), LABELS[:, None], 1).sum()
+
+
+def network(w, v, b):
+    """Weights are used in the part and outside of it, and a bias is added to what the part sums up."""
+    return 2 * cross_entropy(jax.nn.relu(X @ w) @ v + b) / ROWS + (w**2).sum() + b[0]
+
+
+def each_its_own(z, w, v):
+    """Latent variables of rows: their gradient has the axis."""
+    hidden = jnp.tanh(X @ w + z)
+    return (cross_entropy(hidden @ v) + 0.5 * (z**2).sum()) * 3
+
+
+def columns(z, w, v):
+    """The same, transposed."""
+    return each_its_own(z.T, w, v)
+
+
+def images(kernel, v):
+    """Convolutions are slow in loops on a CPU, so slices run one after the other."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(IMAGES, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+    pooled = lax.reduce_window(jax.nn.gelu(y), 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return cross_entropy(pooled.reshape(ROWS, -1) @ jnp.tile(v, (6, 1)))
+
+
+def series(step, h):
+    """A loop, with a branch in it."""
+
+    def iterate(h, x):
+        h = jnp.tanh(h @ step + x)
+        return lax.cond(True, lambda h: h * 0.9, jnp.sin, h), (h**2).sum(1)
+
+    h, squares = lax.scan(iterate, h, SERIES)
+    return squares.sum() + jnp.exp(h).sum()
+
+
+def particles(w, v):
+    """Weights of their own for each particle, under ``vmap``; the mean is taken over them."""
+
+    def one(key):
+        return network(w + 0.1 * jax.random.normal(key, w.shape, w.dtype), v, B)
+
+    return jax.vmap(one)(jax.random.split(jax.random.key(1), 8)).mean()
+
+
+def attention(w, v, b):
+    """Rows are sequences, whose entries meet each other."""
+    x = numbers(ROWS, 4, INPUTS) @ w
+    a = jax.nn.softmax(jnp.einsum("nik,njk->nij", x, x))
+    return cross_entropy(jnp.einsum("nij,njk->nk", a, x) @ v + b)
+
+
+def embedding(w, v):
+    """Rows are picked from a table."""
+    return cross_entropy(jnp.tanh(w[LABELS] @ v[:, :2]) @ v[:2])
+
+
+def standardized(w, v, b):
+    """Data are brought to one scale before: that has no derivative, so it is no matter that it mixes rows."""
+    x = (X - X.mean(0)) / jnp.std(jnp.asarray(X), axis=0)
+    return cross_entropy(jnp.sort(x, axis=0) @ w @ v + b)
+
+
+def with_own_rules(w, v, b):
+    """Functions with derivatives of their own, a compiled one and one that is computed again."""
+
+    @jax.jit
+    def layer(x):
+        return jax.nn.silu(x @ w)
+
+    return cross_entropy(jax.nn.softplus(jax.checkpoint(layer)(X)) @ v + jax.nn.relu6(b))
+
+
+PROGRAMS = {
+    "network": (network, (W, V, B), ROWS),
+    "latent variables of rows": (each_its_own, (EACH, W, V), ROWS),
+    "latent variables in columns": (columns, (EACH.T, W, V), ROWS),
+    "images": (images, (KERNEL, numbers(6, CLASSES)), ROWS),
+    "series": (series, (STEP, EACH), ROWS),
+    "particles": (particles, (W, V), 8),
+    "attention": (attention, (W, V, B), ROWS),
+    "embedding": (embedding, (W, V), ROWS),
+    "standardized data": (standardized, (W, V, B), ROWS),
+    "rules of its own": (with_own_rules, (W, V, B), ROWS),
+}
+
+
+def batch_norm(w, v, b):
+    h = X @ w
+    return cross_entropy(jax.nn.relu((h - h.mean(0)) / (h.std(0) + 0.1)) @ v + b)
+
+
+def over_rows(w, v, b):
+    h = X @ w
+    return cross_entropy(jax.nn.softmax(h @ h.T) @ h @ v + b)
+
+
+def neighbours(w, v, b):
+    return cross_entropy(jnp.cumsum(jnp.tanh(X @ w), 0) @ v + b)
+
+
+def two_numbers(w, v, b):
+    """The second factor is known only when all rows have been seen."""
+    h = jnp.tanh(X @ w) @ v + b
+    return h.sum() * jnp.exp(h).sum()
+
+
+def prints(w, v, b):
+    jax.debug.callback(lambda: None)
+    return network(w, v, b)
+
+
+ALONE = {f.__name__: f for f in (batch_norm, over_rows, neighbours, two_numbers, prints)}
+
+
+def planned(f, args, **options):
+    return rad(f, **options).planned(args, {}, tuple(range(len(args))))[0]
+
+
+def gradients(f, args, **options):
+    """Value and gradient, by JAX and in slices."""
+    argnums = tuple(range(len(args)))
+
+    def in_slices(*args):
+        return jax.value_and_grad(lambda *args: rad(f, **options)(jax.random.key(0), *args), argnums)(*args)
+
+    return jax.jit(lambda *args: (jax.value_and_grad(f, argnums)(*args), in_slices(*args)))(*args)
+
+
+def assert_same(expected, got, rtol=1e-9):
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(b, a, rtol=0, atol=rtol * max(1e-3, np.abs(a).max()))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_exact(name):
+    """Slices that do not divide the axis, too."""
+    f, args, size = PROGRAMS[name]
+    plan = planned(f, args, exact=True, slices=5)
+    assert plan.graph.slices.axis_size == size and plan.graph.slices.number in (4, 5)
+    assert_same(*gradients(f, args, exact=True, slices=5))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", ALONE)
+def test_what_mixes_an_axis_is_not_cut_along_it(name):
+    args = (W, V, B)
+    slices = planned(ALONE[name], args, exact=True, slices=3).graph.slices
+    assert slices is None or slices.axis_size != ROWS
+    assert_same(*gradients(ALONE[name], args, exact=True, slices=3))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("primitive", "wrong", "f"),
+    [
+        ("cumsum", axes._elementwise, neighbours),
+        ("reduce_max", lambda e: axes._reduction(e, sums=True), lambda w, v, b: (jnp.tanh(X @ w).max(0) @ v + b).sum()),
+    ],
+)
+def test_a_wrong_signature_is_caught(monkeypatch, primitive, wrong, f):
+    monkeypatch.setitem(axes._RULES, primitive, wrong)
+    with pytest.raises((AssertionError, TypeError, ValueError)):  # other numbers, or shapes that do not fit
+        assert planned(f, (W, V, B), exact=True, slices=3).graph.slices.axis_size == ROWS
+        assert_same(*gradients(f, (W, V, B), exact=True, slices=3))
+
+
+def by_random_program(seed):
+    f = loss(seeded(seed))
+    assert_same(*gradients(lambda *args: f(*args, INDEX), ARGS, exact=True, slices=2 + seed % 3))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("seed", [7, 12])
+def test_random_programs(seed):
+    by_random_program(seed)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("seed", range(100, 400))
+def test_more_random_programs(seed):
+    by_random_program(seed)
+
+
+def test_half_precision_is_added_up_in_full():
+    """512 slices whose sums a half could not hold."""
+    x = np.ones((512, 4), np.float16)
+
+    def f(w):
+        return (x * w).sum(dtype=jnp.float32) * jnp.float32(0.1)
+
+    (_, expected), (_, got) = gradients(f, (np.full(4, 0.1, np.float16),), exact=True, slices=512)
+    assert planned(f, (np.ones(4, np.float16),), exact=True, slices=512).graph.slices.number == 512
+    np.testing.assert_allclose(np.asarray(got[0], np.float32), np.asarray(expected[0], np.float32), rtol=2e-3)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+N, WIDTH = 256, 32
+DATA = jnp.asarray(numbers(N, INPUTS), jnp.float32), jnp.asarray(numbers(N, seed=2), jnp.float32)
+
+
+def regression(x, y, batch=None):
+    w = numpyro.sample("w", dist.Normal(0, 1).expand([INPUTS, WIDTH]).to_event(2))
+    v = numpyro.sample("v", dist.Normal(0, 0.1).expand([WIDTH, WIDTH]).to_event(2))
+    with numpyro.plate("rows", N, subsample_size=batch) as rows:
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        h = jnp.tanh(jnp.tanh(x[rows] @ w) @ v)
+        numpyro.sample("y", dist.Normal(h.sum(-1) + z, 0.5), obs=y[rows])
+
+
+def step(elbo, batch=None, **sizes):
+    """A compiled update, its state and the SVI."""
+    svi = SVI(regression, AutoNormal(regression, init_scale=0.1), optax.sgd(1e-3), elbo)
+    state = svi.init(jax.random.key(0), *DATA, batch=batch)
+    update = jax.jit(lambda state, *data: svi.update(state, *data, batch=batch))
+    return update.lower(state, *DATA).compile(), state, svi
+
+
+def same_step(elbo, base, batch=None):
+    (update, state, svi), (reference, _, plain) = step(elbo, batch), step(base, batch)
+    (after, value), (expected, loss) = update(state, *DATA), reference(state, *DATA)
+    np.testing.assert_allclose(value, loss, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(svi.get_params(after)), jax.tree.leaves(plain.get_params(expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (update, reference)]
+    return sizes, svi.loss.plan_of_update(svi, state, *DATA, batch=batch)[0]
+
+
+def test_rows_of_a_model():
+    (size, whole), plan = same_step(RAD_ELBO(exact=True, slices=8), Trace_ELBO())
+    assert plan.graph.slices.axis_size == N and plan.graph.slices.line.startswith("test_slices.py:")
+    assert size < whole / 2
+
+
+@pytest.mark.slow
+def test_minibatches_of_a_model():
+    _, plan = same_step(RAD_ELBO(exact=True, slices=4), Trace_ELBO(), batch=64)
+    assert plan.graph.slices.axis_size == 64
+
+
+@pytest.mark.slow
+def test_particles_of_a_model_and_their_rows():
+    """There are fewer particles than slices, so each is cut into slices of rows."""
+    (size, whole), plan = same_step(RAD_ELBO(num_particles=4, exact=True, slices=16), Trace_ELBO(num_particles=4))
+    assert (plan.graph.slices.axis_size, plan.graph.slices.number) == (4, 16)
+    assert size < whole / 4
+
+
+def test_particles_that_are_weighed_are_left_alone():
+    base = RenyiELBO(alpha=0.5, num_particles=3)
+    _, plan = same_step(RAD_ELBO(base=base, exact=True, slices=4), base)
+    assert plan.graph.slices is None or plan.graph.slices.axis_size != 3
+
+
+def test_values_that_are_not_differentiated_have_the_bits_of_the_base():
+    svi = step(RAD_ELBO(slices=4))[2]
+    state = svi.init(jax.random.key(0), *DATA)
+    key, params = jax.random.key(3), svi.get_params(state)
+    value = jax.jit(lambda p: svi.loss.loss(key, p, svi.model, svi.guide, *DATA))(params)
+    assert value == jax.jit(lambda p: Trace_ELBO().loss(key, p, svi.model, svi.guide, *DATA))(params)
+
+
+def test_codes_outside_of_slices_are_unbiased():
+    """The gradient of the part is a residual like any other: coded, its mean is right."""
+    f, args, _ = PROGRAMS["network"]
+    g = rad(f, slices=3)
+    draws = jax.jit(jax.vmap(lambda key: jax.grad(g, 1)(key, *args)))(jax.random.split(jax.random.key(0), 400))
+    exact = jax.grad(f)(*args)
+    spread = np.std(draws, 0) / np.sqrt(len(draws))
+    assert np.all(np.abs(np.mean(draws, 0) - exact) < 5 * spread + 1e-5 * np.abs(exact).max())
+
+
+# -- under a budget ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_themselves(monkeypatch):
+    """Slices as users get them; in other tests budgets are met by codes."""
+    monkeypatch.setattr(slicing, "MOST_SLICES", 64)
+
+
+def budgeted(budget, **options):
+    svi = SVI(regression, AutoNormal(regression), optax.adam(1e-3), RAD_ELBO(memory_budget=budget, **options))
+    return svi.loss.plan_of_update(svi, svi.init(jax.random.key(0), *DATA), *DATA)[0]
+
+
+def held(plan):
+    return plan.stored_bytes + (0 if plan.graph.slices is None else plan.graph.slices.bytes_each)
+
+
+@pytest.mark.usefixtures("of_themselves")
+def test_a_budget_takes_as_few_slices_as_it_needs():
+    assert budgeted("1GiB").graph.slices is None
+    numbers = []
+    for budget in (60_000, 30_000):
+        plan = budgeted(budget)
+        assert held(plan) <= budget and plan.predicted.added_variance < 0.05
+        numbers.append(plan.graph.slices.number)
+    assert 1 < numbers[0] < numbers[1]
+    assert budgeted(60_000, slices=1).graph.slices is None
+
+
+@pytest.mark.usefixtures("of_themselves")
+def test_a_budget_for_slices_alone_is_refused():
+    with pytest.raises(BudgetError, match="Try memory_budget=") as error:
+        budgeted(100, slices=4, exact=True)
+    assert held(budgeted(error.value.smallest_bytes, slices=4, exact=True)) <= error.value.smallest_bytes
+
+
+@pytest.mark.usefixtures("of_themselves")
+def test_a_saved_plan_knows_its_slices():
+    plan = budgeted(60_000)
+    svi = SVI(regression, AutoNormal(regression), optax.adam(1e-3), RAD_ELBO(plan=plan.to_dict()))
+    again = svi.loss.plan_of_update(svi, svi.init(jax.random.key(0), *DATA), *DATA)[0]
+    assert again.graph.slices == plan.graph.slices and again.stored_bytes == plan.stored_bytes
+
+
+def test_explain_says_so():
+    svi = step(RAD_ELBO(exact=True, slices=8))[2]
+    text = str(explain(svi, svi.init(jax.random.key(0), *DATA), *DATA))
+    assert "8 slices" in text and "axis of 256" in text and "test_slices.py:" in text
+
+
+def test_options_are_checked():
+    with pytest.raises(TypeError, match="a number of slices is expected"):
+        RAD_ELBO(slices=2.5)
+    with pytest.raises(ValueError, match="at least 1 slice"):
+        RAD_ELBO(slices=0)
+    with pytest.raises(ValueError, match="exclude each other"):
+        RAD_ELBO(plan={}, slices=2)
+
+
+def test_signatures_of_all_that_is_cheap():
+    """Whatever may be computed again is either known here or mixes: nothing in between."""
+    unknown = {"empty", "scatter", "stack"}
+    from numpyro_rad.ad import rules
+
+    assert {n for n in rules.CHEAP if n not in axes._RULES} <= unknown | {"random_seed"}
