@@ -113,8 +113,8 @@ class RAD_SVIRunResult(SVIRunResult):
     ) -> RAD_SVIRunResult:
         """Measure what takes draws of its own, for the report: the gradient's noise, the fit's quality, its posterior.
 
-        :param args: arguments of model and guide, for the quality those of the full data; without any, those of the
-            last step.
+        :param args: arguments of model and guide for the quality, those of the full data; without any, those of the
+            last step, of which the noise is measured in any case.
         :param key: JAX PRNG key, by default derived from that of the state.
         :param draws: replicates of three or four gradients each, for the noise.
         :param pareto_k: whether to compute k-hat, from a thousand evaluations of the log densities.
@@ -133,9 +133,9 @@ class RAD_SVIRunResult(SVIRunResult):
                 "assess: this result was copied or unpickled, which leaves its SVI out. Use assessed(result.record, "
                 "svi, result, x, y), with the SVI initialised."
             )
-        self.record = _with_exact_step(self.record, self.svi, self.state, self.args, self.kwargs)
         options = {"key": key, "draws": draws, "pareto_k": pareto_k, "iterates": self.iterates}
-        self.record = assessed(self.record, self.svi, self, *args, **options, **kwargs)
+        steps = self.args, self.kwargs  # whose noise the record is of, whatever the quality is measured on
+        self.record = _assessed(self.record, self.svi, self, args, kwargs, steps, **options)
         return self
 
     def save(self, path: str | os.PathLike) -> None:
@@ -236,15 +236,33 @@ def assessed(
     :param kwargs: keyword arguments of model and guide.
     :return: the record; what does not exist for this fit is left out, with a word in the alarms.
     """
+    options = {"key": key, "draws": draws, "pareto_k": pareto_k, "iterates": iterates}
+    return _assessed(record, svi, fit, args, kwargs, (args, kwargs), **options)
+
+
+def _assessed(
+    record: FitRecord,
+    svi: SVI,
+    fit: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    steps: tuple[tuple, dict[str, Any]],
+    *,
+    key: Any,
+    draws: int,
+    pareto_k: bool,
+    iterates: Iterates | None,
+) -> FitRecord:
+    """:func:`assessed`, with the arguments of the steps, whose noise is measured, apart from those for the quality."""
     state = state_of(svi, fit, "assessed")
     key = jax.random.fold_in(state.rng_key, _ASSESS_TAG) if key is None else key
     measures = {
-        "gradient_variance": lambda: gradient_variance(svi, state, *args, key=key, draws=draws, **kwargs),
+        "gradient_variance": lambda: gradient_variance(svi, state, *steps[0], key=key, draws=draws, **steps[1]),
         "quality": lambda: fit_quality(svi, fit, *args, key=key, pareto_k=pareto_k, iterates=iterates, **kwargs),
         "posterior": lambda: posterior_summary(svi, fit, *args, key=jax.random.fold_in(key, 1), **kwargs),
     }
     found: dict[str, Any] = {}
-    record = _with_exact_step(record, svi, state, args, kwargs)
+    record = _with_exact_step(record, svi, state, *steps)
     alarms = list(record.alarms)
     for name, measure in measures.items():
         try:
