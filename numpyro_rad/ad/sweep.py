@@ -221,8 +221,16 @@ def backward(
     for tangent, cotangent in zip(graph.tangent_outputs, cotangents, strict=True):
         if tangent is not None and cotangent is not None:
             add(tangent, cotangent)
-    for stage in _backward_stages(graph, set(sums)):
+    stages = _backward_stages(graph, set(sums))
+    if graph.slices is not None:
+        # With the cotangent of the part's end those of all that it takes are complete: the parts of the program that
+        # made it come one after the other.
+        stages = [group for stage in stages for group in _one_by_one(stage)]
+    done: list[Value] = []
+    for stage in stages:
         incoming = [t for t in dict.fromkeys(o for e in stage for o in e.outputs) if t in sums]
+        incoming += [t for t in done if t in sums and t not in incoming]
+        done = list(dict.fromkeys(t for e in stage for t in e.inputs)) if graph.slices is not None else []
         segments = {to_come[v] for v in _stored_for(plan, stage) if v in to_come}
         for segment in sorted(segments, reverse=True):
             values = [v for v, s in to_come.items() if s == segment]
@@ -334,6 +342,42 @@ def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
     for edge in live:
         result.setdefault(stage[edge], []).append(edge)
     return [result[k] for k in sorted(result)]
+
+
+def _one_by_one(stage: list[Edge]) -> list[list[Edge]]:
+    """A stage in groups, in an order in which they can be pulled back: edges that share a large tangent are together."""
+    group: dict[Value, list[Edge]] = {}
+    of_edge: dict[Edge, list[Edge]] = {}
+    for edge in stage:
+        found = [group[t] for t in (*edge.inputs, *edge.outputs) if t in group]
+        members = list(dict.fromkeys(e for each in found for e in each)) + [edge]
+        of_edge.update(dict.fromkeys(members, members))
+        large = [t for e in members for t in (*e.inputs, *e.outputs) if t.aval.size > 1]
+        group.update(dict.fromkeys(large, members))
+    givers: dict[Value, set[Edge]] = {}  # which edges of the stage add to a cotangent
+    for edge in stage:
+        for tangent in edge.inputs:
+            givers.setdefault(tangent, set()).add(edge)
+    waiting = list({id(m): m for m in of_edge.values()}.values())
+    ordered: list[list[Edge]] = []
+    pulled: set[Edge] = set()
+    while waiting:
+        ready = [m for m in waiting if all(givers.get(o, set()) <= pulled | set(m) for e in m for o in e.outputs)]
+        if not ready:
+            return [stage]
+        for members in ready:
+            ordered.append([e for e in stage if e in members])
+            pulled.update(members)
+        waiting = [m for m in waiting if not pulled.issuperset(m)]
+    result: list[list[Edge]] = []
+    size = ORDERED_FROM
+    for members in ordered:
+        if size >= ORDERED_FROM:
+            result.append([])
+            size = 0
+        result[-1] += members
+        size += sum(kept_bytes(t) for t in {t for e in members for t in e.inputs})
+    return result
 
 
 class _StageInputs:
