@@ -336,9 +336,8 @@ class RAD_ELBO(Trace_ELBO):
                 return budget
             smallest = min(smallest, step)
             plan, _ = self.plan_of_update(svi, svi_state, *args, **kwargs)
-            budget = plan.stored_bytes - max(step - limit, plan.stored_bytes // 20)
-            if budget < 0:
-                break
+            less = max(step - limit, plan.peak_bytes // 20)  # not all of what is too much need be residuals
+            budget = max(plan.peak_bytes - less, plan.peak_bytes // 4)
         self.planner = before
         raise BudgetError(
             f"total={total!r}: no plan makes one svi.update fit; the smallest that was found takes {smallest} bytes in "

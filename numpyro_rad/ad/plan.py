@@ -126,6 +126,11 @@ class Plan:
         own = early + max(late, default=0) + sum(self.boundary_bytes(node) for node in self.segments)
         return own * self.held + sum(p.stored_bytes for plans in self.children.values() for p in plans)
 
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes held at any time of one call: :attr:`stored_bytes`, with what one slice holds while it runs."""
+        return self.stored_bytes + (0 if self.graph.slices is None else self.graph.slices.bytes_each)
+
     def boundary_bytes(self, node: Split) -> int:
         """Bytes of the carries at the beginnings of the segments of a loop."""
         return n_boundaries(node.params["length"], self.segments[node]) * carry_bytes(node)

@@ -164,18 +164,24 @@ class _Program:
                 whole += producer.pop(atom).operands
         return inside
 
-    def parts(self) -> list[Part]:
-        """All parts that can be run in slices."""
-        seen = [self.nodes[v] for v in self.flat.tangents if v in self.nodes]
-        roots = {self.axes.root(node) for nodes in seen for node in nodes}
-        found = []
-        for axis in sorted(roots):
-            if self.axes.sizes[axis] > 1:
+    def largest_part(self) -> Part | None:
+        """The part that computes most, of all that can be run in slices."""
+        most: dict[int, int] = {}  # bytes of all that has an axis
+        for flat, step in zip(self.flat.steps, self.steps, strict=True):
+            for value, nodes in zip(flat.results, step.results, strict=True):
+                if value not in self.flat.tangents:
+                    for axis in {self.axes.root(node) for node in nodes}:
+                        most[axis] = most.get(axis, 0) + _jax.aval_bytes(value.aval)
+        best, size = None, 0
+        for axis in sorted(most, key=lambda axis: (-most[axis], axis)):
+            if most[axis] > size and self.axes.sizes[axis] > 1:
                 try:
-                    found.append(self.part(axis))
+                    part = self.part(axis)
                 except _Mixed:
                     continue
-        return found
+                if part.made_bytes > size:
+                    best, size = part, part.made_bytes
+        return best
 
 
 def find(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Part | None:
@@ -187,8 +193,7 @@ def find(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Part | None:
     equations = jaxpr.jaxpr.eqns
     if _jax.has_references(jaxpr) or any(e.effects for e in equations):
         return None
-    parts = _Program.read(jaxpr, active).parts()
-    return max(parts, key=lambda part: part.made_bytes, default=None)
+    return _Program.read(jaxpr, active).largest_part()
 
 
 @dataclasses.dataclass(eq=False)
@@ -238,7 +243,7 @@ class Part:
         """
         loop = _Loop(self, n_slices, plan)
         program = _jax.retrace(loop.run, self.program.jaxpr)
-        each = max(map(_held_bytes, loop.plans.values()))
+        each = max(p.peak_bytes for p in loop.plans.values())
         number = -(-self.size // loop.size)
         inner = max((p.graph.slices.number for p in loop.plans.values() if p.graph.slices is not None), default=1)
         return program, Slices(number * inner, self.size, each, _jax.source_line(self.last))
@@ -451,11 +456,6 @@ class _Loop:
             graph.slices = slices
             self.plans[size] = self.plan(graph)
         return self.plans[size]
-
-
-def _held_bytes(plan: Plan) -> int:
-    """What one slice holds between its sweeps, with the slices that it is cut into."""
-    return plan.stored_bytes + (0 if plan.graph.slices is None else plan.graph.slices.bytes_each)
 
 
 def _aval(atom: Atom) -> Any:

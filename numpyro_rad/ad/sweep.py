@@ -345,12 +345,12 @@ def _backward_stages(graph: Graph, seeds: set[Value]) -> list[list[Edge]]:
 
 
 def _one_by_one(stage: list[Edge]) -> list[list[Edge]]:
-    """A stage in groups, in an order in which they can be pulled back: edges that share a large tangent are together."""
+    """A stage in groups, in the order in which they are pulled back: edges that share a large tangent are together."""
     group: dict[Value, list[Edge]] = {}
     of_edge: dict[Edge, list[Edge]] = {}
     for edge in stage:
         found = [group[t] for t in (*edge.inputs, *edge.outputs) if t in group]
-        members = list(dict.fromkeys(e for each in found for e in each)) + [edge]
+        members = [*dict.fromkeys(e for each in found for e in each), edge]
         of_edge.update(dict.fromkeys(members, members))
         large = [t for e in members for t in (*e.inputs, *e.outputs) if t.aval.size > 1]
         group.update(dict.fromkeys(large, members))

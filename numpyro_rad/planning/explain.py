@@ -29,7 +29,8 @@ class Row:
     :ivar operation: the linear operation that reads it.
     :ivar shape: its shape, the length of scans around it first.
     :ivar dtype: its dtype.
-    :ivar decision: ``alive`` (an input of the program), ``recompute``, ``keep``, ``1-bit mask``, or the codec.
+    :ivar decision: ``alive`` (an input of the program), ``recompute``, ``keep``, ``1-bit mask``, or the codec; for all
+        residuals of a part that runs in slices, in how many.
     :ivar exact_bytes: its bytes if it were stored exactly; 0 for inputs, which are not stored.
     :ivar stored_bytes: what the plan stores for it; a copy shared with an earlier row counts there.
     :ivar relative_variance: predicted variance of its estimate divided by its squared norm; 0 if exact.
@@ -132,16 +133,21 @@ class Explanation:
         """What is said of the plan as a whole, below its rows."""
         if self.untouched:
             return [UNTOUCHED]
-        told = [] if self.slices is None else [_in_slices(self.slices)]
+        told = [] if self.slices is None else [_slices_text(self.slices)]
         return told if self.predicted is None else [*told, "Predicted: " + _prediction(self.predicted)]
 
 
-def _in_slices(slices: Slices) -> str:
-    where = f" at {slices.line}" if slices.line else ""
+def _slices_text(slices: Slices) -> str:
     return (
-        f"What has the axis of {slices.axis_size} that is summed up{where} runs in {slices.number} slices, forward and "
-        f"backward together: each holds {size_text(slices.bytes_each)} meanwhile, and its gradient stays."
+        f"Slices run forward and backward together: each holds {size_text(slices.bytes_each)} while it runs. What is "
+        "stored after it is the gradient in what it takes."
     )
+
+
+def _in_slices(slices: Slices) -> Row:
+    """A row for all residuals of the part that runs in slices."""
+    how, size = f"in {slices.number} slices", slices.number * slices.bytes_each
+    return Row(slices.line, "", f"axis of {slices.axis_size}", (slices.axis_size,), "", how, size, 0, 0.0)
 
 
 def _exact_bytes(rows: Sequence[Row]) -> int:
@@ -260,6 +266,8 @@ def _is_elbo(target: Any) -> bool:
 def explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
     """The explanation of a plan; ``labels`` are the sites of its tangent inputs."""
     rows = tuple(_rows(plan, labels))
+    if plan.graph.slices is not None:
+        rows = (_in_slices(plan.graph.slices), *rows)
     exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
     fixed = plan.graph.fingerprint(), plan.predicted, plan.untouched
     return Explanation(rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), *fixed, plan.graph.slices)
