@@ -13,6 +13,8 @@ ways to plan, the *modes*:
   everywhere, and nothing is planned; but as in every plan, what a cheap step makes from what is there is not stored;
 - **joint**: ``RAD_ELBO(memory_budget=...)``, the plan of least added time and variance.
 
+All of them run the whole batch at once (``slices=1``); what slices do is measured by ``match.py``.
+
 Prices are calibrated after the exact training steps, where gradients are measured too. A plan that one mode finds for
 two budgets is measured once. Everything is measured as in ``run.py``, beside ``jax.checkpoint`` and ``Trace_ELBO``. A
 step costs its time times (1 + rho), in proportion to the time until a gradient of given accuracy.
@@ -182,9 +184,9 @@ class Curves(Benchmark):
         budget = int(percent / 100 * self.exact_residual_bytes)
         name = f"{mode}_{percent:g}"
         options = {
-            "recompute": lambda: {"memory_budget": budget, "exact": True},
+            "recompute": lambda: {"memory_budget": budget, "exact": True, "slices": 1},
             "compress": lambda: {"codec": StochasticRound(bits=self.bits_within(budget))},
-            "joint": lambda: {"memory_budget": budget},
+            "joint": lambda: {"memory_budget": budget, "slices": 1},
         }[mode]
         self.rivals[name] = Rival(name, f"{label}, {percent:g} %", "ours", kind, self.builder(options))
         self.rows[name] = describe(self.rivals[name])

@@ -53,7 +53,9 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    parser.add_argument("report", type=Path, help="JSON written by run.py, budgets.py, growth.py or memory.py")
+    parser.add_argument(
+        "report", type=Path, help="JSON of run.py, budgets.py, growth.py, memory.py or match.py"
+    )
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")
@@ -84,6 +86,8 @@ def markdown_table(report: dict[str, Any]) -> str:
         return growth_table(report)
     if "memory" in report:
         return memory_table(report)
+    if "match" in report:
+        return match_table(report)
     measured = [row for row in report["rivals"] if "temp_bytes" in row]
     if "budgets" in report:
         lines = [
@@ -198,6 +202,33 @@ def memory_table(report: dict[str, Any]) -> str:
             "",
             f"{circumstances(report)} Largest program: temporary and returned bytes, as the compiler says. Resident: "
             "highest resident memory of a fresh process less that before, with what the compiler takes.",
+        ]
+    )
+
+
+def match_table(report: dict[str, Any]) -> str:
+    """A rival in each row, and what RAD_ELBO does with its memory."""
+    lines = [
+        "| model | rival | T (MiB) | time (s) | ours: T (MiB) | slices | time (s) | of the rival's | gradient |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for found in report["match"].values():
+        for row in found["rows"]:
+            ours, time = row["ours"], row["step"]["median_seconds"]
+            added, difference = ours["added_variance"], ours["gradient"]["relative_difference"]
+            took = ours["step"]["median_seconds"]
+            gradient = f"ρ {added:.1g}" if added else f"differs by {difference:.0e}"
+            lines.append(
+                f"| {found['title']} | {row['label']} | {row['temp_bytes'] / MIB:.1f} | {time:.3g} "
+                f"| {ours['temp_bytes'] / MIB:.1f} | {ours['slices']} | {took:.3g} | {took / time:.2f}x | {gradient} |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{circumstances(report)} Medians of {report['rounds']} interleaved rounds. Ours is "
+            "`RAD_ELBO(memory_budget=T)` with the T of the rival. Gradient: its difference from that of `Trace_ELBO`, "
+            "relative to its norm, or the predicted ρ where codes were taken.",
         ]
     )
 
