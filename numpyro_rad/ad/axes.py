@@ -126,21 +126,17 @@ def _reshape(equation: _jax.JaxprEquation) -> Signature | None:
     if equation.params.get("dimensions") is not None:
         return None
     old, new = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    if 0 in old:
+        return None
     labels: list[Any] = [None] * len(old)
-    placed: list[Any] = [None if n != 1 else _New() for n in new]
-    i = j = 0
-    while i < len(old) and j < len(new):
-        before, after = [i], [j]
-        while math.prod(old[k] for k in before) != math.prod(new[k] for k in after):
-            if math.prod(old[k] for k in before) < math.prod(new[k] for k in after):
-                before.append(before[-1] + 1)
-            else:
-                after.append(after[-1] + 1)
-            if before[-1] == len(old) or after[-1] == len(new):  # of an empty array
-                return None
-        if len(before) == len(after) == 1 and old[i] == new[j]:
-            labels[i] = placed[j] = i
-        i, j = before[-1] + 1, after[-1] + 1
+    placed: list[Any] = [_New() if n == 1 else None for n in new]
+    left, right = ([i for i, n in enumerate(shape) if n != 1] for shape in (old, new))
+    while left and right:  # as few axes as have the same number of entries on both sides
+        before, after = [left.pop(0)], [right.pop(0)]
+        while (a := math.prod(old[i] for i in before)) != (b := math.prod(new[i] for i in after)):
+            (before.append(left.pop(0)) if a < b else after.append(right.pop(0)))
+        if len(before) == len(after) == 1:
+            labels[before[0]] = placed[after[0]] = before[0]
     return [tuple(labels), *(_unknown(v) for v in equation.invars[1:])], [tuple(placed)]
 
 
@@ -200,17 +196,19 @@ def _dot_general(equation: _jax.JaxprEquation) -> Signature:
 
 def _convolution(equation: _jax.JaxprEquation) -> Signature | None:
     numbers = equation.params["dimension_numbers"]
-    if equation.params["feature_group_count"] != 1 or equation.params["batch_group_count"] != 1:
+    if equation.params["batch_group_count"] != 1:
         return None
+    grouped = equation.params["feature_group_count"] != 1
 
-    def labels(v: Any, spec: Sequence[int], first: str, second: str) -> Labels:
+    def labels(v: Any, spec: Sequence[int], first: str | None, second: str | None) -> Labels:
         found: list[Any] = [None] * len(_shape(v))
         found[spec[0]], found[spec[1]] = first, second
         return tuple(found)
 
     left, right = equation.invars
-    operands = [labels(left, numbers.lhs_spec, "row", "in"), labels(right, numbers.rhs_spec, "out", "in")]
-    return operands, [labels(equation.outvars[0], numbers.out_spec, "row", "out")]
+    summed, out = (None, None) if grouped else ("in", "out")
+    operands = [labels(left, numbers.lhs_spec, "row", summed), labels(right, numbers.rhs_spec, out, summed)]
+    return operands, [labels(equation.outvars[0], numbers.out_spec, "row", out)]
 
 
 def _window(equation: _jax.JaxprEquation) -> Signature | None:
