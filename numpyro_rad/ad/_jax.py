@@ -252,17 +252,29 @@ def run_again(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
     return bind(equation, args)
 
 
+_CHECKPOINT = ("checkpoint", "remat2")  # by the version of JAX
 _INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr", "eval_jaxpr": "call_jaxpr"}
 
 
 def inlined_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
-    """The jaxpr of a call that may be replaced by its body (``jit`` and kin), else None."""
+    """The jaxpr of a call that is replaced by its body, else None: of ``jit`` and kin, and of a ``jax.checkpoint`` around
+    a ``jax.custom_vjp``.
+    """
     name = _INLINED.get(equation.primitive.name)
+    if equation.primitive.name in _CHECKPOINT and _has_own_transpose(closed(equation.params["jaxpr"])):
+        name = "jaxpr"
     body = None if name is None else closed(equation.params[name])
     return None if body is None or has_references(body) else body
 
 
-_CHECKPOINT = ("checkpoint", "remat2")  # by the version of JAX
+def _has_own_transpose(jaxpr: Jaxpr) -> bool:
+    """Whether there is the tangent of a ``jax.custom_vjp`` in a program: it can be transposed and nothing else, so that
+    a program of it and of other work cannot be run again as a whole.
+    """
+    equations = jaxpr.jaxpr.eqns
+    return any(e.primitive.name == "custom_lin" or any(map(_has_own_transpose, inner_jaxprs(e))) for e in equations)
+
+
 _FOLLOWED = {"custom_jvp_call": "call_jaxpr", **dict.fromkeys(_CHECKPOINT, "jaxpr")}
 
 
