@@ -13,7 +13,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from test_random_programs import ARGS, INDEX, loss, seeded
 
-from numpyro_rad import RAD_ELBO, BudgetError, explain, rad
+from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, explain, rad
 from numpyro_rad.ad import axes
 from numpyro_rad.planning import slicing
 
@@ -351,6 +351,16 @@ def test_a_saved_plan_knows_its_slices():
     svi = SVI(regression, AutoNormal(regression), optax.adam(1e-3), RAD_ELBO(plan=plan.to_dict()))
     again = svi.loss.plan_of_update(svi, svi.init(jax.random.key(0), *DATA), *DATA)[0]
     assert again.graph.slices == plan.graph.slices and again.stored_bytes == plan.stored_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("of_themselves")
+def test_a_run_whose_budget_is_met_by_slices_measures_no_codes():
+    svi = RAD_SVI(regression, AutoNormal(regression), optax.sgd(1e-4), RAD_ELBO(memory_budget=60_000), tracking=None)
+    result = svi.run(jax.random.key(0), 5, *DATA, progress_bar=False)
+    assert svi.loss.planner.calibration is None and result.record.plan.stored_bytes < 60_000
+    np.testing.assert_allclose(result.losses[0], step(Trace_ELBO())[2].run(jax.random.key(0), 1, *DATA).losses[0], 1e-5)
+    assert any(row.decision.endswith("slices") for row in result.record.plan.rows)
 
 
 def test_explain_says_so():

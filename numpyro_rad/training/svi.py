@@ -164,7 +164,9 @@ class RAD_SVI(SVI):
                 twin.planner = dataclasses.replace(planner, calibration=None)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", VarianceWarning)
-                    twin.plan_of_update(self, state, *args, **kwargs)
+                    plan, _ = twin.plan_of_update(self, state, *args, **kwargs)
+                if plan.graph.slices is not None and not any(p.encoded for p in plan.walk()):
+                    return  # slices meet it, and there is no code to price
             most = None if self.calibrate in (None, True) else self.calibrate
             options = {"batches": batches, "draws": CALIBRATION_DRAWS, "most_bytes": most}
             try:
