@@ -16,7 +16,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoIAFNormal, AutoNormal
 from programs import assert_equal_trees, few, program
 
-import numpyro_rad.transform
+import numpyro_rad.planning.slicing
 from numpyro_rad import RAD_ELBO, RAD_SVI, Keep, StochasticRound, explain, rad
 from numpyro_rad.planning import worth
 from numpyro_rad.transform import Program
@@ -53,7 +53,7 @@ def nothing_is_linearized(monkeypatch):
     def refuse(*_):
         raise AssertionError("the program was linearized")
 
-    monkeypatch.setattr(numpyro_rad.transform, "linearize", refuse)
+    monkeypatch.setattr(numpyro_rad.planning.slicing, "linearize", refuse)
 
 
 def compiled(svi, state, args, kwargs):

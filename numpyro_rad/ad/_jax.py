@@ -257,8 +257,8 @@ _INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr", "eval_jaxpr": "call_jax
 
 
 def inlined_jaxpr(equation: JaxprEquation) -> Jaxpr | None:
-    """The jaxpr of a call that is replaced by its body, else None: of ``jit`` and kin, and of a ``jax.checkpoint`` around
-    a ``jax.custom_vjp``.
+    """The jaxpr of a call that is replaced by its body, else None: of ``jit`` and kin, and of a ``jax.checkpoint`` that
+    holds a ``jax.custom_vjp``.
     """
     name = _INLINED.get(equation.primitive.name)
     if equation.primitive.name in _CHECKPOINT and _has_own_transpose(closed(equation.params["jaxpr"])):
