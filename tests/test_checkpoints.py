@@ -374,6 +374,13 @@ def kill_and_resume(tmp_path, kills, seed):
     assert all(np.array_equal(killed[name], whole[name]) for name in whole.files)
 
 
+@pytest.mark.parametrize("left", ["", "_CHECKPOINT_METADATA", "meta"])
+def test_a_checkpoint_that_was_being_deleted_is_no_obstacle(tmp_path, left):
+    (tmp_path / "40" / left).mkdir(parents=True)
+    with Store(Checkpoint(tmp_path)) as store:
+        assert store.folder == tmp_path
+
+
 @pytest.mark.slow
 def test_kill_and_resume_three_times(tmp_path):
     kill_and_resume(tmp_path, 3, seed=1)

@@ -186,7 +186,8 @@ def _ours(path: Path) -> bool:
     step, unfinished, _ = path.name.removeprefix("broken-").partition(".orbax-checkpoint-tmp")
     if not (step.isdigit() and path.is_dir()):
         return False
-    return bool(unfinished) or any((path / item).is_dir() for item in ("arrays", "meta"))
+    # of an old one there is less, down to nothing, if the run was killed while it deleted it
+    return bool(unfinished) or all(p.name in ("arrays", "meta") or p.name.startswith("_") for p in path.iterdir())
 
 
 _UPGRADES = {"program", "optimizer", "update"}  # may change with the versions of packages
