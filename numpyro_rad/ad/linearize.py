@@ -34,7 +34,7 @@ def linearize(
     :param rewritten: from the program of primals and tangents to one that computes the same, with a part in slices.
     :return: a graph whose tangent outputs are aligned with the program's outputs (None: no or zero tangent).
     """
-    both, has_tangent = _jax.jvp_jaxpr(hoist(jaxpr), active)
+    both, has_tangent = with_tangents(jaxpr, active)
     is_tangent = [False] * len(active) + [True] * sum(active)
     both, slices = (both, None) if rewritten is None else rewritten(both)
     graph, results, coefficients = split(both, is_tangent)
@@ -45,6 +45,11 @@ def linearize(
     graph.tangent_outputs = [next(tangents) if on else None for on in has_tangent]
     scalars.collect(graph.finish(), coefficients, free=graph.inputs)
     return graph.finish()
+
+
+def with_tangents(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> tuple[_jax.Jaxpr, list[bool]]:
+    """The program of primals and tangents of ``jaxpr``, and which of its outputs have a tangent."""
+    return _jax.jvp_jaxpr(hoist(jaxpr), active)
 
 
 def split(

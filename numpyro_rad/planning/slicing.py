@@ -12,9 +12,9 @@ import jax
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph
-from numpyro_rad.ad.linearize import linearize
+from numpyro_rad.ad.linearize import linearize, with_tangents
 from numpyro_rad.ad.plan import Plan
-from numpyro_rad.ad.slices import MOST_UNROLLED, Part, find
+from numpyro_rad.ad.slices import MOST_UNROLLED, find
 from numpyro_rad.planning import decision, plans
 
 MOST_SLICES = 64
@@ -49,28 +49,23 @@ def graph_within(
     # among several devices a slice of a sharded axis would be fetched from all of them
     if MOST_SLICES == 1 or jax.device_count() > 1 or plans.untouched_plan(whole).stored_bytes <= budget_bytes:
         return whole
-    found: list[Part | None] = []
-
-    def look(program: _jax.Jaxpr) -> tuple:
-        found.append(find(program, active))
-        return program, None
-
-    linearize(jaxpr, active, look)
-    (part,) = found
+    part = find(with_tangents(jaxpr, active)[0], active)
     if part is None or part.gradient_bytes > budget_bytes:
         return whole
     most = MOST_UNROLLED if part.slow_in_loops else MOST_SLICES
-    number = 2
+    number, coded = 2, None
     while number <= most:
         graph = linearize(jaxpr, active, lambda _, number=number: part.cut(number, exact_plan))
         assert graph.slices is not None
-        room = budget_bytes - smallest(graph)
+        room = budget_bytes - exact_plan(graph).stored_bytes
         if graph.slices.bytes_each <= room:
             return graph
-        if room <= 0 or graph.slices.number < number:  # the axis is too short
+        if coded is None and graph.slices.bytes_each + smallest(graph) <= budget_bytes:
+            coded = graph  # what is left to store outside of the slices fits as codes
+        if graph.slices.number < number:  # the axis is too short
             break
-        number = max(2 * number, _power_of_two(number * graph.slices.bytes_each / room))
-    return whole
+        number = max(2 * number, _power_of_two(number * graph.slices.bytes_each / room) if room > 0 else 0)
+    return whole if coded is None else coded
 
 
 def _power_of_two(at_least: float) -> int:
