@@ -345,6 +345,22 @@ def test_growth_from_run_to_page(
 
 
 @pytest.mark.slow
+def test_match_from_run_to_page(
+    benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    workloads, match, figures = (benchmarks(module) for module in ("workloads", "match", "figures"))
+    tiny = replace(workloads.WORKLOADS["p1"][0], batch=8, micro_batches=2, **TINY_WORKLOADS["p1"])
+    monkeypatch.setitem(workloads.WORKLOADS, "p1", (tiny, tiny))
+    output = tmp_path / "match.json"
+    match.main(["--workloads", "p1", "--rivals", "accumulate", "--rounds", "1", "--output", str(output)])
+    report = json.loads(output.read_text(), parse_constant=pytest.fail)
+    (row,) = report["match"]["p1"]["rows"]
+    assert row["rival"] == "accumulate" and row["ours"]["peak_bytes"] <= row["temp_bytes"]
+    assert row["ours"]["gradient"]["relative_difference"] < 1e-4
+    assert f"| {tiny.title} | accumulation | " in figures.markdown_table(report)
+
+
+@pytest.mark.slow
 def test_memory_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
     memory, figures = (benchmarks(module) for module in ("memory", "figures"))
     output, page = tmp_path / "memory.json", tmp_path / "page.md"

@@ -229,13 +229,12 @@ def literal(atom: Any) -> np.ndarray:
 
 def retrace(run: Callable[[Sequence[Any]], list[Any]], jaxpr: Jaxpr) -> Jaxpr:
     """The program of ``run`` at inputs like those of ``jaxpr``."""
-    avals = [v.aval for v in jaxpr.jaxpr.invars]
+    return program(run, [v.aval for v in jaxpr.jaxpr.invars])
+
+
+def program(run: Callable[[Sequence[Any]], list[Any]], avals: Sequence[Any]) -> Jaxpr:
+    """The program of ``run`` at inputs of these types."""
     return jax.make_jaxpr(lambda *args: run(args))(*_structs(avals))
-
-
-def program(f: Callable[..., list[Any]], like: Sequence[Any]) -> Jaxpr:
-    """The program of a function of flat inputs at arrays or types like these."""
-    return jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(jnp.shape(a), a.dtype) for a in like))
 
 
 def _structs(avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:

@@ -70,12 +70,12 @@ def _one_by_one(equation: _jax.JaxprEquation) -> Signature:
     return labels, labels
 
 
-def _along(*names: str) -> Callable[[_jax.JaxprEquation], Signature]:
+def _along(name: str) -> Callable[[_jax.JaxprEquation], Signature]:
     """Operands and results of one rank, which mix the axes that a parameter names."""
 
     def rule(equation: _jax.JaxprEquation) -> Signature:
-        named = [equation.params[n] for n in names]
-        mixed = [a for n in named for a in (n if isinstance(n, (tuple, list)) else (n,))]
+        named = equation.params[name]
+        mixed = named if isinstance(named, (tuple, list)) else (named,)
         return [_numbered(v, mixed) for v in equation.invars], [_numbered(v, mixed) for v in equation.outvars]
 
     return rule

@@ -18,38 +18,35 @@ import jax
 
 from numpyro_rad.ad import _jax, elementwise, rules, scalars
 from numpyro_rad.ad.elementwise import ONE, Coefficients, LinearForm
-from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Slices, Split, Value
+from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
 from numpyro_rad.ad.invariants import hoist
 
 
-def linearize(
-    jaxpr: _jax.Jaxpr,
-    active: Sequence[bool],
-    rewritten: Callable[[_jax.Jaxpr], tuple[_jax.Jaxpr, Slices | None]] | None = None,
-) -> Graph:
+def linearize(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
     """The LCG of ``jaxpr`` with respect to the active ones among its inputs.
 
     :param jaxpr: a traced program.
     :param active: one flag for each input: whether its cotangent is wanted.
-    :param rewritten: from the program of primals and tangents to one that computes the same, with a part in slices.
     :return: a graph whose tangent outputs are aligned with the program's outputs (None: no or zero tangent).
     """
-    both, has_tangent = with_tangents(jaxpr, active)
-    is_tangent = [False] * len(active) + [True] * sum(active)
-    both, slices = (both, None) if rewritten is None else rewritten(both)
-    graph, results, coefficients = split(both, is_tangent)
-    n_outs = len(has_tangent)
-    tangents = iter(tangent for _, tangent in results[n_outs:])
-    graph.slices = slices
-    graph.outputs = [atom for atom, _ in results[:n_outs]]  # type: ignore[misc]
-    graph.tangent_outputs = [next(tangents) if on else None for on in has_tangent]
-    scalars.collect(graph.finish(), coefficients, free=graph.inputs)
-    return graph.finish()
+    return graph_of_both(*with_tangents(jaxpr, active), active)
 
 
 def with_tangents(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> tuple[_jax.Jaxpr, list[bool]]:
     """The program of primals and tangents of ``jaxpr``, and which of its outputs have a tangent."""
     return _jax.jvp_jaxpr(hoist(jaxpr), active)
+
+
+def graph_of_both(both: _jax.Jaxpr, has_tangent: Sequence[bool], active: Sequence[bool]) -> Graph:
+    """The LCG of a program, given that of its primals and tangents (:func:`with_tangents`)."""
+    is_tangent = [False] * len(active) + [True] * sum(active)
+    graph, results, coefficients = split(both, is_tangent)
+    n_outs = len(has_tangent)
+    tangents = iter(tangent for _, tangent in results[n_outs:])
+    graph.outputs = [atom for atom, _ in results[:n_outs]]  # type: ignore[misc]
+    graph.tangent_outputs = [next(tangents) if on else None for on in has_tangent]
+    scalars.collect(graph.finish(), coefficients, free=graph.inputs)
+    return graph.finish()
 
 
 def split(
@@ -129,6 +126,16 @@ class Flat:
             env.update(zip(equation.outvars, results, strict=True))
         return [look_up(a) for a in open_jaxpr.outvars]
 
+    def needed(self, results: list[Atom]) -> list[_Step]:
+        """The steps that reach a result (those with effects count as needed)."""
+        live = set(results)
+        kept = []
+        for step in reversed(self.steps):
+            if step.equation.effects or any(r in live for r in step.results):
+                live.update(step.operands)
+                kept.append(step)
+        return kept[::-1]
+
 
 class _Builder:
     """Emits the equations and edges of a flat program, in order."""
@@ -141,7 +148,7 @@ class _Builder:
         self.lines: dict[Value, str] = {}
         self.coefficients = Coefficients(self.equations, flat.value)
         self.n_splits = 0
-        steps = self.needed(results)
+        steps = flat.needed(results)
         self.fusible_uses: dict[Value, list[bool]] = {}  # for each use, whether the user is elementwise
         for step in steps:
             for operand in step.operands:
@@ -161,16 +168,6 @@ class _Builder:
                 self.add_opaque(step)
             else:
                 self.add_linear(step)
-
-    def needed(self, results: list[Atom]) -> list[_Step]:
-        """The steps that reach a result (those with effects count as needed)."""
-        live = set(results)
-        kept = []
-        for step in reversed(self.flat.steps):
-            if step.equation.effects or any(r in live for r in step.results):
-                live.update(step.operands)
-                kept.append(step)
-        return kept[::-1]
 
     def is_tangent(self, atom: Atom) -> bool:
         return atom in self.flat.tangents

@@ -59,12 +59,7 @@ class _Program:
         inputs = [flat.value(v.aval) for v in jaxpr.jaxpr.invars]
         flat.tangents.update(inputs[len(active) :])
         outputs = flat.read(jaxpr, inputs)
-        live, kept = set(outputs), []
-        for step in reversed(flat.steps):
-            if any(r in live for r in step.results):
-                live.update(step.operands)
-                kept.append(step)
-        flat.steps = kept[::-1]
+        flat.steps = flat.needed(outputs)
         nodes: dict[Atom, Nodes] = {v: axes.of(v.aval) for v in inputs}
         moving: set[Atom] = {v for v, on in zip(inputs, active, strict=False) if on}
         steps = []
@@ -300,7 +295,7 @@ class Part:
         inputs = (*primals, *tangents)
         shapes = [axes.shape(_aval(a), nodes[a], self.axis, size) for a in inputs]
         like = [jax.ShapeDtypeStruct(shape, _aval(a).dtype) for shape, a in zip(shapes, inputs, strict=True)]
-        return _jax.program(lambda *arrays: self._run_slice(size, dict(zip(inputs, arrays, strict=True))), like)
+        return _jax.program(lambda arrays: self._run_slice(size, dict(zip(inputs, arrays, strict=True))), like)
 
     def _run_slice(self, size: int, env: dict[Atom, Any]) -> list[Any]:
         program, tangents = self.program, self.program.flat.tangents

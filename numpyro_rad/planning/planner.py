@@ -254,8 +254,7 @@ class Planner:
         if self.added_variance is not None:
             return plans.plan_for_variance(graph, self.added_variance, wanted)
         if self.memory_budget is not None:
-            in_slices = 0 if graph.slices is None else graph.slices.bytes_each
-            return self._warned(plans.plan_within(graph, parse_bytes(self.memory_budget), wanted, in_slices))
+            return self._warned(plans.plan_within(graph, parse_bytes(self.memory_budget), wanted))
         if self.exact or self.codec is not None:
             return plans.make_plan(graph, wanted)
         return plans.balanced_plan(graph, wanted)

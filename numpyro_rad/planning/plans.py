@@ -59,14 +59,15 @@ def balanced_plan(graph: Graph, wanted: Wanted) -> Plan:
     return decision.plan(solver.priced(decision.priced(), 1 / max(1, decision.residual_bytes)))
 
 
-def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted, in_slices: int = 0) -> Plan:
-    """The plan of least cost that holds at most ``budget_bytes``, of which slices hold ``in_slices`` while they run.
+def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
+    """The plan of least cost that holds at most ``budget_bytes``, with what a slice holds while it runs.
 
     Where one pass over a loop would cost more than to run it twice, or would not fit, cutting the loop into segments is
     tried as well.
 
     :raises BudgetError: if there is none; it names the smallest feasible budget.
     """
+    in_slices = 0 if graph.slices is None else graph.slices.bytes_each
     best: tuple[Decision, solver.Solution] | None = None
     too_large: list[Plan] = []
     decisions = [Decision(graph, wanted)]

@@ -1,6 +1,6 @@
 """In how many slices to run the part of a program in which an axis stays to itself (``ad.slices``).
 
-Slices take next to no time, add no variance and store the gradient of the part alone. So where a program does not fit
+Slices compute nothing twice, add no variance and store the gradient of the part alone. So where a program does not fit
 into a budget as it is, slices come first, as few as it takes; whatever else there is to store is planned as always.
 """
 
@@ -12,9 +12,9 @@ import jax
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph
-from numpyro_rad.ad.linearize import linearize, with_tangents
+from numpyro_rad.ad.linearize import graph_of_both, linearize, with_tangents
 from numpyro_rad.ad.plan import Plan
-from numpyro_rad.ad.slices import MOST_UNROLLED, find
+from numpyro_rad.ad.slices import MOST_UNROLLED, Part, find
 from numpyro_rad.planning import decision, plans
 
 MOST_SLICES = 64
@@ -30,12 +30,16 @@ def graph_of(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int) -> Graph:
     """The linearized graph of a program in which what can be run in slices is run in so many."""
     if n_slices == 1:
         return linearize(jaxpr, active)
+    both, has_tangent = with_tangents(jaxpr, active)
+    part = find(both, active)
+    return graph_of_both(both, has_tangent, active) if part is None else _cut(part, n_slices, has_tangent, active)
 
-    def rewritten(program: _jax.Jaxpr) -> tuple:
-        part = find(program, active)
-        return (program, None) if part is None else part.cut(n_slices, exact_plan)
 
-    return linearize(jaxpr, active, rewritten)
+def _cut(part: Part, n_slices: int, has_tangent: Sequence[bool], active: Sequence[bool]) -> Graph:
+    both, slices = part.cut(n_slices, exact_plan)
+    graph = graph_of_both(both, has_tangent, active)
+    graph.slices = slices
+    return graph
 
 
 def graph_within(
@@ -45,17 +49,18 @@ def graph_within(
 
     :param smallest: the fewest bytes that a plan for a graph stores.
     """
-    whole = linearize(jaxpr, active)
+    both, has_tangent = with_tangents(jaxpr, active)
+    whole = graph_of_both(both, has_tangent, active)
     # among several devices a slice of a sharded axis would be fetched from all of them
     if MOST_SLICES == 1 or jax.device_count() > 1 or plans.untouched_plan(whole).stored_bytes <= budget_bytes:
         return whole
-    part = find(with_tangents(jaxpr, active)[0], active)
+    part = find(both, active)
     if part is None or part.gradient_bytes > budget_bytes:
         return whole
     most = MOST_UNROLLED if part.slow_in_loops else MOST_SLICES
     number, coded = 2, None
     while number <= most:
-        graph = linearize(jaxpr, active, lambda _, number=number: part.cut(number, exact_plan))
+        graph = _cut(part, number, has_tangent, active)
         assert graph.slices is not None
         room = budget_bytes - exact_plan(graph).stored_bytes
         if graph.slices.bytes_each <= room:
