@@ -374,7 +374,7 @@ def kill_and_resume(tmp_path, kills, seed):
     assert all(np.array_equal(killed[name], whole[name]) for name in whole.files)
 
 
-@pytest.mark.parametrize("left", ["", "_CHECKPOINT_METADATA", "meta"])
+@pytest.mark.parametrize("left", ["", "_CHECKPOINT_METADATA", "commit_success.txt", "meta"])
 def test_a_checkpoint_that_was_being_deleted_is_no_obstacle(tmp_path, left):
     (tmp_path / "40" / left).mkdir(parents=True)
     with Store(Checkpoint(tmp_path)) as store:

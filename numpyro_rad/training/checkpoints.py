@@ -186,8 +186,10 @@ def _ours(path: Path) -> bool:
     step, unfinished, _ = path.name.removeprefix("broken-").partition(".orbax-checkpoint-tmp")
     if not (step.isdigit() and path.is_dir()):
         return False
-    # of an old one there is less, down to nothing, if the run was killed while it deleted it
-    return bool(unfinished) or all(p.name in ("arrays", "meta") or p.name.startswith("_") for p in path.iterdir())
+    inside = {p.name for p in path.iterdir()}
+    # of an old one only marks of Orbax are left, or nothing, if the run was killed while it deleted it
+    marks = {name for name in inside if name.startswith("_") or name == "commit_success.txt"}
+    return bool(unfinished) or bool(inside & {"arrays", "meta"}) or inside == marks
 
 
 _UPGRADES = {"program", "optimizer", "update"}  # may change with the versions of packages
