@@ -26,10 +26,10 @@ def normal(*shape, seed=0, scale=1.0):
 
 def few(names, *usual, slow=1):
     """Parameters of a test that takes seconds for each: ``usual`` run always; of the others, one in ``slow`` is a slow
-    test and the rest are exhaustive ones."""
+    test, or none with 0, and the rest are exhaustive ones."""
     assert set(usual) <= set(names)
     others = [n for n in names if n not in usual]
-    marks = {n: pytest.mark.exhaustive if i % slow else pytest.mark.slow for i, n in enumerate(others)}
+    marks = {n: pytest.mark.slow if slow and i % slow == 0 else pytest.mark.exhaustive for i, n in enumerate(others)}
     return [pytest.param(n, marks=marks.get(n, ())) for n in names]
 
 

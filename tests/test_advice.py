@@ -83,6 +83,7 @@ def test_a_large_model_is_given_a_budget():
     assert svi.loss.planner is before
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_an_answer(monkeypatch):
     svi, data = fit(4, 16)
     state = svi.init(jax.random.key(0), *data)

@@ -57,6 +57,7 @@ def draws(data, name):
     return {name: data["posterior"][name].values[0]}
 
 
+@pytest.mark.slow
 def test_densities_are_those_of_numpyro(line_fit):
     svi, result = line_fit
     data = to_arviz(svi, result, X, Y, key=KEY, num_samples=13, chunk_size=5)
@@ -162,14 +163,19 @@ def written(data, tmp_path, kind):
     again.close()
 
 
-FILES = [
-    pytest.param("netcdf"),
-    pytest.param("zarr", marks=pytest.mark.filterwarnings("ignore:Consolidated metadata")),  # xarray's way to write it
-]
+CONSOLIDATED = pytest.mark.filterwarnings("ignore:Consolidated metadata")  # xarray's way to write zarr
+FILES = [pytest.param("netcdf", marks=pytest.mark.slow), pytest.param("zarr", marks=CONSOLIDATED)]
 
 
-@pytest.mark.parametrize("record", [fits.minimal, fits.good])
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        (fits.minimal, "netcdf"),
+        pytest.param(fits.good, "zarr", marks=CONSOLIDATED),
+        pytest.param(fits.minimal, "zarr", marks=[CONSOLIDATED, pytest.mark.exhaustive]),
+        pytest.param(fits.good, "netcdf", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_files(line_fit, tmp_path, record, kind):
     svi, result = line_fit
     written(to_arviz(svi, result, X, Y, key=KEY, num_samples=4, record=record()), tmp_path, kind)
@@ -219,6 +225,7 @@ def special():
     return to_arviz(svi, params, y, key=KEY, num_samples=4)
 
 
+@pytest.mark.slow
 def test_no_site_is_lost_whatever_it_is_called(special):
     posterior = special["posterior"]
     assert set(posterior.data_vars) == {*NAMES.values(), "inner", "other"}
@@ -297,6 +304,7 @@ def test_labels_of_a_record_are_told_apart(line_fit):
     assert data["gradient_variance"]["site"].values.tolist() == ["a", "a_", "b"]
 
 
+@pytest.mark.slow
 def test_minibatches_of_plates_become_the_data():
     """The size of a minibatch is an argument of the model, as it is called in most of them."""
 

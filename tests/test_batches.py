@@ -215,6 +215,7 @@ def test_a_run_over_batches_is_the_loop_that_one_would_write():
     assert result.track.steps.tolist() == [2, 4, 6, 8] and not threads()
 
 
+@pytest.mark.slow
 def test_a_run_over_one_batch_is_a_run():
     fixed = fit().run(jax.random.key(0), 10, X, Y, progress_bar=False)
     for source in ([(X, Y)], [{"x": X, "y": Y}], lambda epoch: iter([(X, Y)])):
@@ -224,6 +225,7 @@ def test_a_run_over_one_batch_is_a_run():
     assert np.array_equal(found.losses, fixed.losses)
 
 
+@pytest.mark.slow
 def test_a_generator_that_ends_ends_the_run():
     with pytest.warns(UserWarning, match="batches ended after step 3 of 100: .* Pass a list, or a function"):
         result = fit().run(jax.random.key(0), 100, batches=generator(), progress_bar=False)
@@ -233,6 +235,7 @@ def test_a_generator_that_ends_ends_the_run():
     assert "batches ended" in result.record.options["ending"]
 
 
+@pytest.mark.slow
 def test_nan_is_named_by_batch():
     bad = [*TUPLES[:2], *TUPLES[:2]]
     bad[2] = (X[:20], np.full(20, np.nan, np.float32))

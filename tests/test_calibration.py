@@ -77,7 +77,7 @@ def z_of_variance(codec, x, direction):
     return (squares.mean() * DRAWS / (DRAWS - 1) - predicted) / (squares.std() / DRAWS**0.5)
 
 
-@pytest.mark.parametrize("shape", [(6, 40), (70,), (2, 3, 130)], ids=str)
+@pytest.mark.parametrize("shape", few([(6, 40), (70,), (2, 3, 130)], (6, 40), (2, 3, 130), slow=0), ids=str)
 @pytest.mark.parametrize("codec", few(CODECS, *CODECS[::3], slow=99), ids=str)
 def test_variance_along_a_direction(codec, shape):
     """Entries of the direction differ a thousandfold, and x is not centred."""
@@ -269,6 +269,7 @@ def test_deterministic_gradients_are_compared_with_their_norm():
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite():
     x, y = regression_data()
     svi, state = prepared(branching, (x, y))
@@ -311,7 +312,9 @@ def empty_carry(x):
     return lax.scan(lambda c, row: (jnp.tanh(c * row.sum()), jnp.sin(c)), x[0, :0], x)[0]
 
 
-@pytest.mark.parametrize("none", [empty_site, empty_parameter, empty_carry])
+@pytest.mark.parametrize(
+    "none", few([empty_site, empty_parameter, empty_carry], empty_parameter, slow=0), ids=lambda f: f.__name__
+)
 def test_what_is_empty_is_passed_over(none, monkeypatch):
     monkeypatch.setattr(plans, "LADDER", plans.LADDER[:1])
 
@@ -326,6 +329,7 @@ def test_what_is_empty_is_passed_over(none, monkeypatch):
     assert np.isfinite([*found.reach, *(x for n in noises for x in (*n.added, *n.relative, n.mean_square))]).all()
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_is_no_hindrance():
     args = regression_data()
     svi, state = prepared(branching, args, memory_budget=0)
@@ -343,6 +347,7 @@ def uneven(x, y):
         numpyro.factor(f"{name} fits", -weight * ((h.sum(-1) - y) ** 2).sum() / len(y))
 
 
+@pytest.mark.slow
 def test_what_matters_gets_more_bits():
     x = normal(64, 3)
     args = (x, jnp.sin(x.sum(1)))

@@ -126,13 +126,14 @@ def whole_and_cut(monkeypatch, f):
     return whole, lambda: gradient(f, codec=codec)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", few(PROGRAMS, "skips_and_a_shared_weight", slow=3))
 def test_codes_are_those_of_one_pass(monkeypatch, name):
     """The same codes are drawn when a segment runs again, so the estimate is the same one."""
     whole, again = whole_and_cut(monkeypatch, PROGRAMS[name])
     np.testing.assert_allclose(again(), whole, rtol=1e-3, atol=1e-4 * float(jnp.abs(whole).max()))
 
 
+@pytest.mark.slow
 def test_other_codes_when_a_segment_runs_again_are_caught(monkeypatch):
     whole, again = whole_and_cut(monkeypatch, layers)
     run_again = sweep._run_again

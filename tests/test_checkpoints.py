@@ -77,6 +77,7 @@ def test_a_run_that_is_asked_for_more_steps_goes_on(tmp_path):
         run(30, tmp_path)
 
 
+@pytest.mark.slow
 def test_batches_go_on_where_they_were(tmp_path):
     whole = run(11, data=(), batches=shuffled)
     for steps in (4, 6, 11):
@@ -84,6 +85,7 @@ def test_batches_go_on_where_they_were(tmp_path):
     assert same_run(found, whole)
 
 
+@pytest.mark.slow
 def test_the_newest_that_can_be_read_is_used(tmp_path):
     whole = run(40)
     run(20, tmp_path)
@@ -103,6 +105,7 @@ def test_nothing_that_can_be_read(tmp_path):
         run(40, tmp_path)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_run(tmp_path):
     run(7, tmp_path)
     wider = RAD_SVI(lambda x, y: model(x, y, 1.0), AutoNormal(model), optax.adam(1e-2))
@@ -129,6 +132,7 @@ def test_checkpoints_of_another_run(tmp_path):
             attempt()
 
 
+@pytest.mark.slow
 def test_batches_of_another_run(tmp_path):
     """The first batch of the epoch is compared, of whichever epoch the run had come to."""
     run(5, tmp_path, data=(), batches=shuffled)
@@ -166,6 +170,7 @@ def test_what_an_optimizer_holds_is_found():
         assert named(one) != named(other)
 
 
+@pytest.mark.slow
 def test_what_is_no_closure_of_the_optimizer_is_in_its_program(monkeypatch):
     """A rate that a schedule reads from a global variable."""
 
@@ -247,6 +252,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         run(7, file / "inner")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path, monkeypatch):
     from numpyro_rad.training.checkpoints import Store
 
@@ -259,6 +265,7 @@ def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path, monkeypatch):
     assert same_run(found, run(20)) and {a.kind for a in found.alarms} == {"checkpoint"}
 
 
+@pytest.mark.slow
 def test_an_error_of_the_source_loses_nothing(tmp_path):
     def broken(epoch):
         yield from shuffled(epoch)
@@ -386,6 +393,7 @@ def test_kill_and_resume_three_times(tmp_path):
     kill_and_resume(tmp_path, 3, seed=1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves(tmp_path, ctrl_c):
     stop_at = iter([False, True])
 

@@ -67,7 +67,7 @@ def label(value):
 # Bytes
 
 
-@pytest.mark.parametrize("codec", few([Keep(), BitMask(), *RANDOM], *RANDOM[::3], slow=4), ids=label)
+@pytest.mark.parametrize("codec", few([Keep(), BitMask(), *RANDOM], *RANDOM[::5], slow=6), ids=label)
 def test_stored_bytes_are_those_of_the_code(codec):
     with jax.enable_x64(True):
         for dtype in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.bool_):
@@ -109,13 +109,13 @@ def test_no_padding_where_groups_divide():
 # Unbiased, and the checker sees what is not
 
 
-@pytest.mark.parametrize("codec", RANDOM, ids=label)
+@pytest.mark.parametrize("codec", few(RANDOM, *RANDOM[::2], slow=4), ids=label)
 def test_unbiased_in_every_entry(codec):
     x = normal((2, 300) if isinstance(codec, StochasticRound) else (3, 41)) + 0.5  # the last stratum is smaller
     assert_unbiased(draw(codec, x), x, str(codec))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", few([jnp.bfloat16, jnp.float16], jnp.bfloat16, slow=0))
 @pytest.mark.parametrize(
     "codec", [*ROUNDING, SampleAxis(0.1), SampleAxis(0.3, centred=True), RandomProjection(0.5)], ids=label
 )
@@ -124,7 +124,7 @@ def test_unbiased_in_half_precision(codec, dtype):
     assert_unbiased(draw(codec, x), x, str(codec))
 
 
-@pytest.mark.parametrize("codec", RANDOM, ids=label)
+@pytest.mark.parametrize("codec", few(RANDOM, *RANDOM[::3], slow=99), ids=label)
 def test_unbiased_in_double_precision(codec):
     with jax.enable_x64(True):
         x = normal((2, 40), np.float64)
@@ -184,7 +184,7 @@ def test_bound_is_the_normal_quantile():
 # Variance and independence
 
 
-@pytest.mark.parametrize("codec", RANDOM, ids=label)
+@pytest.mark.parametrize("codec", few(RANDOM, *RANDOM[::3], slow=5), ids=label)
 def test_variance_is_the_measured_one(codec):
     x = normal((3, 300) if isinstance(codec, StochasticRound) else (3, 41)) + 0.5
     squared = ((draw(codec, x).astype(np.float64) - np.asarray(x)) ** 2).sum((1, 2))
@@ -193,7 +193,7 @@ def test_variance_is_the_measured_one(codec):
 
 
 @pytest.mark.parametrize("codec", [Keep(), *RANDOM], ids=label)
-@pytest.mark.parametrize("shape", [(7,), (40,), (30, 129), (2, 2000)], ids=str)
+@pytest.mark.parametrize("shape", few([(7,), (40,), (30, 129), (2, 2000)], (40,), (30, 129), slow=0), ids=str)
 def test_relative_variance_model(codec, shape):
     repeats = [normal(shape, number=i) for i in range(max(4, 6000 // int(np.prod(shape))))]
     x = jnp.stack(repeats)
@@ -201,7 +201,10 @@ def test_relative_variance_model(codec, shape):
     assert codec.relative_variance(shape) == pytest.approx(float(measured), rel=0.25)
 
 
-@pytest.mark.parametrize("codec", [*ROUNDING, SampleAxis(0.1), RandomProjection(0.1)], ids=label)
+UNCORRELATED = [*ROUNDING, SampleAxis(0.1), RandomProjection(0.1)]
+
+
+@pytest.mark.parametrize("codec", few(UNCORRELATED, *UNCORRELATED[::2], slow=0), ids=label)
 def test_errors_are_uncorrelated(codec):
     x = normal((2, 40)) + 0.2
     errors = draw(codec, x).reshape(DRAWS, -1) - np.asarray(x).reshape(-1)
@@ -244,7 +247,7 @@ def test_keep_and_mask_are_exact():
     assert float(Keep().variance(jnp.ones(3))) == float(BitMask().variance(jnp.ones(3, bool))) == 0
 
 
-@pytest.mark.parametrize("codec", ROUNDING, ids=label)
+@pytest.mark.parametrize("codec", few(ROUNDING, *ROUNDING[::2], slow=9), ids=label)
 def test_constant_groups_are_exact(codec):
     for value in (0.0, -0.1, 3e30, 2e-38):
         x = jnp.full((2, 513), value, jnp.float32)
@@ -259,8 +262,10 @@ def test_two_valued_groups_are_exact_at_one_bit():
     assert np.array_equal(round_trip(StochasticRound(1), seed(0), x), x)
 
 
-@pytest.mark.parametrize("codec", ROUNDING, ids=label)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (257,), (5, 3, 129)], ids=str)
+@pytest.mark.parametrize("codec", few(ROUNDING, *ROUNDING[::2], slow=0), ids=label)
+@pytest.mark.parametrize(
+    "shape", few([(), (0,), (3,), (257,), (5, 3, 129)], (), (0,), (257,), (5, 3, 129), slow=0), ids=str
+)
 def test_error_is_below_one_step(codec, shape):
     x = jnp.stack([normal(shape) * np.float32(scale) for scale in (1e-30, 1, 1e37)])
     decoded = np.asarray(jax.jit(jax.vmap(lambda x: round_trip(codec, seed(0), x)))(x))
@@ -271,8 +276,17 @@ def test_error_is_below_one_step(codec, shape):
             assert np.max(np.abs(estimate - np.asarray(exact))) <= np.max(step) + 1e-6 * scale
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        (np.nan, jnp.float32),
+        (np.inf, jnp.float32),
+        (-np.inf, jnp.bfloat16),
+        pytest.param(np.nan, jnp.bfloat16, marks=pytest.mark.exhaustive),
+        pytest.param(np.inf, jnp.bfloat16, marks=pytest.mark.exhaustive),
+        pytest.param(-np.inf, jnp.float32, marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("codec", RANDOM, ids=label)
 def test_not_finite_stays_visible(codec, bad, dtype):
     x = np.array(normal((3, 512)), dtype)
@@ -364,7 +378,7 @@ def test_fold_gives_different_seeds():
     assert np.array_equal(fold(seed(0), 7), jax.jit(lambda s: fold(s, 7))(seed(0)))
 
 
-@pytest.mark.parametrize("codec", [Keep(), *RANDOM], ids=label)
+@pytest.mark.parametrize("codec", few([Keep(), *RANDOM], Keep(), *RANDOM[::3], slow=9), ids=label)
 def test_jit_and_vmap_change_nothing(codec):
     x = normal((3, 4, 300))
     plain = jnp.stack([round_trip(codec, seed(i), x[i]) for i in range(3)])

@@ -182,6 +182,7 @@ def regression(seed, num_steps, **options):
     return result, np.linalg.solve(precision, x.T @ y / 0.25), 1 / np.sqrt(np.diag(precision))
 
 
+@pytest.mark.slow
 def test_a_linear_regression_stops_where_its_posterior_is_found():
     result, mean, sd = regression(0, num_steps=5000, stop="converged")
     assert result.stopped_at is not None and 1000 <= result.stopped_at < 5000

@@ -13,6 +13,7 @@ from jax.experimental import io_callback
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from programs import few
 
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, rad
 from numpyro_rad.transform import Closure
@@ -162,11 +163,15 @@ PROGRAMS = (top, printed, loop, unread_loop, while_loop, branch, rule, rule_of_t
 UNORDERED = (run_again, particles)  # JAX has no ordered effects there
 
 
-@pytest.mark.parametrize("ordered", (False, True), ids=("unordered", "ordered"))
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
+UNORDERED_AS_WELL = [pytest.param(f, False, marks=pytest.mark.exhaustive) for f in PROGRAMS if f not in UNORDERED]
+
+
+@pytest.mark.parametrize(
+    ("program", "ordered"),
+    [*[(f, f not in UNORDERED) for f in PROGRAMS], *UNORDERED_AS_WELL],
+    ids=lambda x: getattr(x, "__name__", "ordered" if x else "unordered"),
+)
 def test_as_often_and_in_order(program, ordered, capfd):
-    if ordered and program in UNORDERED:
-        pytest.skip("JAX orders no effects there")
     log, x = Log(), jnp.linspace(-1.0, 1.0, 9).reshape(3, 3)
     f = partial(program, log, ordered)
     expected = log.during(jax.jit(jax.grad(f)), x)
@@ -269,7 +274,7 @@ def guide(log, x, y):
     numpyro.sample("decay", dist.Normal(loc, 0.1))
 
 
-@pytest.mark.parametrize("num_particles", (1, 2))
+@pytest.mark.parametrize("num_particles", few((1, 2), 1, slow=0))
 def test_updates_call_back_as_often(num_particles):
     log = Log()
     x, y = jnp.array([1.0, -1.0, 2.0, 3.0]), jnp.zeros(4)

@@ -56,7 +56,11 @@ def test_is_a_trace_elbo_with_the_same_positional_arguments():
         RAD_ELBO(1, True, False, True, "64MiB")
 
 
-@pytest.mark.parametrize("options", [{}, {"codec": Keep()}, {"memory_budget": "1MiB"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"codec": Keep()}, {"memory_budget": "1MiB"}))],
+    ids=str,
+)
 def test_value_is_the_value_of_trace_elbo_to_the_bit(options):
     problem = small_network()
     for key in (jax.random.key(KEY), jax.random.PRNGKey(KEY)):  # typed and raw
@@ -161,7 +165,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize(
     "name",
-    few(PROGRAMS, "plate with a subsample", "network", slow=5),
+    few(PROGRAMS, "network", slow=5),
 )
 def test_exact_plan_has_the_gradient_of_trace_elbo(double, name):
     problem = PROGRAMS[name]()
@@ -199,7 +203,7 @@ LOOPS = {
 
 @pytest.mark.parametrize("loop", few(LOOPS, "vmap", slow=2))
 def test_particles(double, loop):
-    problem = pooled()
+    problem = small_network(16)
     options = {"num_particles": 4, "vectorize_particles": LOOPS[loop]}
     value, gradient = problem.value_and_grad(RAD_ELBO(**options, codec=Keep()))
     expected_value, expected = problem.value_and_grad(Trace_ELBO(**options))
@@ -207,7 +211,7 @@ def test_particles(double, loop):
     assert_close(gradient, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("loop", ["vmap", "map"])
+@pytest.mark.parametrize("loop", few(["map", "vmap"], slow=2))
 def test_particles_have_path_randomness_of_their_own(encode_all, loop):
     """Particles that draw together would err together: averaged over 8 of them the error would not fall."""
 
@@ -229,6 +233,7 @@ def test_particles_have_path_randomness_of_their_own(encode_all, loop):
     np.testing.assert_allclose(error(8), error(1) / 8, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_multi_sample_guide(double):
     def model(x):
         loc = numpyro.sample("loc", dist.Normal(0.0, 3.0))
@@ -247,16 +252,16 @@ def test_multi_sample_guide(double):
 
 def test_contributions_of_sites():
     problem = pooled()
-    ours = problem.loss(RAD_ELBO(sum_sites=False), jax.random.key(KEY), problem.params)
-    theirs = problem.loss(Trace_ELBO(sum_sites=False), jax.random.key(KEY), problem.params)
+    elbos = RAD_ELBO(sum_sites=False), Trace_ELBO(sum_sites=False), Trace_ELBO()
+    losses = jax.jit(lambda key: [problem.loss(elbo, key, problem.params) for elbo in elbos])
+    ours, theirs, total = losses(jax.random.key(KEY))
     assert set(ours) == {"loc", "spread", "logit_decentered", "hits"} and set(ours) == set(theirs)
-    total = problem.loss(Trace_ELBO(), jax.random.key(KEY), problem.params)
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
     np.testing.assert_allclose(sum(ours.values()), total, rtol=1e-5)
     svi = problem.svi(RAD_ELBO(sum_sites=False))
     state = svi.init(jax.random.key(0), *problem.args)
-    assert set(svi.evaluate(state, *problem.args)) == set(theirs)
+    assert set(jax.eval_shape(svi.evaluate, state, *problem.args)) == set(theirs)
 
 
 # -- inside numpyro.infer.SVI ------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", few(OPTIMIZERS, "optax chain", slow=3))
+@pytest.mark.parametrize("name", few(OPTIMIZERS, slow=4))
 def test_optimizers(double, name):
     problem = pooled()
     steps = 1 if name == "Minimize" else 20
@@ -306,6 +311,7 @@ def test_update_run_and_evaluate_agree(encode_all):
     assert np.isfinite(continued.losses).all()
 
 
+@pytest.mark.slow
 def test_debugging_finds_no_nan_of_ours(encode_all):
     problem = small_network(16)
     svi = problem.svi(RAD_ELBO(codec=StochasticRound(bits=1)))
@@ -329,7 +335,10 @@ def test_stable_update_refuses_a_step_that_is_not_finite():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: program(running_mean, AutoNormal(running_mean), *wave(32)), with_flax],
+    [
+        lambda: program(running_mean, AutoNormal(running_mean), *wave(32)),
+        pytest.param(with_flax, marks=pytest.mark.exhaustive),
+    ],
     ids=["mutable", "flax"],
 )
 def test_mutable_state(make):
@@ -338,9 +347,9 @@ def test_mutable_state(make):
     for elbo in (Trace_ELBO(), RAD_ELBO(codec=Keep()), RAD_ELBO()):
         svi = problem.svi(elbo, optax.sgd(1e-4))  # Adam would blow up the rounding of gradients that are zero
         state = svi.init(jax.random.key(2), *problem.args)
-        before = state.mutable_state
+        before, update = state.mutable_state, jax.jit(svi.update)
         for _ in range(2):
-            state, loss = jax.jit(svi.update)(state, *problem.args)
+            state, loss = update(state, *problem.args)
         states.append((loss, state.mutable_state))
         assert np.abs(flat(before) - flat(state.mutable_state)).max() > 1e-3
     assert_close(states[1], states[0], rtol=1e-5)
@@ -359,13 +368,13 @@ def test_arguments_that_are_no_arrays_stay_what_they_are():
     svi = SVI(model, guide, optax.adam(1e-2), RAD_ELBO(), kind="other")
     x, y = classes(64)
     state = svi.init(jax.random.key(0), x, y, 16)
-    state, loss = svi.update(state, x, y, 16, flag=True)
-    svi.evaluate(state, x, y, batch_size=16)
-    assert np.isfinite(loss)
+    state, loss = jax.eval_shape(lambda state: svi.update(state, x, y, 16, flag=True), state)
+    assert jax.eval_shape(lambda state: svi.evaluate(state, x, y, batch_size=16), state) == loss
     assert {size for size, _, _ in seen} == {int} and {kind for _, kind, _ in seen} == {"other"}
     assert {flag for _, _, flag in seen} == {None, True}
 
 
+@pytest.mark.slow
 def test_stochastic_support_accepts_it():
     from numpyro.contrib.stochastic_support.sdvi import SDVI
 
@@ -411,6 +420,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @BOTH
 def test_vmap_and_scan_over_seeds(encode_all, codec):
     problem = small_network()
@@ -423,6 +433,7 @@ def test_vmap_and_scan_over_seeds(encode_all, codec):
     assert_close(scanned, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @BOTH
 def test_vmap_over_parameters_inside_the_differentiated_function(double, encode_all, codec):
     """An ensemble: the loss itself is vectorized, so the sweeps are."""
@@ -438,6 +449,7 @@ def test_vmap_over_parameters_inside_the_differentiated_function(double, encode_
     assert_close(gradient(RAD_ELBO(codec=codec)), gradient(Trace_ELBO()), rtol=rtol)
 
 
+@pytest.mark.slow
 @BOTH
 def test_checkpoint(double, encode_all, codec):
     problem = small_network()
@@ -524,7 +536,9 @@ def test_path_key_moves_the_gradient_and_not_the_value(encode_all):
     np.testing.assert_allclose(raw[0], expected[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("codec", [None, StochasticRound(bits=1)], ids=["default", "1 bit"])
+@pytest.mark.parametrize(
+    "codec", [None, pytest.param(StochasticRound(bits=1), marks=pytest.mark.exhaustive)], ids=["default", "1 bit"]
+)
 def test_gradient_is_unbiased_over_path_keys(double, encode_all, codec):
     """2048 draws see a bias of a tenth of an entry's standard deviation."""
     problem = small_network(16)
@@ -572,6 +586,7 @@ def test_budget_is_met(encode_all, case):
     assert np.isfinite(flat(problem.value_and_grad(RAD_ELBO(particles, loop, memory_budget=f"{least} B"))[1])).all()
 
 
+@pytest.mark.slow
 def test_impossible_budget_names_the_smallest(encode_all):
     problem = small_network(128)
     svi = problem.svi(RAD_ELBO(memory_budget=100))
@@ -687,16 +702,15 @@ def test_attributes_set_later_are_the_bases():
     elbo.num_particles = 4
     assert elbo.base.num_particles == 4
     problem = small_network()
-    key = jax.random.key(KEY)
-    np.testing.assert_allclose(
-        problem.loss(elbo, key, problem.params), problem.loss(Trace_ELBO(4), key, problem.params)
-    )
+    losses = jax.jit(lambda key: [problem.loss(e, key, problem.params) for e in (elbo, Trace_ELBO(4))])
+    np.testing.assert_allclose(*losses(jax.random.key(KEY)))
 
 
 def test_no_tracer_outlives_the_gradient():
     problem = small_network(8)
     with jax.check_tracer_leaks(True):
-        jax.grad(partial(problem.loss, RAD_ELBO(codec=Keep()), jax.random.key(KEY)))(problem.params)
+        gradient = jax.grad(partial(problem.loss, RAD_ELBO(codec=Keep()), jax.random.key(KEY)))
+        jax.make_jaxpr(gradient)(problem.params)
 
 
 @pytest.mark.parametrize("key", [7, jnp.arange(5), None], ids=str)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from programs import few
 from zscores import assert_unbiased
 
 from numpyro_rad import Keep, StochasticRound, rad
@@ -136,7 +137,7 @@ def test_exact_gradient(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), actual, expected)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", few(PROGRAMS, *list(PROGRAMS)[::3], slow=5))
 @pytest.mark.usefixtures("encode_all")
 def test_unbiased(name):
     f, args, *_ = PROGRAMS[name]

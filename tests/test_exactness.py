@@ -415,7 +415,7 @@ def compiled(f):
     return jax.jit(f, compiler_options={"xla_llvm_disable_expensive_passes": True})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, *NAMES[::4], slow=6))
 def test_value_is_the_same_to_the_bit(name):
     f, args, data = PROGRAMS[name]
     args = jax.tree.map(jnp.asarray, (*args, *data))
@@ -440,7 +440,7 @@ def check(name, wrappers):
     assert any((g != 0).any() for g in gradients) or name in WITHOUT_GRADIENT, "there is no gradient to compare"
 
 
-@pytest.mark.parametrize("name", few(NAMES, *NAMES[::3], slow=4))
+@pytest.mark.parametrize("name", few(NAMES, *NAMES[3::6], "custom_jvp", "einsum", "short_scans", slow=4))
 def test_exact(name):
     """Under jit, and under one wrapper each, in turn."""
     check(name, [eager, WRAPPERS[NAMES.index(name) % len(WRAPPERS)]])  # eager inside jit is jit
@@ -452,8 +452,12 @@ def test_exact_under_every_wrapper(name):
 
 
 WITHOUT_COMPILER = [
-    *[(name, eager) for name in ("dense_network", "scan_of_cond", "custom_vjp", "sampled_weights", "pytrees")],
-    *[(name, rerun_in_python) for name in ("recurrence", "scan_of_cond", "nested_jit")],
+    *[(name, eager) for name in ("scan_of_cond", "custom_vjp", "sampled_weights", "pytrees")],
+    *[(name, rerun_in_python) for name in ("recurrence", "nested_jit")],
+    *[
+        pytest.param(*case, marks=pytest.mark.exhaustive)
+        for case in (("dense_network", eager), ("scan_of_cond", rerun_in_python))
+    ],
 ]
 
 
@@ -476,7 +480,7 @@ TWICE = [
 ]
 
 
-@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("name", few(TWICE, *TWICE[::2], slow=9))
 def test_gradient_of_the_gradient(name):
     """An exact plan can be differentiated again: both sweeps are ordinary programs, barriers included."""
     f, args, data = PROGRAMS[name]

@@ -116,6 +116,7 @@ def test_same_seed_same_numbers(bnn: ModuleType, tmp_path: Path) -> None:
         assert first["RAD_ELBO"][name] == second["RAD_ELBO"][name]
 
 
+@pytest.mark.slow
 def test_impossible_budget_is_a_sentence(bnn: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--memory-budget 1"):
         bnn.main([*TINY, "--memory-budget", "1", "--figure", str(tmp_path / "picture.png")])

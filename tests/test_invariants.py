@@ -88,6 +88,7 @@ def test_about_the_memory_of_jax(program):
         np.testing.assert_allclose(own, theirs, rtol=2e-5, atol=2e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_left_in_loops_they_take_more(monkeypatch):
     """The comparison can tell."""
     bytes_of_jax, *_ = temporary_bytes(exponential)

@@ -149,11 +149,14 @@ def short_fit():
     return svi.run(jax.random.key(0), 3, x, y, progress_bar=False)
 
 
-@pytest.mark.parametrize("error", SHORT)
+@pytest.mark.parametrize("error", few(SHORT, "device", slow=0))
 @pytest.mark.parametrize(
     ("module", "function", "lost"),
     [
-        (results, "gradient_variance", "gradient_variance was not measured: memory is too short"),
+        pytest.param(
+            *(results, "gradient_variance", "gradient_variance was not measured: memory is too short"),
+            marks=pytest.mark.slow,
+        ),
         (results, "fit_quality", "quality was not measured: memory is too short"),
         (results, "posterior_summary", "posterior was not measured: memory is too short"),
         (quality, "_elbo_draws", "No ELBO: memory is too short"),
@@ -241,7 +244,7 @@ def test_many_fits_leave_nothing_behind():
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".html", ".htm", ".md", ".txt", ".json"])
+@pytest.mark.parametrize("suffix", few([".html", ".htm", ".md", ".txt", ".json"], ".html", ".json", slow=0))
 def test_reports_leave_no_file_open(tmp_path, suffix):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

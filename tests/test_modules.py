@@ -68,6 +68,7 @@ def two_layers(weights):
     return model, guide, line(8)
 
 
+@pytest.mark.slow
 def test_a_tree_is_calibrated_as_its_leaves_are(few_codecs):
     """The slow twin has one parameter for each leaf; order and values are the same, and so are all numbers."""
     start = jnp.ones((3, 4)), jnp.full((4, 1), 0.5)
@@ -87,7 +88,7 @@ def test_a_tree_is_calibrated_as_its_leaves_are(few_codecs):
     assert found[0].gradient_variance > 0 and len(found[0].reach) == 3
 
 
-@pytest.mark.parametrize("name", few(["flax", "nnx", "random flax"], "flax", slow=2))
+@pytest.mark.parametrize("name", few(["flax", "nnx", "random flax"], slow=3))
 def test_a_budget_is_planned_for(name, few_codecs):
     """``RAD_SVI`` calibrates before the first step; the calibration can be saved and is one of this program."""
     model, guide, args = TREES[name]()
@@ -214,6 +215,7 @@ def local_guide(x):
         numpyro.sample("z", dist.Normal(loc[points], scale[points]))
 
 
+@pytest.mark.slow
 def test_numpy_parameters_are_taken():
     """Restored from a file, they are arrays of NumPy; inside of a compiled function these cannot be indexed."""
     x = jnp.arange(5.0)

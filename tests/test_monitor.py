@@ -132,8 +132,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("progress_bar", [True, False])
-@pytest.mark.parametrize("kind", few(OPTIMIZERS, *list(OPTIMIZERS)[::2], slow=9))
+@pytest.mark.parametrize("progress_bar", few([True, False], True, slow=0))
+@pytest.mark.parametrize("kind", few(OPTIMIZERS, "chain", slow=9))
 def test_is_found_in_a_run_of_svi_and_changes_nothing(kind, progress_bar):
     svi = SVI(model, AutoNormal(model), OPTIMIZERS[kind](), Trace_ELBO())
     result = svi.run(jax.random.key(0), 20, *DATA, progress_bar=progress_bar)
@@ -153,6 +153,7 @@ def test_masked_parameters_are_left_out():
     assert set(signal_to_noise(result.state)) == {name for name in NAMES if name.endswith("scale")}
 
 
+@pytest.mark.slow
 def test_ratio_in_svi_is_that_of_its_gradients():
     """With a learning rate of zero the gradients of all steps are independent draws at one point."""
     optimizer = optax.chain(gradient_signal(0.999), optax.sgd(0.0))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from programs import normal
+from programs import few, normal
 
 from numpyro_rad import Keep, rad
 from numpyro_rad.planning.noise import CodeNoise, EqualShares, Flow
@@ -76,7 +76,7 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", few(LINEAR, *list(LINEAR)[::2], slow=3))
 def test_entries_of_jacobians(name):
     """The last step of each program is the one that is named; those before it only rearrange."""
     f = LINEAR[name]

@@ -131,7 +131,9 @@ def test_predictions_are_floats(f, options):
     assert (type(predicted.added_seconds), type(predicted.added_variance)) == (float, float)
 
 
-@pytest.mark.parametrize("codec", [Keep(), StochasticRound(4), SampleAxis(0.1), RandomProjection(0.1)], ids=str)
+@pytest.mark.parametrize(
+    "codec", [Keep(), StochasticRound(4), *few([SampleAxis(0.1), RandomProjection(0.1)], SampleAxis(0.1))], ids=str
+)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_stored_bytes_are_those_of_the_tape(name, codec):
     f, args = PROGRAMS[name]
@@ -377,7 +379,7 @@ def smallest_budget(f, args):
     return info.value.smallest_bytes
 
 
-@pytest.mark.parametrize("name", few(BUDGETED, *list(BUDGETED)[::3]))
+@pytest.mark.parametrize("name", few(BUDGETED, "gelu_network"))
 def test_no_budget_is_exceeded_and_more_never_makes_it_worse(name):
     f, args = PROGRAMS[name]
     least, most = smallest_budget(f, args), planned(f, *args, codec=Keep()).stored_bytes
@@ -402,6 +404,7 @@ def test_smallest_feasible_budget(name):
     assert "test_plan.py:" in str(info.value)
 
 
+@pytest.mark.slow
 def test_budget_holds_for_the_gradient_itself():
     f, args = PROGRAMS["gelu_network"]
     least = smallest_budget(f, args)
@@ -496,7 +499,7 @@ def test_the_plan_is_the_same_in_every_trace():
 
 
 @pytest.mark.parametrize("codec", [Keep(), StochasticRound(4), SampleAxis(0.1), RandomProjection(0.1)], ids=str)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", few([np.nan, np.inf], np.inf, slow=0))
 def test_nan_and_infinity_reach_the_gradient(codec, bad):
     def f(w, x):
         h = (x @ w) ** 3  # infinite in one row

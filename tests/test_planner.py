@@ -421,6 +421,7 @@ def test_a_saved_plan_with_segments(cheap_starts):
     assert_equal_trees(found, jax.jit(grad(loop, **options))(KEY, PARAMS, X))
 
 
+@pytest.mark.slow
 def test_a_saved_plan_of_an_elbo(encode_all):
     problem = small_network()
     operands = (KEY, problem.params, problem.model, problem.guide, *problem.args)
@@ -541,6 +542,7 @@ def test_plan_and_update_see_one_program(kind, encode_all, programs_planned):
     assert len(programs_planned) >= 2 and len(set(programs_planned)) == 1
 
 
+@pytest.mark.slow
 def test_run_and_update_see_one_program(encode_all, programs_planned):
     problem = small_network()
     svi = problem.svi(RAD_ELBO())

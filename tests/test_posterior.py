@@ -47,6 +47,7 @@ def found():
     return posterior_summary(svi, {"loc": np.float32(2.0)}, Y, MASKED, COUNTS, LABELS, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_sites_have_their_moments(found):
     assert [s.name for s in found.sites] == ["mu", "many", "twice", "few[0, 0]", "few[0, 1]"]
     mu, many, twice, *few = found.sites

@@ -117,7 +117,14 @@ def test_k_hat_tells_a_good_guide_from_a_bad_one():
     assert good.notes == bad.notes == ()
 
 
-@pytest.mark.parametrize("loss", (Trace_ELBO(), Trace_ELBO(num_particles=3), RAD_ELBO()))
+@pytest.mark.parametrize(
+    "loss",
+    (
+        Trace_ELBO(),
+        pytest.param(Trace_ELBO(num_particles=3), marks=pytest.mark.exhaustive),
+        pytest.param(RAD_ELBO(), marks=pytest.mark.exhaustive),
+    ),
+)
 def test_plates_that_draw_minibatches_take_all_data(loss):
     svi, data = svi_of(loss), jnp.asarray(DATA)
     params = {"loc": jnp.float32(POSTERIOR[0]), "scale": jnp.float32(1.3 * POSTERIOR[1])}
@@ -299,6 +306,7 @@ def test_shadow_compares_the_plan_that_trains(encode_all):
     np.testing.assert_allclose(found.randomized_losses[0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_shadow_sees_gradients_that_do_harm(encode_all):
     """Planted: an optimizer cannot be led astray here by a little, so the gradient of the twin is turned around."""
 

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from programs import few
 from zscores import bound, z_scores
 
 from numpyro_rad import Keep, RandomProjection, SampleAxis, StochasticRound, rad
@@ -330,18 +331,19 @@ def with_budget(n):
     )
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", few(NAMED, "compiled_call_with_a_constant_array", slow=2))
 def test_named_programs(name):
     check_exact(NAMED[name])
     check_unbiased(NAMED[name])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", few(range(4), 0, slow=0))
 def test_fixed_programs(seed):
     check_exact(loss(seeded(seed)), seed)
     check_unbiased(loss(seeded(seed)), seed)
 
 
+@pytest.mark.slow
 def test_one_draw_for_two_readers_on_a_path_is_caught(monkeypatch):
     """``v`` scales ``w`` and again the way back from the product: one draw for both would give its mean square."""
 

@@ -212,7 +212,7 @@ TOLERANCE = {"half_precision_carry": 2e-2}  # XLA may skip a rounding to half pr
 # Values and gradients
 
 
-@pytest.mark.parametrize("name", few(PROGRAMS, *list(PROGRAMS)[::3], slow=5))
+@pytest.mark.parametrize("name", few(PROGRAMS, *list(PROGRAMS)[::5], slow=5))
 def test_exact_gradient(name):
     """Cut by hand in one of four ways, and by the planner under the tightest budget."""
     f, args = PROGRAMS[name]
@@ -231,7 +231,7 @@ def test_exact_gradient(name):
 FULL_PRECISION = [n for n in PROGRAMS if n != "half_precision_carry"]
 
 
-@pytest.mark.parametrize("name", few(FULL_PRECISION, *FULL_PRECISION[::4], slow=5))
+@pytest.mark.parametrize("name", few(FULL_PRECISION, "carry_alone", slow=5))
 def test_codes_are_those_of_the_loop_in_one_pass(name):
     """Under a rounding and a sampling codec in turn."""
     f, args = PROGRAMS[name]
@@ -247,7 +247,7 @@ def test_codes_are_those_of_the_loop_in_one_pass(name):
 
 
 @pytest.mark.parametrize("lengths", few(CUTS, CUTS[-1], slow=3), ids=str)
-@pytest.mark.parametrize("name", ["stacked_forward", "stacked_reverse"])
+@pytest.mark.parametrize("name", few(["stacked_forward", "stacked_reverse"], "stacked_reverse", slow=0))
 @pytest.mark.usefixtures("ordered")
 def test_every_cut_has_the_codes_and_the_gradient_of_the_whole(name, lengths):
     f, args = PROGRAMS[name]
@@ -284,7 +284,12 @@ def test_segments_in_the_wrong_order_are_caught(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "codec"), [("stacked_reverse", StochasticRound(2)), ("cond_in_the_body", SampleAxis(0.3))], ids=str
+    ("name", "codec"),
+    [
+        ("stacked_reverse", StochasticRound(2)),
+        pytest.param("cond_in_the_body", SampleAxis(0.3), marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
 )
 def test_unbiased(name, codec, draws=2048):
     f, args = PROGRAMS[name]
@@ -304,6 +309,7 @@ def test_same_key_same_gradient():
     assert (first != other).any()
 
 
+@pytest.mark.slow
 def test_under_vmap():
     f, (h, w, xs) = PROGRAMS["stacked_reverse"]
     many = jnp.stack([h, 2 * h, -h])
@@ -444,8 +450,19 @@ def test_ample_budgets_do_not_cut():
     assert not cuts(planned(f, args, exact=True))
 
 
-@pytest.mark.parametrize("name", ["stacked_forward", "nested_scan", "typed_key_in_the_carry", "two_loops"])
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        ("stacked_forward", True),
+        ("nested_scan", False),
+        ("typed_key_in_the_carry", False),
+        ("two_loops", True),
+        pytest.param("stacked_forward", False, marks=pytest.mark.exhaustive),
+        pytest.param("nested_scan", True, marks=pytest.mark.exhaustive),
+        pytest.param("typed_key_in_the_carry", True, marks=pytest.mark.exhaustive),
+        pytest.param("two_loops", False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_budgets_are_met_and_more_never_costs_more(name, exact):
     f, args = PROGRAMS[name]
     least, most = smallest_budget(f, args, exact=exact), planned(f, args, codec=Keep()).stored_bytes

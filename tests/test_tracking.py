@@ -218,6 +218,7 @@ def test_alarms_go_where_they_are_wanted():
 # A new plan
 
 
+@pytest.mark.slow
 def test_the_wish_for_a_new_plan():
     svi, state = initialised(RAD_ELBO(codec=COARSE))
     inside, above, below = (
@@ -260,6 +261,7 @@ def test_training_does_not_notice():
     assert_equal_trees(watched.optim_state, alone.optim_state)
 
 
+@pytest.mark.slow
 def test_a_restored_tracker_goes_on():
     svi, state = initialised(RAD_ELBO(codec=SampleAxis(0.02)))
     options = Tracking(on_alarm="record", replan=(1e-6, 1e-3))

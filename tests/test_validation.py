@@ -74,6 +74,7 @@ def test_it_is_the_exact_loss_and_changes_nothing(capsys):
     assert "## Loss on held-out data" in text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_looks_as_if_it_had_never_ended(tmp_path):
     options = {"validate": (X_OUT, Y_OUT), "stop": Plateau(patience=2)}
     whole = run(1500, **options)
@@ -94,6 +95,7 @@ def scaled(x, scale=1.0, y=None):
     numpyro.sample("y", dist.Normal(x @ w, scale).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_batches_of_held_out_data():
     svi = fit(scaled, loss=RAD_ELBO(base=TraceMeanField_ELBO(num_particles=3)))
     parts = [{"x": X_OUT[:6], "y": Y_OUT[:6]}, {"x": X_OUT[6:12], "y": Y_OUT[6:12]}]
@@ -128,6 +130,7 @@ def looks_at_data(labels, y):
     numpyro.sample("y", dist.Normal(levels[labels], 1.0).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_its_data():
     result = run(3, np.arange(12) % 3, np.arange(12.0), svi=fit(looks_at_data), validate=(np.arange(3), np.ones(3)))
     assert np.isfinite(result.record.validation.losses).all()

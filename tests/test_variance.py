@@ -99,7 +99,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", few(CASES, "rounded"))
+@pytest.mark.parametrize("case", few(CASES))
 def test_a_linear_model_in_closed_form(case):
     elbo, size, codec = CASES[case]
     svi, state = initialised(elbo(), size=size)
@@ -148,6 +148,7 @@ def test_wrong_keys_are_caught(part, monkeypatch):
     assert distances(found.total, linear_parts(BATCH, StochasticRound(2)))[part] > bound(15)
 
 
+@pytest.mark.slow
 def test_batches_are_drawn_with_replacement():
     """Four sets of targets: the gradient of each is its mean, minus A'b."""
     svi, state = initialised(Trace_ELBO())
@@ -312,6 +313,7 @@ def counted(x, y):
     network(x, y)
 
 
+@pytest.mark.slow
 def test_mutable_state_and_static_arguments():
     """A model that keeps count has the variance of one that does not; constants of SVI are handed over."""
     args, guide = wave(24), AutoNormal(network, init_scale=0.1)
@@ -377,6 +379,7 @@ def test_draws_are_chosen_and_costs_measured():
     )
 
 
+@pytest.mark.slow
 def test_the_state_decides_the_draws():
     svi, state = initialised(Trace_ELBO())
     first, second = (gradient_variance(svi, state, A, B, draws=3) for _ in range(2))
@@ -386,6 +389,7 @@ def test_the_state_decides_the_draws():
     assert gradient_variance(svi, raw, A, B, draws=3).total.guide.value > 0
 
 
+@pytest.mark.slow
 def test_keys_of_either_kind_measure_the_plan_that_trains():
     """A typed key and its words are two programs to JAX, of which the calibration knows one."""
     svi, start = initialised(RAD_ELBO(memory_budget=80))
