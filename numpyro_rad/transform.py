@@ -9,6 +9,7 @@ is lifted to an argument of that ``custom_vjp``, so the result composes with ``j
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,12 +21,16 @@ from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph, site_name
+from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
 from numpyro_rad.mistakes import options_of
 from numpyro_rad.planning.planner import Options, Planner
-from numpyro_rad.planning.plans import untouched_plan
+from numpyro_rad.planning.ways import Way
+
+_TEMPORARY_BYTES: dict[tuple[str, str], int | None] = {}
+"""What the compiler said of programs and plans: each is traced more than once, to explain it and to run it."""
 
 
 class Program:
@@ -53,29 +58,75 @@ class Program:
     def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, planner: Planner, names: Sequence[str]) -> None:
         self._jaxpr, self._out_tree, self._planner, self._names = jaxpr, out_tree, planner, names
         self._made_bytes = _jax.made_bytes(jaxpr)
-        self._graphs: dict[tuple[bool, ...], Graph] = {}
+        self._ways: dict[tuple[bool, ...], Way] = {}
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     def graph(self, active: tuple[bool, ...]) -> Graph:
         """The linearized graph for the differentiated ones among the operands."""
-        if active not in self._graphs:
-            self._graphs[active] = self._planner.graph(self._jaxpr, active)
-        return self._graphs[active]
+        return self._way(active).graph
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The plan for the differentiated ones among the operands."""
         if active not in self._plans:
-            graph = self.graph(active)
-            names = (name for name, on in zip(self._names, active, strict=True) if on)
-            if self._planner.leaves_alone(self._made_bytes):
-                self._plans[active] = untouched_plan(graph)
-            else:
-                self._plans[active] = self._planner(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
+            way = self._way(active)
+            names = dict(zip(way.graph.tangent_inputs, self._names_of(active), strict=True))
+            self._plans[active] = self._planner.along(way, names)
         return self._plans[active]
 
-    def _is_untouched(self, active: tuple[bool, ...]) -> bool:
-        """Whether JAX's own reverse mode differentiates. What computes little is not even linearized."""
-        return self._planner.leaves_alone(self._made_bytes) or self.plan(active).untouched
+    def _way(self, active: tuple[bool, ...]) -> Way:
+        if active not in self._ways:
+            if self._planner.leaves_alone(self._made_bytes):
+                self._ways[active] = Way(linearize(self._jaxpr, active), untouched=True)
+            else:
+                taken = partial(self._temporary_bytes, active)
+                self._ways[active] = self._planner.way(self._jaxpr, active, self._names_of(active), taken)
+        return self._ways[active]
+
+    def _names_of(self, active: tuple[bool, ...]) -> list[str]:
+        return [name for name, on in zip(self._names, active, strict=True) if on]
+
+    def _temporary_bytes(self, active: tuple[bool, ...], plan: Plan) -> int | None:
+        """Temporary memory of the gradient with a plan, compiled by itself; None where the compiler does not say."""
+
+        def gradient(seed: Any, *operands: Any) -> tuple[list[Any], list[Any]]:
+            outs, stored = self._forward(None if plan.untouched else plan, active, seed, operands)
+            return outs, self._backward(None if plan.untouched else plan, stored, [jnp.ones_like(o) for o in outs])
+
+        key = plan.graph.fingerprint(), json.dumps(plan.to_dict())
+        if key not in _TEMPORARY_BYTES:
+            seed = jax.ShapeDtypeStruct((2,), jnp.uint32)
+            _TEMPORARY_BYTES[key] = _jax.temporary_bytes(gradient, [seed, *(v.aval for v in self._jaxpr.jaxpr.invars)])
+        return _TEMPORARY_BYTES[key]
+
+    def _sweeps(self, active: tuple[bool, ...]) -> Plan | None:
+        """The plan of the sweeps; None where JAX's own reverse mode differentiates. What computes little is not even
+        linearized."""
+        if self._planner.leaves_alone(self._made_bytes):
+            return None
+        plan = self.plan(active)
+        return None if plan.untouched else plan
+
+    def _forward(
+        self, plan: Plan | None, active: tuple[bool, ...], seed: Any, operands: Sequence[Any]
+    ) -> tuple[list[Any], _Stored]:
+        """Values of the program, and what the backward sweep needs."""
+        if plan is None:
+            outs, pullback = _jax.vjp(self._jaxpr, active, operands)
+            return outs, _Stored(pullback, active)
+        outs, tape = forward(plan, seed, operands)
+        reads = [a for v, a in zip(plan.graph.inputs, operands, strict=True) if v in plan.reads]
+        return _jax.as_arrays(outs), _Stored((seed, tape, reads), active)
+
+    def _backward(self, plan: Plan | None, stored: _Stored, arriving: Sequence[Any]) -> list[Any]:
+        """Cotangents of the differentiated operands.
+
+        :param arriving: cotangents of the values; None for zero.
+        """
+        if plan is None:
+            return _jax.pull_back(stored.arrays, arriving, [v.aval for v in self._jaxpr.jaxpr.outvars])
+        seed, tape, arrays = stored.arrays
+        reads = dict(zip([v for v in plan.graph.inputs if v in plan.reads], arrays, strict=True))
+        return backward(plan, seed, tape, reads, arriving)
 
     def __call__(self, seed: Any, *operands: Any) -> Any:
         """The function's value at ``operands``, with a derivative whose randomness comes from ``seed``."""
@@ -87,24 +138,11 @@ class Program:
             active = tuple(
                 bool(o.perturbed) and jnp.issubdtype(jax.typeof(o.value).dtype, jnp.inexact) for o in operands
             )
-            arrays = [o.value for o in operands]
-            if self._is_untouched(active):
-                outs, pullback = _jax.vjp(self._jaxpr, active, arrays)
-                return outs, _Stored(pullback, active)
-            plan = self.plan(active)
-            outs, tape = forward(plan, seed.value, arrays)
-            reads = [a for v, a in zip(plan.graph.inputs, arrays, strict=True) if v in plan.reads]
-            return _jax.as_arrays(outs), _Stored((seed.value, tape, reads), active)
+            return self._forward(self._sweeps(active), active, seed.value, [o.value for o in operands])
 
         def sweep_backward(stored: _Stored, cotangents: Sequence[Any]) -> tuple[Any, ...]:
             arriving = [None if isinstance(c, SymbolicZero) else c for c in cotangents]
-            if self._is_untouched(stored.active):
-                pulled = iter(_jax.pull_back(stored.arrays, arriving, [v.aval for v in self._jaxpr.jaxpr.outvars]))
-            else:
-                plan = self.plan(stored.active)
-                seed, tape, arrays = stored.arrays
-                reads = dict(zip([v for v in plan.graph.inputs if v in plan.reads], arrays, strict=True))
-                pulled = iter(backward(plan, seed, tape, reads, arriving))
+            pulled = iter(self._backward(self._sweeps(stored.active), stored, arriving))
             gradients = [next(pulled) if on else None for on in stored.active]
             avals = [v.aval for v in self._jaxpr.jaxpr.invars]
             return None, *(None if g is None else _jax.as_weak_as(g, a) for g, a in zip(gradients, avals, strict=True))

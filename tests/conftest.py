@@ -13,14 +13,14 @@ import pytest
 
 import numpyro_rad.ad.sweep
 import numpyro_rad.planning.decision
-import numpyro_rad.planning.slicing
+import numpyro_rad.planning.ways
 import numpyro_rad.planning.worth
 
 # The small models of the tests stand for large ones, which are not left to JAX.
 UNTOUCHED_BYTES = numpyro_rad.planning.worth.UNTOUCHED_BYTES
 numpyro_rad.planning.worth.UNTOUCHED_BYTES = 0
 # Their budgets are met by codes, recomputation and segments: those of slices have tests of their own.
-numpyro_rad.planning.slicing.MOST_SLICES = 1
+numpyro_rad.planning.ways.MOST_SLICES = 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,8 @@
 """Parts of programs that run slice by slice: found where an axis stays to itself, exact, smaller, and left alone
 otherwise."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,9 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from test_random_programs import ARGS, INDEX, loss, seeded
 
-from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad
-from numpyro_rad.ad import axes, rules
-from numpyro_rad.planning import slicing
+from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform
+from numpyro_rad.ad import _jax, axes, rules
+from numpyro_rad.planning import ways
 
 ROWS, INPUTS, HIDDEN, CLASSES = 12, 5, 6, 3
 
@@ -290,6 +292,7 @@ def test_particles_of_a_model_and_their_rows():
     assert size < whole / 4
 
 
+@pytest.mark.slow
 def test_particles_that_are_weighed_are_left_alone():
     base = RenyiELBO(alpha=0.5, num_particles=3)
     _, plan = same_step(RAD_ELBO(base=base, exact=True, slices=4), base)
@@ -321,8 +324,9 @@ def test_codes_outside_of_slices_are_unbiased():
 
 @pytest.fixture
 def of_themselves(monkeypatch):
-    """Slices as users get them; in other tests budgets are met by codes."""
-    monkeypatch.setattr(slicing, "MOST_SLICES", 64)
+    """Slices as users of large models get them; in other tests budgets are met by codes."""
+    monkeypatch.setattr(ways, "MOST_SLICES", 64)
+    monkeypatch.setattr(ways, "START_NANOSECONDS", 0.0)
 
 
 def budgeted(budget, **options):
@@ -340,6 +344,33 @@ def test_a_budget_takes_as_few_slices_as_it_needs():
         numbers.append(plan.graph.slices.number)
     assert 1 < numbers[0] < numbers[1]
     assert budgeted(60_000, slices=1).graph.slices is None
+
+
+@pytest.mark.usefixtures("of_themselves")
+def test_a_budget_bounds_what_the_compiled_step_takes():
+    """Where Trace_ELBO fits, the step is its own; where not, it takes slices until the compiler says that it fits."""
+    most = step(Trace_ELBO())[0].memory_analysis().temp_size_in_bytes
+    assert same_step(RAD_ELBO(memory_budget=most + 4096), Trace_ELBO())[1].untouched
+    (size, _), plan = same_step(RAD_ELBO(memory_budget=most // 2), Trace_ELBO())
+    assert not plan.untouched and size <= 1.15 * most // 2
+
+
+@pytest.mark.usefixtures("of_themselves")
+def test_what_the_compiler_says_decides(monkeypatch):
+    """A program that is found to take too much is cut more finely; one of which nothing is known is not."""
+
+    def told(*sizes):
+        answers = itertools.chain(sizes, itertools.repeat(sizes[-1]))
+        monkeypatch.setattr(transform, "_TEMPORARY_BYTES", {})
+        monkeypatch.setattr(_jax, "temporary_bytes", lambda f, avals: next(answers))
+
+    told(None)
+    number = budgeted(40_000).graph.slices.number
+    assert not budgeted("1GiB").untouched
+    told(10_000)
+    assert budgeted(1 << 20).untouched
+    told(160_000, 120_000, 40_000)
+    assert budgeted(40_000).graph.slices.number > number
 
 
 @pytest.mark.usefixtures("of_themselves")

@@ -36,7 +36,7 @@ LAYERS = (
     ("planning.decision",),
     ("planning.search",),
     ("planning.plans",),
-    ("planning.slicing", "planning.calibration"),
+    ("planning.ways", "planning.calibration"),
     ("planning.planner",),
     ("planning.explain",),
     ("planning.figures",),

@@ -16,7 +16,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoIAFNormal, AutoNormal
 from programs import assert_equal_trees, few, program
 
-import numpyro_rad.planning.slicing
+import numpyro_rad.planning.ways
 from numpyro_rad import RAD_ELBO, RAD_SVI, Keep, StochasticRound, explain, rad
 from numpyro_rad.planning import worth
 from numpyro_rad.transform import Program
@@ -53,7 +53,7 @@ def nothing_is_linearized(monkeypatch):
     def refuse(*_):
         raise AssertionError("the program was linearized")
 
-    monkeypatch.setattr(numpyro_rad.planning.slicing, "linearize", refuse)
+    monkeypatch.setattr(numpyro_rad.planning.ways, "linearize", refuse)
 
 
 def compiled(svi, state, args, kwargs):
@@ -140,7 +140,7 @@ def test_transformed(name):
 
 OPTIONS = [
     {"codec": Keep()},
-    {"memory_budget": "1MiB"},
+    {"memory_budget": "10KiB"},
     {"added_variance": 0.1},
     {"exact": True},
     {"overrides": {"w*": StochasticRound(8)}},
@@ -174,6 +174,7 @@ def test_made_bytes_count_iterations():
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_explain_and_saved_plans():
     p = MODELS["network"]()
     svi = p.svi(RAD_ELBO())
@@ -187,6 +188,7 @@ def test_explain_and_saved_plans():
     assert not p.explain(RAD_ELBO(plan={**plan.to_dict(), "untouched": False})).untouched
 
 
+@pytest.mark.slow
 def test_a_run_and_its_report():
     p = MODELS["network"]()
     svi = RAD_SVI(p.model, p.guide, optax.adam(1e-2), RAD_ELBO())

@@ -175,6 +175,17 @@ def pull_back(pullback: Any, cotangents: Sequence[Any], avals: Sequence[Any]) ->
     return list(pullback([z if c is None else c for c, z in zip(cotangents, zeros, strict=True)]))
 
 
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of the compiler by which buffers are as always, and machine code is not polished."""
+
+
+def temporary_bytes(f: Callable, avals: Sequence[Any]) -> int | None:
+    """Temporary memory of ``f`` compiled for operands of these types; None where the compiler does not say."""
+    lowered = jax.jit(f).lower(*_structs(avals))
+    sizes = lowered.compile(compiler_options=_QUICKLY).memory_analysis()
+    return None if sizes is None else int(sizes.temp_size_in_bytes)
+
+
 def made_bytes(jaxpr: Jaxpr) -> int:
     """Bytes of all that a program computes, in all iterations of its loops where their number is known."""
     total = 0

@@ -36,6 +36,10 @@ _SLOW_IN_LOOPS = frozenset({"conv_general_dilated"})
 """Primitives that are many times slower inside of a loop than outside, on a CPU."""
 
 
+Planned = Callable[[Graph], tuple[Plan, float]]
+"""From the graph of a slice to its plan, and the nanoseconds that it takes besides its share of what the part takes."""
+
+
 class _Mixed(Exception):
     """An axis does not stay to itself."""
 
@@ -228,20 +232,24 @@ class Part:
         """Bytes of the gradient in what the part takes, which stays until the backward sweep."""
         return sum(_jax.aval_bytes(t.aval) for t in self.inputs()[1])
 
-    def cut(self, n_slices: int, plan: Callable[[Graph], Plan]) -> tuple[_jax.Jaxpr, Slices]:
+    def cut(self, n_slices: int, plan: Planned) -> tuple[_jax.Jaxpr, Slices]:
         """The same program, in which the part runs in so many slices.
 
         Where there are more slices than entries of the axis, what one of them computes is cut again, along another axis
         if there is one.
 
-        :param plan: from the graph of a slice to its plan.
         """
         loop = _Loop(self, n_slices, plan)
         program = _jax.retrace(loop.run, self.program.jaxpr)
-        each = max(p.peak_bytes for p in loop.plans.values())
+        plans = [plan for plan, _ in loop.plans.values()]
         number = -(-self.size // loop.size)
-        inner = max((p.graph.slices.number for p in loop.plans.values() if p.graph.slices is not None), default=1)
-        return program, Slices(number * inner, self.size, each, _jax.source_line(self.last))
+        within = [p.graph.slices for p in plans if p.graph.slices is not None]
+        inner = max((s.number for s in within), default=1)
+        times = [
+            time + (plan.graph.slices.nanoseconds if plan.graph.slices else 0.0) for plan, time in loop.plans.values()
+        ]
+        each = max(p.peak_bytes for p in plans)
+        return program, Slices(number * inner, self.size, each, _jax.source_line(self.last), number * max(times))
 
     @property
     def slow_in_loops(self) -> bool:
@@ -322,14 +330,14 @@ class _Loop:
     """The whole program, with its part in slices.
 
     :ivar size: entries of the axis in a slice.
-    :ivar plans: of slices, by their size; the last one may be smaller.
+    :ivar plans: of slices, by their size, with the time that each takes more; the last one may be smaller.
     """
 
-    def __init__(self, part: Part, n_slices: int, plan: Callable[[Graph], Plan]) -> None:
+    def __init__(self, part: Part, n_slices: int, plan: Planned) -> None:
         self.part, self.program, self.plan = part, part.program, plan
         self.size = -(-part.size // n_slices)
         self.n_inner = max(1, n_slices // part.size)
-        self.plans: dict[int, Plan] = {}
+        self.plans: dict[int, tuple[Plan, float]] = {}
         self.primals, self.tangents = part.inputs()
         axes, nodes = part.program.axes, part.program.nodes
         self.places = [axes.position(nodes[a], part.axis) for a in self.primals]
@@ -422,7 +430,7 @@ class _Loop:
             a if at is None else lax.dynamic_slice_in_dim(a, start, size, at)
             for a, at in zip(arrays, self.places, strict=True)
         ]
-        plan = self._plan(size)
+        plan, _ = self._plan(size)
         seed = jnp.zeros(2, jnp.uint32)  # nothing in a slice is random
         sums, tape = forward(plan, seed, taken)
         reads = {v: a for v, a in zip(plan.graph.inputs, taken, strict=True) if v in plan.reads}
@@ -439,7 +447,7 @@ class _Loop:
                 gradients.append(lax.dynamic_update_slice_in_dim(gradient, new, start, at))
         return totals, gradients
 
-    def _plan(self, size: int) -> Plan:
+    def _plan(self, size: int) -> tuple[Plan, float]:
         if size not in self.plans:
             program, slices = self.part.slice_program(size, self.primals, self.tangents), None
             if self.n_inner > 1:

@@ -435,6 +435,21 @@ class Decision:
         """The cost of a solution without that of variance."""
         return solver.settled(self.problem, set(solution.kept), solution.codes).cost
 
+    def nanoseconds(self, solution: solver.Solution) -> float:
+        """What a solution takes to store, code and compute again in one step."""
+        return self._timed(solution) / self.time_weight * self.step
+
+    @property
+    def launches(self) -> int:
+        """How many operations a step starts, those of iterations and of both sweeps counted."""
+        return 3 * self._launches(self.graph)
+
+    def _launches(self, graph: Graph) -> int:
+        return sum(
+            sum(_length(e.split) * self._launches(b) for b in e.split.bodies) if e.split is not None else 1
+            for e in graph.equations
+        )
+
     @property
     def free(self) -> set[int]:
         """What is there in both sweeps and takes no bytes: inputs of the program, constants."""
@@ -450,9 +465,8 @@ class Decision:
     def plan(self, solution: solver.Solution) -> Plan:
         """The plan that stores what the solution says."""
         variance = float(self.together(solution).total)  # a sum of nothing is an int, in files another number
-        seconds = self._timed(solution) / self.time_weight
         predicted = Prediction(
-            float(seconds - self.storing / self.step),
+            float((self.nanoseconds(solution) - self.storing) / self.step),
             variance,
             solution.gap if solution.bound > 0 or not solution.cost else None,
         )

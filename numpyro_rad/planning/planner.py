@@ -23,9 +23,10 @@ from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import Graph, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
-from numpyro_rad.planning import decision, plans, slicing, worth
+from numpyro_rad.planning import decision, plans, ways, worth
 from numpyro_rad.planning.decision import Wanted
 from numpyro_rad.planning.noise import EqualShares, Flow
+from numpyro_rad.planning.ways import Way
 from numpyro_rad.wording import arguments_text, call_text
 
 DEFAULT_CODEC = StochasticRound(bits=4)
@@ -209,25 +210,39 @@ class Planner:
         )
 
     def leaves_alone(self, n_bytes: int) -> bool:
-        """Whether a program that stores so many bytes, or fewer, is left to JAX."""
-        chosen = (self.codec, self.memory_budget, self.added_variance, self.plan)
-        free = all(option is None for option in chosen) and self.slices in (None, 1)
-        free = free and not (self.exact or self.offload or self.overrides)
-        return free and n_bytes < worth.UNTOUCHED_BYTES
+        """Whether a program that computes so many bytes, or stores so many residuals, is left to JAX: where it is
+        small, and a budget if there is one is ample."""
+        ample = self.memory_budget is None or 2 * n_bytes <= parse_bytes(self.memory_budget)
+        return self._may_leave and ample and n_bytes < worth.UNTOUCHED_BYTES
 
-    def graph(self, jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> Graph:
-        """The linearized graph of a program, with the part in slices that shall be.
+    @property
+    def _may_leave(self) -> bool:
+        """Whether no option asks for more than a budget."""
+        chosen = (self.codec, self.added_variance, self.plan)
+        free = all(option is None for option in chosen) and self.slices in (None, 1)
+        return free and not (self.exact or self.offload or self.overrides)
+
+    def way(
+        self, jaxpr: _jax.Jaxpr, active: Sequence[bool], names: Sequence[str], taken: Callable[[Plan], int | None]
+    ) -> Way:
+        """How to go through a program. A calibration, which is made for one graph, has no part in it.
 
         :param active: which of its inputs are differentiated.
+        :param names: the site or argument that each of them belongs to.
+        :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
         """
         number = self.slices if self.plan is None else self.plan.get("slices", 1)
-        if number is None and self.memory_budget is not None:
+        budget = None if self.memory_budget is None else parse_bytes(self.memory_budget)
+        if number is not None or budget is None:
+            return Way(ways.in_slices(jaxpr, active, number or 1), budget)
 
-            def smallest(graph: Graph) -> int:
-                return plans.make_plan(graph, Wanted(self._codecs(graph, {}))).stored_bytes
+        def wanted(graph: Graph) -> Wanted:
+            with warnings.catch_warnings():  # what there is to say of rules is said once there is a plan
+                warnings.simplefilter("ignore")
+                codecs = self._codecs(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
+            return Wanted(codecs, objective=self.objective)
 
-            return slicing.graph_within(jaxpr, active, parse_bytes(self.memory_budget), smallest)
-        return slicing.graph_of(jaxpr, active, number or 1)
+        return ways.Search(jaxpr, active, budget, wanted, taken).way(self._may_leave)
 
     def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a program.
@@ -236,6 +251,14 @@ class Planner:
         :param names: for each tangent input the site or argument that it belongs to.
         :raises BudgetError: if no plan meets the budget.
         """
+        budget = None if self.memory_budget is None else parse_bytes(self.memory_budget)
+        return self.along(Way(graph, budget), names)
+
+    def along(self, way: Way, names: Mapping[Value, str] | None = None) -> Plan:
+        """The plan for a way through a program; see :meth:`__call__`."""
+        graph = way.graph
+        if way.untouched:
+            return plans.untouched_plan(graph)
         if self.plan is not None:
             return plans.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
@@ -247,14 +270,14 @@ class Planner:
                     "host's, so nothing is gained. Leave it out here."
                 )
             wanted = dataclasses.replace(wanted, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
-        if self.leaves_alone(0):
+        if self.memory_budget is None and self.leaves_alone(0):
             plan = plans.untouched_plan(graph)
             if self.leaves_alone(plan.stored_bytes):
                 return plan
         if self.added_variance is not None:
             return plans.plan_for_variance(graph, self.added_variance, wanted)
-        if self.memory_budget is not None:
-            return self._warned(plans.plan_within(graph, parse_bytes(self.memory_budget), wanted))
+        if way.held_bytes is not None:
+            return self._warned(plans.plan_within(graph, way.held_bytes, wanted))
         if self.exact or self.codec is not None:
             return plans.make_plan(graph, wanted)
         return plans.balanced_plan(graph, wanted)

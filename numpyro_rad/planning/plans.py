@@ -56,11 +56,22 @@ def make_plan(graph: Graph, wanted: Wanted) -> Plan:
 def balanced_plan(graph: Graph, wanted: Wanted) -> Plan:
     """The plan of least cost where a share of the residuals' bytes is worth the same share of the step's time."""
     decision = Decision(graph, wanted)
-    return decision.plan(solver.priced(decision.priced(), 1 / max(1, decision.residual_bytes)))
+    slices = graph.slices
+    in_slices = slices.number * slices.bytes_each if slices is not None else 0
+    return decision.plan(solver.priced(decision.priced(), 1 / max(1, decision.residual_bytes + in_slices)))
 
 
 def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
     """The plan of least cost that holds at most ``budget_bytes``, with what a slice holds while it runs.
+
+    :raises BudgetError: if there is none; it names the smallest feasible budget.
+    """
+    decision, solution = solved_within(graph, budget_bytes, wanted)
+    return decision.plan(solution)
+
+
+def solved_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> tuple[Decision, solver.Solution]:
+    """The decision problem of :func:`plan_within` and its solution.
 
     Where one pass over a loop would cost more than to run it twice, or would not fit, cutting the loop into segments is
     tried as well.
@@ -86,7 +97,7 @@ def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
                 chains = (cut_chain(graph, n) for n in CHAIN_LENGTHS)
                 decisions += [Decision(graph, wanted, chain=chain) for chain in chains if chain is not None]
     if best is not None:
-        return best[0].plan(best[1])
+        return best
     smallest = min(too_large, key=lambda plan: plan.stored_bytes)
     least = smallest.stored_bytes + in_slices
     raise BudgetError(

@@ -1,11 +1,17 @@
-"""In how many slices to run the part of a program in which an axis stays to itself (``ad.slices``).
+"""Ways through a program under a memory budget: left to JAX, planned in one go, or with a part of it in slices.
 
-Slices compute nothing twice, add no variance and store the gradient of the part alone. So where a program does not fit
-into a budget as it is, slices come first, as few as it takes; whatever else there is to store is planned as always.
+What the two sweeps hold is known to the byte; what a compiled gradient takes besides (buffers of convolutions, results
+that wait for their readers) is known to the compiler alone. So it is asked, of the program that is left to JAX and of
+the way that is chosen, and where that would take more than the budget another way is taken.
+
+Slices compute nothing twice, add no variance and store the gradient of the part alone; what they cost is to start each
+kernel more often. They compete, as few as it takes, with the best plan for the program in one go.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,20 +19,39 @@ import jax
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph
 from numpyro_rad.ad.linearize import graph_of_both, linearize, with_tangents
-from numpyro_rad.ad.plan import Plan
+from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.ad.slices import MOST_UNROLLED, Part, find
-from numpyro_rad.planning import decision, plans
+from numpyro_rad.planning import decision, plans, solver
+from numpyro_rad.planning.decision import Wanted
 
 MOST_SLICES = 64
 """Slices that are tried of themselves, at most."""
 
+START_NANOSECONDS = 700.0
+"""What it takes to start an operation once more, inside of a loop over slices, on two CPU cores."""
 
-def exact_plan(graph: Graph) -> Plan:
-    """The plan of a slice: nothing in it is random, and what is cheap is computed again."""
-    return plans.make_plan(graph, decision.Wanted(decision.any_of(())))
+SLACK = 1.1
+"""A compiled gradient may take so many times the budget before another way is tried."""
+
+TRIES = 4
+"""So many ways are compiled, at most."""
 
 
-def graph_of(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int) -> Graph:
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How to go through a program.
+
+    :ivar graph: its linearized graph, with the part in slices that shall be.
+    :ivar held_bytes: what a plan for it may hold; None where there is no budget.
+    :ivar untouched: whether the program is left to JAX's own reverse mode.
+    """
+
+    graph: Graph
+    held_bytes: int | None = None
+    untouched: bool = False
+
+
+def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int) -> Graph:
     """The linearized graph of a program in which what can be run in slices is run in so many."""
     if n_slices == 1:
         return linearize(jaxpr, active)
@@ -42,35 +67,117 @@ def _cut(part: Part, n_slices: int, has_tangent: Sequence[bool], active: Sequenc
     return graph
 
 
-def graph_within(
-    jaxpr: _jax.Jaxpr, active: Sequence[bool], budget_bytes: int, smallest: Callable[[Graph], int]
-) -> Graph:
-    """The linearized graph of a program, with as few slices as make it fit into a budget.
-
-    :param smallest: the fewest bytes that a plan for a graph stores.
+def exact_plan(graph: Graph) -> tuple[Plan, float]:
+    """The plan of a slice, in which nothing is random and what is cheap is computed again, and what it takes for that
+    and to be started.
     """
-    both, has_tangent = with_tangents(jaxpr, active)
-    whole = graph_of_both(both, has_tangent, active)
-    # among several devices a slice of a sharded axis would be fetched from all of them
-    if MOST_SLICES == 1 or jax.device_count() > 1 or plans.untouched_plan(whole).stored_bytes <= budget_bytes:
-        return whole
-    part = find(both, active)
-    if part is None or part.gradient_bytes > budget_bytes:
-        return whole
-    most = MOST_UNROLLED if part.slow_in_loops else MOST_SLICES
-    number, coded = 2, None
-    while number <= most:
-        graph = _cut(part, number, has_tangent, active)
-        assert graph.slices is not None
-        room = budget_bytes - exact_plan(graph).stored_bytes
-        if graph.slices.bytes_each <= room:
-            return graph
-        if coded is None and graph.slices.bytes_each + smallest(graph) <= budget_bytes:
-            coded = graph  # what is left to store outside of the slices fits as codes
-        if graph.slices.number < number:  # the axis is too short
-            break
-        number = max(2 * number, _power_of_two(number * graph.slices.bytes_each / room) if room > 0 else 0)
-    return whole if coded is None else coded
+    problem = decision.Decision(graph, Wanted(decision.any_of(())))
+    solution = solver.smallest(problem.priced())
+    return problem.plan(solution), problem.nanoseconds(solution) + START_NANOSECONDS * problem.launches
+
+
+class Search:
+    """For the way of least time and variance through a program within a budget.
+
+    :param active: which inputs of the program are differentiated.
+    :param wanted: from a graph to what its plan is chosen from.
+    :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
+    """
+
+    def __init__(
+        self,
+        jaxpr: _jax.Jaxpr,
+        active: Sequence[bool],
+        budget_bytes: int,
+        wanted: Callable[[Graph], Wanted],
+        taken: Callable[[Plan], int | None],
+    ) -> None:
+        self._active, self._budget, self._wanted, self._taken = active, budget_bytes, wanted, taken
+        self._both, self._has_tangent = with_tangents(jaxpr, active)
+        self._whole = graph_of_both(self._both, self._has_tangent, active)
+        self._step = decision.Decision(self._whole, Wanted(decision.any_of(()))).step
+
+    def way(self, may_be_untouched: bool) -> Way:
+        """The best way that was found.
+
+        :param may_be_untouched: whether the program may be left to JAX.
+        """
+        # among several devices a slice of a sharded axis would be fetched from all of them, and the compiler would
+        # have to know how the operands are sharded
+        if MOST_SLICES == 1 or jax.device_count() > 1:
+            return Way(self._whole, self._budget)
+        if may_be_untouched:
+            plan = plans.untouched_plan(self._whole)
+            if plan.stored_bytes <= self._budget:
+                taken = self._taken(plan)
+                if taken is not None and taken <= self._budget:
+                    return Way(self._whole, self._budget, untouched=True)
+        part = find(self._both, self._active)
+        if part is not None and part.gradient_bytes > self._budget:
+            part = None
+        sliced = self._fewest(part) if part is not None else None
+        ways = [Way(graph, self._budget) for graph in (self._whole, sliced) if graph is not None]
+        found: list[tuple[float, Way]] = []
+        for way in sorted(ways, key=lambda way: self._cost(way.graph)):
+            found.append((self._excess(way), way))
+            if found[-1][0] <= 1:
+                return way
+        excess, way = next(((e, w) for e, w in found if w.graph is sliced), found[-1])
+        for _ in range(TRIES - len(found)):
+            smaller = self._smaller(way, excess, part)
+            if smaller is None:
+                break
+            way, excess = smaller, self._excess(smaller)
+            found.append((excess, way))
+            if excess <= 1:
+                return way
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _smaller(self, way: Way, excess: float, part: Part | None) -> Way | None:
+        """A way that takes less: more slices, or if there are none fewer bytes to hold."""
+        slices = way.graph.slices
+        if slices is None:
+            return Way(way.graph, int(self._budget / excess)) if excess < math.inf else None
+        assert part is not None
+        graph = self._fewest(part, max(2 * slices.number, _power_of_two(min(excess, MOST_SLICES) * slices.number)))
+        more = graph is not None and graph.slices is not None and graph.slices.number > slices.number
+        return Way(graph, self._budget) if graph is not None and more else None
+
+    def _excess(self, way: Way) -> float:
+        """How many times more than it may the compiled gradient of a way takes; infinite where no plan is feasible."""
+        assert way.held_bytes is not None
+        try:
+            plan = plans.plan_within(way.graph, way.held_bytes, self._wanted(way.graph))
+        except BudgetError:
+            return math.inf
+        return (self._taken(plan) or 0) / (SLACK * self._budget)
+
+    def _cost(self, graph: Graph) -> float:
+        """Time and variance of the best plan for a graph, beyond what its products take."""
+        try:
+            problem, solution = plans.solved_within(graph, self._budget, self._wanted(graph))
+        except BudgetError:
+            return math.inf
+        more = graph.slices.nanoseconds if graph.slices is not None else 0.0
+        return (problem.nanoseconds(solution) + more) / self._step + problem.together(solution).total
+
+    def _fewest(self, part: Part, number: int = 2) -> Graph | None:
+        """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
+        codes of it."""
+        most, coded = MOST_UNROLLED if part.slow_in_loops else MOST_SLICES, None
+        while number <= most:
+            graph = _cut(part, number, self._has_tangent, self._active)
+            assert graph.slices is not None
+            room = self._budget - exact_plan(graph)[0].stored_bytes
+            if graph.slices.bytes_each <= room:
+                return graph
+            smallest = plans.make_plan(graph, self._wanted(graph)).stored_bytes
+            if coded is None and graph.slices.bytes_each + smallest <= self._budget:
+                coded = graph
+            if graph.slices.number < number:  # the axis is too short
+                break
+            number = max(2 * number, _power_of_two(number * graph.slices.bytes_each / room) if room > 0 else 0)
+        return coded
 
 
 def _power_of_two(at_least: float) -> int:
