@@ -374,6 +374,20 @@ def test_what_the_compiler_says_decides(monkeypatch):
 
 
 @pytest.mark.usefixtures("of_themselves")
+def test_a_program_with_a_named_axis_is_planned_without_the_compiler():
+    """It cannot be compiled outside of the ``vmap`` that names the axis."""
+
+    def f(w, scale):
+        return jnp.sum(jnp.tanh(jnp.tanh(X @ w) @ w.T) ** 2) * lax.psum(scale, "copies")
+
+    def of_two(g):
+        return jax.vmap(g, axis_name="copies")(np.stack([W, -W]), np.asarray([1.0, 2.0]))
+
+    found = of_two(lambda w, s: jax.grad(rad(f, memory_budget=600, exact=True), 1)(jax.random.key(0), w, s))
+    np.testing.assert_allclose(found, of_two(jax.grad(f)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("of_themselves")
 def test_a_budget_for_slices_alone_is_refused():
     with pytest.raises(BudgetError, match="Try memory_budget=") as error:
         budgeted(100, slices=4, exact=True)

@@ -66,14 +66,21 @@ def compared(workload: Workload, rivals: list[Rival], rounds: int) -> list[dict[
     runs = {}
     for rival in rivals:
         step, compiled = runs[rival.name] = built(rival, workload, data)
-        row: dict[str, Any] = {"rival": rival.name, "label": rival.label, "temp_bytes": compiled.temp_bytes}
+        row: dict[str, Any] = {
+            "rival": rival.name,
+            "label": rival.label,
+            "temp_bytes": compiled.temp_bytes,
+            "build_seconds": compiled.trace_and_lower_seconds + compiled.compile_seconds,
+        }
         rows.append(row)
         ours = replace(rival, elbo=lambda _, size=compiled.temp_bytes: RAD_ELBO(memory_budget=size), layer="plain")
         step, compiled = runs[f"ours, {rival.name}"] = built(ours, workload, data)
         plan, _ = step.svi.loss.plan_of_update(step.svi, step.state, *step.batch)
         row["ours"] = {
             "temp_bytes": compiled.temp_bytes,
+            "build_seconds": compiled.trace_and_lower_seconds + compiled.compile_seconds,
             "peak_bytes": plan.peak_bytes,
+            "untouched": plan.untouched,
             "slices": 1 if plan.graph.slices is None else plan.graph.slices.number,
             "added_variance": 0.0 if plan.predicted is None else plan.predicted.added_variance,
         }

@@ -176,14 +176,19 @@ def pull_back(pullback: Any, cotangents: Sequence[Any], avals: Sequence[Any]) ->
 
 
 _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Options of the compiler by which buffers are as always, and machine code is not polished."""
+"""Options of XLA's compilers for CPUs and GPUs: buffers are as always, and machine code is not polished."""
 
 
 def temporary_bytes(f: Callable, avals: Sequence[Any]) -> int | None:
     """Temporary memory of ``f`` compiled for operands of these types; None where the compiler does not say."""
-    lowered = jax.jit(f).lower(*_structs(avals))
-    sizes = lowered.compile(compiler_options=_QUICKLY).memory_analysis()
+    options = _QUICKLY if jax.default_backend() in ("cpu", "gpu") else None
+    sizes = jax.jit(f).lower(*_structs(avals)).compile(compiler_options=options).memory_analysis()
     return None if sizes is None else int(sizes.temp_size_in_bytes)
+
+
+def names_axes(jaxpr: Jaxpr) -> bool:
+    """Whether a program works along a mapped axis by its name: it cannot be compiled outside of that."""
+    return any(isinstance(effect, NamedAxisEffect) for effect in jaxpr.jaxpr.effects)
 
 
 def made_bytes(jaxpr: Jaxpr) -> int:

@@ -113,14 +113,17 @@ class Planner:
     :param codec: one codec wherever a code is unbiased and smaller, at the fewest bytes; ``Keep()`` for exact gradients
         by recomputation and fused derivatives alone.
     :param memory_budget: the most bytes that may be held between the two sweeps of one gradient, an int or a string
-        such as ``"64MiB"``. Of the plans that fit, the one of least added time and variance.
+        such as ``"64MiB"``. Of the plans that fit, the one of least added time and variance. On a single device the
+        compiler is asked what temporary memory the gradient takes: where that fits without a plan, JAX's own reverse
+        mode is left alone, and where it exceeds the budget by more than a tenth, a few smaller plans are tried.
     :param added_variance: the most variance that may be added, as a share of the exact gradient's own. Of these plans
         the one of fewest bytes. More than 10 counts as 10: nobody can use such a gradient.
     :param plan: a saved plan (the dictionary of :meth:`Plan.to_dict`), for the program that it was made for.
     :param exact: no codes: recompute and keep only. Gradients are then exact.
     :param slices: in how many slices to run the part of the model in which an axis, of rows or of particles for
         instance, stays to itself until it is summed up; forward and backward together, so that only one slice's
-        residuals are alive. 1 for none. By default a memory budget chooses, on a single device. Values and gradients
+        residuals are alive. 1 for none. By default a memory budget chooses, on a single device, by
+        what slices and other plans cost. Values and gradients
         are equal up to the rounding of sums. Where there is no such part nothing is cut.
     :param objective: with a budget, ``"balanced"`` for the least sum of added time and variance, ``"time"`` or
         ``"variance"`` for the least of one.
