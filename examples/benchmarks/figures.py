@@ -228,8 +228,8 @@ def match_table(report: dict[str, Any]) -> str:
             *lines,
             "",
             f"{circumstances(report)} Medians of {report['rounds']} interleaved rounds. Ours is "
-            "`RAD_ELBO(memory_budget=T)` with the T of the rival. Build: tracing and compiling. Gradient: its difference "
-            "from that of `Trace_ELBO`, relative to its norm, or the predicted ρ where codes were taken.",
+            "`RAD_ELBO(memory_budget=T)` with the T of the rival. Build: tracing and compiling. Gradient: its "
+            "difference from that of `Trace_ELBO`, relative to its norm, or the predicted ρ where codes were taken.",
         ]
     )
 

@@ -19,9 +19,9 @@ UNTOUCHED_BYTES = 2**24
 store: there is little to gain, and whatever else is done takes time to run and to compile."""
 
 UNTOUCHED = (
-    f"Left to JAX's own reverse mode: without options where residuals take less than {size_text(UNTOUCHED_BYTES)}, with "
-    "memory_budget= where all that the gradient takes fits. To store less, choose a memory_budget= (a smaller one), "
-    "codec=, added_variance= or exact=True."
+    f"Left to JAX's own reverse mode: without options where residuals take less than {size_text(UNTOUCHED_BYTES)}, "
+    "with memory_budget= where all that the gradient takes fits. To store less, choose a memory_budget= (a smaller "
+    "one), codec=, added_variance= or exact=True."
 )
 
 _WORTH_IT = 1.5  # times less memory than Trace_ELBO
