@@ -506,13 +506,13 @@ def with_extras(x, y, scale, key, batch_size=None):
 @pytest.fixture
 def programs_planned(monkeypatch):
     """Fingerprints of all programs that are planned from here on."""
-    seen, call = [], Planner.__call__
+    seen, along = [], Planner.along
 
-    def spy(self, graph, names=None):
-        seen.append(graph.fingerprint())
-        return call(self, graph, names)
+    def spy(self, way, names=None):
+        seen.append(way.graph.fingerprint())
+        return along(self, way, names)
 
-    monkeypatch.setattr(Planner, "__call__", spy)
+    monkeypatch.setattr(Planner, "along", spy)
     return seen
 
 

@@ -272,6 +272,7 @@ def same_step(elbo, base, batch=None):
     return sizes, svi.loss.plan_of_update(svi, state, *DATA, batch=batch)[0]
 
 
+@pytest.mark.slow
 def test_rows_of_a_model():
     (size, whole), plan = same_step(RAD_ELBO(exact=True, slices=8), Trace_ELBO())
     assert plan.graph.slices.axis_size == N and plan.graph.slices.line.startswith("test_slices.py:")

@@ -165,8 +165,8 @@ class RAD_SVI(SVI):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", VarianceWarning)
                     plan, _ = twin.plan_of_update(self, state, *args, **kwargs)
-                if plan.graph.slices is not None and not any(p.encoded for p in plan.walk()):
-                    return  # slices meet it, and there is no code to price
+                if plan.untouched or (plan.graph.slices is not None and not any(p.encoded for p in plan.walk())):
+                    return  # it is met without codes, so there is none to price
             most = None if self.calibrate in (None, True) else self.calibrate
             options = {"batches": batches, "draws": CALIBRATION_DRAWS, "most_bytes": most}
             try:
