@@ -27,6 +27,7 @@ from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
 from numpyro_rad.mistakes import options_of
 from numpyro_rad.planning.planner import Options, Planner
+from numpyro_rad.planning.plans import untouched_plan
 from numpyro_rad.planning.ways import Way
 
 _TEMPORARY_BYTES: dict[tuple[str, str], int | None] = {}
@@ -76,7 +77,8 @@ class Program:
     def _way(self, active: tuple[bool, ...]) -> Way:
         if active not in self._ways:
             if self._planner.leaves_alone(self._made_bytes):
-                self._ways[active] = Way(linearize(self._jaxpr, active), untouched=True)
+                graph = linearize(self._jaxpr, active)
+                self._ways[active] = Way(graph, plan=untouched_plan(graph))
             else:
                 taken = partial(self._temporary_bytes, active)
                 self._ways[active] = self._planner.way(self._jaxpr, active, self._names_of(active), taken)

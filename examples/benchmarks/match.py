@@ -51,7 +51,6 @@ def main(arguments: list[str] | None = None) -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "versions": versions(),
-            "rounds": options.rounds,
             "match": {n: found[n] for n in WORKLOADS if n in found},
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)

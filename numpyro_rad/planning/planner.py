@@ -259,9 +259,9 @@ class Planner:
 
     def along(self, way: Way, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a way through a program; see :meth:`__call__`."""
-        graph = way.graph
-        if way.untouched:
-            return plans.untouched_plan(graph)
+        graph, known = way.graph, self.calibration is not None or self.overrides or self.offload
+        if way.plan is not None and (way.plan.untouched or not known):
+            return self._warned(way.plan)
         if self.plan is not None:
             return plans.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)

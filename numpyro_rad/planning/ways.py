@@ -43,12 +43,13 @@ class Way:
 
     :ivar graph: its linearized graph, with the part in slices that shall be.
     :ivar held_bytes: what a plan for it may hold; None where there is no budget.
-    :ivar untouched: whether the program is left to JAX's own reverse mode.
+    :ivar plan: the plan by the model of variance without data, where it is known already; one that leaves the program
+        to JAX's own reverse mode is meant as it is.
     """
 
     graph: Graph
     held_bytes: int | None = None
-    untouched: bool = False
+    plan: Plan | None = None
 
 
 def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int) -> Graph:
@@ -111,14 +112,14 @@ class Search:
             if plan.stored_bytes <= self._budget:
                 taken = self._taken(plan)
                 if taken is not None and taken <= self._budget:
-                    return Way(self._whole, self._budget, untouched=True)
+                    return Way(self._whole, self._budget, plan)
         part = find(self._both, self._active)
         if part is not None and part.gradient_bytes > self._budget:
             part = None
         sliced = self._fewest(part) if part is not None else None
-        ways = [Way(graph, self._budget) for graph in (self._whole, sliced) if graph is not None]
         found: list[tuple[float, Way]] = []
-        for way in sorted(ways, key=lambda way: self._cost(way.graph)):
+        priced = [self._priced(graph, self._budget) for graph in (self._whole, sliced) if graph is not None]
+        for _, way in sorted(priced, key=lambda pair: pair[0]):
             found.append((self._excess(way), way))
             if found[-1][0] <= 1:
                 return way
@@ -137,29 +138,25 @@ class Search:
         """A way that takes less: more slices, or if there are none fewer bytes to hold."""
         slices = way.graph.slices
         if slices is None:
-            return Way(way.graph, int(self._budget / excess)) if excess < math.inf else None
+            return self._priced(way.graph, int(self._budget / excess))[1] if excess < math.inf else None
         assert part is not None
         graph = self._fewest(part, max(2 * slices.number, _power_of_two(min(excess, MOST_SLICES) * slices.number)))
         more = graph is not None and graph.slices is not None and graph.slices.number > slices.number
-        return Way(graph, self._budget) if graph is not None and more else None
+        return self._priced(graph, self._budget)[1] if graph is not None and more else None
 
     def _excess(self, way: Way) -> float:
         """How many times more than it may the compiled gradient of a way takes; infinite where no plan is feasible."""
-        assert way.held_bytes is not None
-        try:
-            plan = plans.plan_within(way.graph, way.held_bytes, self._wanted(way.graph))
-        except BudgetError:
-            return math.inf
-        return (self._taken(plan) or 0) / (SLACK * self._budget)
+        return math.inf if way.plan is None else (self._taken(way.plan) or 0) / (SLACK * self._budget)
 
-    def _cost(self, graph: Graph) -> float:
-        """Time and variance of the best plan for a graph, beyond what its products take."""
+    def _priced(self, graph: Graph, held_bytes: int) -> tuple[float, Way]:
+        """The best plan for a graph, and its time and variance beyond what the products of the program take."""
         try:
-            problem, solution = plans.solved_within(graph, self._budget, self._wanted(graph))
+            problem, solution = plans.solved_within(graph, held_bytes, self._wanted(graph))
         except BudgetError:
-            return math.inf
+            return math.inf, Way(graph, held_bytes)
         more = graph.slices.nanoseconds if graph.slices is not None else 0.0
-        return (problem.nanoseconds(solution) + more) / self._step + problem.together(solution).total
+        cost = (problem.nanoseconds(solution) + more) / self._step + problem.together(solution).total
+        return cost, Way(graph, held_bytes, problem.plan(solution))
 
     def _fewest(self, part: Part, number: int = 2) -> Graph | None:
         """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
