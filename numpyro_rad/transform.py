@@ -92,7 +92,8 @@ class Program:
 
         def gradient(seed: Any, *operands: Any) -> tuple[list[Any], list[Any]]:
             outs, stored = self._forward(None if plan.untouched else plan, active, seed, operands)
-            return outs, self._backward(None if plan.untouched else plan, stored, [jnp.ones_like(o) for o in outs])
+            arriving = [jnp.ones_like(o) if _floats(o) else None for o in outs]
+            return outs, self._backward(None if plan.untouched else plan, stored, arriving)
 
         if _jax.names_axes(self._jaxpr):
             return None

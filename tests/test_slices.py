@@ -15,7 +15,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from test_random_programs import ARGS, INDEX, loss, seeded
 
-from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform
+from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform, value_and_grad
 from numpyro_rad.ad import _jax, axes, rules
 from numpyro_rad.planning import ways
 
@@ -386,6 +386,20 @@ def test_a_program_with_a_named_axis_is_planned_without_the_compiler():
 
     found = of_two(lambda w, s: jax.grad(rad(f, memory_budget=600, exact=True), 1)(jax.random.key(0), w, s))
     np.testing.assert_allclose(found, of_two(jax.grad(f)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("of_themselves")
+def test_the_compiler_is_asked_of_results_that_are_no_numbers(monkeypatch):
+    asked, ask = [], _jax.temporary_bytes
+    monkeypatch.setattr(_jax, "temporary_bytes", lambda f, avals: asked.append(ask(f, avals)) or asked[-1])
+
+    def f(w, count):
+        h = jnp.tanh(jnp.tanh(X @ w) @ w.T)
+        return jnp.sum(h**2), {"count": count + 1, "key": jax.random.key(count), "mean": h.mean()}
+
+    found = value_and_grad(f, has_aux=True, memory_budget="1MiB")(jax.random.key(0), W, 3)
+    np.testing.assert_allclose(found[1], jax.grad(f, has_aux=True)(W, 3)[0], rtol=1e-5)
+    assert found[0][1]["count"] == 4 and asked and None not in asked
 
 
 @pytest.mark.usefixtures("of_themselves")

@@ -237,7 +237,6 @@ class Part:
 
         Where there are more slices than entries of the axis, what one of them computes is cut again, along another axis
         if there is one.
-
         """
         loop = _Loop(self, n_slices, plan)
         program = _jax.retrace(loop.run, self.program.jaxpr)
