@@ -22,6 +22,10 @@ LITTLE = 0.0005
 NOTHING = 1e-6
 """A share below it is what rounding leaves."""
 
+NO_LINE = "in NumPyro"
+"""Where a value comes from no line of the user's: log densities and the guide's draws are computed when the model has
+returned."""
+
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from numpyro_rad.ad.graph import Edge, Graph, Slices, Split, Value, sites
 from numpyro_rad.ad.plan import Path, Plan, Prediction
 from numpyro_rad.mistakes import is_key, kwargs_checked, shown
 from numpyro_rad.planning.worth import UNTOUCHED
-from numpyro_rad.wording import LITTLE, change_text, saving_text, size_text
+from numpyro_rad.wording import LITTLE, NO_LINE, change_text, saving_text, size_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Explanation:
         header = ("where", "site", "read by", "shape", "dtype", "decision", "exact", "stored", "rel. variance")
         body = [
             (
-                r.line or "?",
+                r.line or NO_LINE,
                 r.site,
                 r.operation,
                 "x".join(map(str, r.shape)) or "scalar",
@@ -162,7 +162,7 @@ def _summary(rows: Sequence[Row], sizes: tuple[int, int], exact: int, total: int
     for r in rows:
         how[r.decision] = how.get(r.decision, 0) + max(1, r.exact_bytes)
     said = [_few(list(what)), _few(sorted(how, key=lambda d: -how[d]))]
-    return (first.line or "?", first.site, *said, *_shared(sizes, exact, total))
+    return (first.line or NO_LINE, first.site, *said, *_shared(sizes, exact, total))
 
 
 def _few(names: Sequence[str]) -> str:
@@ -305,7 +305,7 @@ class Comparison:
         header = ("where", "site", "read by", "shape", "first plan", *told, "second plan", *told)
         body = [
             (
-                d.row.line or "?",
+                d.row.line or NO_LINE,
                 d.row.site,
                 d.row.operation,
                 "x".join(map(str, d.row.shape)) or "scalar",

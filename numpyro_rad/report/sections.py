@@ -15,7 +15,7 @@ from numpyro_rad.report.charts import Curve
 from numpyro_rad.report.noise import noise, noise_over_time
 from numpyro_rad.report.parts import MAX_ROWS, Section, Table, largest, thin
 from numpyro_rad.report.verdict import estimate, pareto_k_text, rho_of
-from numpyro_rad.wording import change_text, number, saving_text, seconds_text, size_text
+from numpyro_rad.wording import NO_LINE, change_text, number, saving_text, seconds_text, size_text
 
 
 def sections(record: FitRecord) -> tuple[Section, ...]:
@@ -219,7 +219,7 @@ def _rows_table(plan: PlanRecord) -> Table:
     order = sorted(plan.rows, key=lambda r: (largest(r.relative_variance), -r.exact_bytes))
     cells = [
         (
-            r.line or "?",
+            r.line or NO_LINE,
             r.site,
             r.operation,
             r.decision,
