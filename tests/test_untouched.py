@@ -197,4 +197,4 @@ def test_a_run_and_its_report():
     assert result.record.plan.untouched and not result.record.plan.saves
     assert result.record.gradient_variance.rho.value == 0
     text = result.report(format="markdown")
-    assert "no path noise" in text and "left to JAX" in " ".join(text.split())
+    assert "no path noise" in text and "Left to JAX" in " ".join(text.split())
