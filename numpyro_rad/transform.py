@@ -30,7 +30,7 @@ from numpyro_rad.planning.planner import Options, Planner
 from numpyro_rad.planning.plans import untouched_plan
 from numpyro_rad.planning.ways import Way
 
-_TEMPORARY_BYTES: dict[tuple[str, str], int | None] = {}
+_TEMPORARY_BYTES: dict[str, int | None] = {}
 """What the compiler said of programs and plans: each is traced more than once, to explain it and to run it."""
 
 
@@ -91,13 +91,13 @@ class Program:
         """Temporary memory of the gradient with a plan, compiled by itself; None where the compiler does not say."""
 
         def gradient(seed: Any, *operands: Any) -> tuple[list[Any], list[Any]]:
-            outs, stored = self._forward(None if plan.untouched else plan, active, seed, operands)
-            arriving = [jnp.ones_like(o) if _floats(o) else None for o in outs]
-            return outs, self._backward(None if plan.untouched else plan, stored, arriving)
+            sweeps = None if plan.untouched else plan
+            outs, stored = self._forward(sweeps, active, seed, operands)
+            return outs, self._backward(sweeps, stored, [jnp.ones_like(o) if _floats(o) else None for o in outs])
 
         if _jax.names_axes(self._jaxpr):
             return None
-        key = plan.graph.fingerprint(), json.dumps(plan.to_dict())
+        key = json.dumps(plan.to_dict())  # the fingerprint of the program is in it
         if key not in _TEMPORARY_BYTES:
             seed = jax.ShapeDtypeStruct((2,), jnp.uint32)
             _TEMPORARY_BYTES[key] = _jax.temporary_bytes(gradient, [seed, *(v.aval for v in self._jaxpr.jaxpr.invars)])

@@ -37,7 +37,8 @@ _SLOW_IN_LOOPS = frozenset({"conv_general_dilated"})
 
 
 Planned = Callable[[Graph], tuple[Plan, float]]
-"""From the graph of a slice to its plan, and the nanoseconds that it takes besides its share of what the part takes."""
+"""From the graph of a slice to its plan, and the nanoseconds that it takes besides its share of what the part takes,
+with those of slices of its own."""
 
 
 class _Mixed(Exception):
@@ -242,13 +243,9 @@ class Part:
         program = _jax.retrace(loop.run, self.program.jaxpr)
         plans = [plan for plan, _ in loop.plans.values()]
         number = -(-self.size // loop.size)
-        within = [p.graph.slices for p in plans if p.graph.slices is not None]
-        inner = max((s.number for s in within), default=1)
-        times = [
-            time + (plan.graph.slices.nanoseconds if plan.graph.slices else 0.0) for plan, time in loop.plans.values()
-        ]
-        each = max(p.peak_bytes for p in plans)
-        return program, Slices(number * inner, self.size, each, _jax.source_line(self.last), number * max(times))
+        inner = max((p.graph.slices.number for p in plans if p.graph.slices is not None), default=1)
+        each, time = max(p.peak_bytes for p in plans), max(time for _, time in loop.plans.values())
+        return program, Slices(number * inner, self.size, each, _jax.source_line(self.last), number * time)
 
     @property
     def slow_in_loops(self) -> bool:

@@ -215,8 +215,12 @@ class Planner:
     def leaves_alone(self, n_bytes: int) -> bool:
         """Whether a program that computes so many bytes, or stores so many residuals, is left to JAX: where it is
         small, and a budget if there is one is ample."""
-        ample = self.memory_budget is None or 2 * n_bytes <= parse_bytes(self.memory_budget)
+        ample = self._budget_bytes is None or 2 * n_bytes <= self._budget_bytes
         return self._may_leave and ample and n_bytes < worth.UNTOUCHED_BYTES
+
+    @property
+    def _budget_bytes(self) -> int | None:
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     @property
     def _may_leave(self) -> bool:
@@ -235,7 +239,7 @@ class Planner:
         :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
         """
         number = self.slices if self.plan is None else self.plan.get("slices", 1)
-        budget = None if self.memory_budget is None else parse_bytes(self.memory_budget)
+        budget = self._budget_bytes
         if number is not None or budget is None:
             return Way(ways.in_slices(jaxpr, active, number or 1), budget)
 
@@ -254,13 +258,13 @@ class Planner:
         :param names: for each tangent input the site or argument that it belongs to.
         :raises BudgetError: if no plan meets the budget.
         """
-        budget = None if self.memory_budget is None else parse_bytes(self.memory_budget)
-        return self.along(Way(graph, budget), names)
+        return self.along(Way(graph, self._budget_bytes), names)
 
     def along(self, way: Way, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a way through a program; see :meth:`__call__`."""
-        graph, known = way.graph, self.calibration is not None or self.overrides or self.offload
-        if way.plan is not None and (way.plan.untouched or not known):
+        graph = way.graph
+        as_known = self.calibration is None and not (self.overrides or self.offload)
+        if way.plan is not None and (way.plan.untouched or as_known):
             return self._warned(way.plan)
         if self.plan is not None:
             return plans.restored(graph, self.plan)
