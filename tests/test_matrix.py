@@ -390,7 +390,7 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("name", few(CASES, slow=13))
+@pytest.mark.parametrize("name", few(CASES))
 def test_every_function(name, tmp_path):
     fit, failures = Fit(CASES[name], tmp_path), []
     assert fit.result is not None  # without a fit there is nothing to try
