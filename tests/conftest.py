@@ -11,7 +11,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import pytest
 
-import numpyro_rad.ad.sweep
+import numpyro_rad.ad.schedule
 import numpyro_rad.planning.decision
 import numpyro_rad.planning.ways
 import numpyro_rad.planning.worth
@@ -97,7 +97,7 @@ def double():
 @pytest.fixture
 def ordered(monkeypatch):
     """Barriers order small bodies of loops as they do large ones."""
-    monkeypatch.setattr(numpyro_rad.ad.sweep, "ORDERED_FROM", 0)
+    monkeypatch.setattr(numpyro_rad.ad.schedule, "ORDERED_FROM", 0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from programs import few
 from zscores import assert_unbiased
 
 from numpyro_rad import Keep, StochasticRound, rad
-from numpyro_rad.ad import scalars
+from numpyro_rad.ad import linearize
 from numpyro_rad.ad.graph import Value
 
 ROWS, CLASSES = 40, 5
@@ -114,7 +114,7 @@ def coefficients(f, args):
     return [
         residual.aval.shape
         for graph in graphs(f, args)
-        for residual in {r for e in graph.edges if not e.anchor for r in e.residuals}
+        for residual in {r for e in graph.edges if not e.expensive for r in e.residuals}
         if residual.aval.size >= LARGE and residual not in graph.inputs
     ]
 
@@ -123,7 +123,7 @@ def coefficients(f, args):
 def test_fewest_coefficients(name, monkeypatch):
     f, args, shapes, before = PROGRAMS[name]
     assert coefficients(f, args) == shapes
-    monkeypatch.setattr(scalars, "collect", lambda *args, **kwargs: None)
+    monkeypatch.setattr(linearize, "collect", lambda *args, **kwargs: None)
     assert len(coefficients(f, args)) == before
 
 
@@ -179,7 +179,7 @@ def test_coefficient_waits_for_no_later_value():
         return early * jnp.sum(jnp.sin(jnp.tanh(eta) @ v))
 
     (graph,) = graphs(f, (W, normal(ROWS, ROWS)))
-    contractions = [e.outputs[0] for e in graph.equations if e.anchor]
+    contractions = [e.outputs[0] for e in graph.equations if e.expensive]
     (early,) = [e.residuals[0] for e in graph.edges if e.name == "weighted sum" and e.inputs[0].aval.shape == (ROWS,)]
     todo, seen = [early], set()
     while todo:

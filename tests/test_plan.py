@@ -22,7 +22,7 @@ from numpyro_rad import (
     explain,
     rad,
 )
-from numpyro_rad.ad import _jax, plan, rules, sweep
+from numpyro_rad.ad import _jax, plan, rules, schedule
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.sweep import forward
 from numpyro_rad.planning import decision, solver
@@ -365,7 +365,7 @@ def test_small_bodies_of_loops_are_left_in_the_order_of_the_compiler(monkeypatch
     large = np.tile(X, (2**20 // X.nbytes, 1))
     free, in_order = (n_barriers(recurrence, x, W, codec=StochasticRound(4)) for x in (X, large))
     network = n_barriers(gelu_network, X, W, codec=StochasticRound(4))
-    monkeypatch.setattr(sweep, "ORDERED_FROM", 0)
+    monkeypatch.setattr(schedule, "ORDERED_FROM", 0)
     assert 0 < free < in_order == n_barriers(recurrence, X, W, codec=StochasticRound(4))
     assert 0 < network == n_barriers(gelu_network, X, W, codec=StochasticRound(4))
 

@@ -34,7 +34,7 @@ from programs import few
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain, rad
-from numpyro_rad.ad import elementwise, rules
+from numpyro_rad.ad import rules
 from numpyro_rad.planning import decision
 
 KEY = jax.random.key(7)  # the path key
@@ -649,7 +649,7 @@ def of_primal_programs():
 
 
 def of_tangent_programs():
-    linear = rules.BILINEAR | rules.STRUCTURAL | rules.PASSES_ESTIMATE | rules.MIXED | elementwise.LINEAR
+    linear = rules.BILINEAR | rules.STRUCTURAL | rules.PASSES_ESTIMATE | rules.MIXED | rules.DIAGONAL
     return linear - {"empty", "iota"}  # no operands
 
 

@@ -28,7 +28,7 @@ from numpyro_rad import (
     rad,
 )
 from numpyro_rad.ad import loops, sweep
-from numpyro_rad.ad.plan import carry_bytes
+from numpyro_rad.ad.graph import Scan
 from numpyro_rad.planning import plans
 
 KEY = jax.random.key(3)
@@ -180,7 +180,7 @@ def cut(f, args, lengths=(LENGTH // 4,), **options):
     """A saved plan with its first loop cut, all else alike."""
     plan = planned(f, args, **options)
     saved = plan.to_dict()
-    first = next(node for node in plan.children if node.kind == "scan")
+    first = next(node for node in plan.children if isinstance(node, Scan))
     return {**saved, "segments": [{"path": (first.number,), "lengths": lengths}]}
 
 
@@ -390,7 +390,7 @@ def test_a_cut_loop_stores_its_carries():
     ((node, (*lengths, last)),) = plan.segments.items()
     (child,) = plan.children[node]
     counts = [-(-a // b) for a, b in itertools.pairwise((LENGTH, *lengths, last))]
-    assert carry_bytes(node) == H.nbytes and plan.boundary_bytes(node) == sum(counts) * H.nbytes
+    assert node.carry_bytes == H.nbytes and plan.boundary_bytes(node) == sum(counts) * H.nbytes
     assert child.held == last and child.repeat == LENGTH
     # and the last carry, for its square
     assert plan.stored_bytes == sum(counts) * H.nbytes + child.stored_bytes + H.nbytes

@@ -27,7 +27,7 @@ from numpyro_rad import (
     explain,
     rad,
 )
-from numpyro_rad.ad import rules, sweep
+from numpyro_rad.ad import control, rules
 from numpyro_rad.ad.seeds import fold
 from numpyro_rad.planning import decision
 
@@ -277,7 +277,7 @@ def test_the_same_draw_in_every_iteration_is_caught(monkeypatch):
     def without_the_index(seed, *numbers):
         return fold(seed, *[n for n in numbers if isinstance(n, int)])
 
-    monkeypatch.setattr(sweep, "fold", without_the_index)
+    monkeypatch.setattr(control, "fold", without_the_index)
     assert worst_z("product_over_time", StochasticRound(1)) > 1
 
 

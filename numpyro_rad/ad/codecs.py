@@ -9,7 +9,7 @@ and costs variance tr Cov(decode(encode(x))) instead of memory. Every codec belo
 reports its bytes and its variance in closed form so that a plan can be priced before anything runs.
 
 The randomness follows from a seed (see `seeds.py`), so the decoder makes the same draws again rather than storing them.
-Used by `plan.py` (bytes, variance) and `sweep.py` (encode, decode).
+``planning`` asks for bytes and variances, ``sweep`` encodes and decodes.
 """
 
 import math

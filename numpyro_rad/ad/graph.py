@@ -15,7 +15,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from numpyro_rad.ad import _jax
+
+T = TypeVar("T")
+
+Path = tuple[int, ...]
+"""Numbers of the control flow around a value and of its body there, then the value's own: its name in a program."""
 
 
 class Value:
@@ -45,7 +52,7 @@ Atom = Value | Constant
 class Equation:
     """One step of the primal program. ``run`` maps operand arrays to a list of output arrays.
 
-    ``split`` is set for control flow: its forward part also returns a tape for the edge of the same ``split``.
+    ``node`` is set for control flow: its forward part also returns a tape for the edge of the same ``node``.
     ``nanoseconds`` is what running it takes, about; 0 for control flow, whose bodies have their own. ``acts`` says
     whether it does something besides computing its outputs (it prints, calls back): then it runs once, in its turn,
     whoever reads them. ``within`` names the method of a distribution that it belongs to.
@@ -57,27 +64,27 @@ class Equation:
     run: Callable[..., list[Any]]
     cheap: bool
     line: str
-    split: Split | None = None
+    node: ControlFlow | None = None
     draws_bits: bool = False
     nanoseconds: float = 0.0
     acts: bool = False
     within: str = ""
 
     @property
-    def anchor(self) -> bool:
-        """Whether this step is expensive enough to order the others around it."""
+    def expensive(self) -> bool:
+        """Whether this step orders the others around it."""
         return not self.cheap
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Edge:
-    """One linear step ``inputs -> outputs`` of the tangent program.
+    """One linear step ``inputs -> outputs`` of the tangent program; its kinds are in ``edges``.
 
-    ``residuals`` are the primal values that it reads; ``linear[i]`` says whether the pullback is linear in residual i,
-    so that an unbiased estimate may stand in for it. ``run(residual arrays, tangent arrays)`` applies the edge;
-    ``pull``, where given, maps ``(residual arrays, output cotangents)`` to input cotangents directly. ``terms``, where
-    given, are the coefficients in front of the inputs: the edge is elementwise, its output their sum. ``entries`` says
-    how many entries of the Jacobian in each input are not zero, about; where not given, one for each of the input.
+    :ivar residuals: the primal values that it reads.
+    :ivar linear: for each of them whether the pullback is linear in it, so that an unbiased estimate may stand in.
+    :ivar line: the user's line that it comes from.
+    :cvar expensive: whether it orders the others around it.
+    :cvar known: whether its residuals are exact for a reason, or because nothing better is known of it.
     """
 
     name: str
@@ -85,34 +92,140 @@ class Edge:
     outputs: tuple[Value, ...]
     residuals: tuple[Value, ...]
     linear: tuple[bool, ...]
-    run: Callable[[Sequence[Any], Sequence[Any]], list[Any]]
     line: str
-    anchor: bool
-    default: bool = False  # the safe default: residuals exact because nothing better is known
-    pull: Callable[[Sequence[Any], Sequence[Any]], list[Any]] | None = None
-    split: Split | None = None
-    terms: tuple[Any, ...] = ()
-    entries: tuple[float, ...] = ()
+
+    expensive: ClassVar[bool] = False
+    known: ClassVar[bool] = True
+
+    def apply(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        """The tangents of its outputs."""
+        raise NotImplementedError
+
+    def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any | None]) -> list[Any]:
+        """The cotangents of its inputs; by default ``apply``, transposed.
+
+        :param cotangents: of its outputs, not all of them None, which stands for zero.
+        """
+        present = [i for i, c in enumerate(cotangents) if c is not None]
+
+        def applied(*tangents: Any) -> list[Any]:
+            results = self.apply(residuals, tangents)
+            return [results[i] for i in present]
+
+        return list(_jax.linear_transpose(applied, [t.aval for t in self.inputs], [cotangents[i] for i in present]))
+
+    def is_constant_in(self, tangent: Value) -> bool:
+        """Whether no residual stands in front of one of its inputs."""
+        return not self.residuals
+
+    @property
+    def entries(self) -> tuple[float, ...]:
+        """For each input how many entries of the Jacobian are not zero, about; by default as many as it has itself."""
+        return tuple(t.aval.size for t in self.inputs)
+
+
+class Parts(NamedTuple):
+    """How the operands of a loop begin: with so many constants, then so many that it carries on; slices follow."""
+
+    n_consts: int
+    n_carry: int
+
+    def of(self, operands: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
+        """The constants, the carry and the slices among what is given for each operand."""
+        end = self.n_consts + self.n_carry
+        return operands[: self.n_consts], operands[self.n_consts : end], operands[end:]
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Split:
-    """Control flow separated into primal and tangent part: the graphs of its bodies and how operands map to them."""
+class ControlFlow:
+    """Control flow separated into primal and tangent part: the graphs of its bodies and how operands map to them.
 
-    kind: str  # "scan" or "cond"
-    bodies: tuple[Graph, ...]
-    params: dict[str, Any]
-    operands: tuple[Atom, ...]  # primal operands (of a cond: the index first), in the order of a body's inputs
-    tangents: tuple[Value | None, ...]  # tangent operands, likewise; None stands for zero
+    :ivar number: its place among the control flow of its graph.
+    :ivar operands: primal operands, one for each input of a body.
+    :ivar tangents: tangent operands, one for each tangent input of a body; None stands for zero.
+    """
+
     number: int
+    bodies: tuple[Graph, ...]
+    operands: tuple[Atom, ...]
+    tangents: tuple[Value | None, ...]
+
+    @property
+    def repeats(self) -> int:
+        """How often a body runs in one run, for all that is known."""
+        return 1
+
+    @property
+    def conditions(self) -> tuple[Value, ...]:
+        """What says which body runs."""
+        return ()
+
+    @property
+    def carry(self) -> Sequence[Value]:
+        """The inputs of a body that each iteration hands to the next."""
+        return ()
 
     @property
     def repeatable(self) -> bool:
         """Whether the bodies may run a second time: what acts in them can be left out then, for nobody reads it."""
         for equation in (e for body in self.bodies for e in body.equations if e.acts):
-            if not equation.split.repeatable if equation.split is not None else equation.outputs:
+            if not equation.node.repeatable if equation.node is not None else equation.outputs:
                 return False
         return True
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Scan(ControlFlow):
+    """A loop of known length.
+
+    :ivar primal: how its primal operands begin.
+    :ivar tangent: how its tangent operands begin.
+    """
+
+    length: int
+    reverse: bool
+    unroll: int | bool
+    primal: Parts
+    tangent: Parts
+
+    @property
+    def body(self) -> Graph:
+        """What each iteration runs."""
+        (body,) = self.bodies
+        return body
+
+    @property
+    def repeats(self) -> int:
+        return self.length
+
+    @property
+    def carry(self) -> Sequence[Value]:
+        return self.primal.of(self.body.inputs)[1]
+
+    @property
+    def carry_bytes(self) -> int:
+        """Bytes of the carry."""
+        return sum(_jax.aval_bytes(v.aval) for v in self.carry)
+
+    @property
+    def outside(self) -> list[Value]:
+        """What it takes from outside besides its carry: its segments need all of it to run again."""
+        consts, _, xs = self.primal.of(self.operands)
+        return [a for a in (*consts, *xs) if isinstance(a, Value)]
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Cond(ControlFlow):
+    """A choice between bodies.
+
+    :ivar index: which of them runs.
+    """
+
+    index: Atom
+
+    @property
+    def conditions(self) -> tuple[Value, ...]:
+        return (self.index,) if isinstance(self.index, Value) else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +244,27 @@ class Slices:
     bytes_each: int
     line: str
     nanoseconds: float
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class ControlFlowEdge(Edge):
+    """The tangent part of control flow. It stores tapes rather than residuals, and the sweeps run it."""
+
+    node: ControlFlow
+
+    expensive: ClassVar[bool] = True
+
+
+class Place(NamedTuple):
+    """A graph within a program.
+
+    :ivar path: numbers of the control flow around it and of the bodies there.
+    :ivar repeats: how often it runs in one run of the program.
+    """
+
+    graph: Graph
+    path: Path
+    repeats: int
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -161,12 +295,25 @@ class Graph:
         self.producer = {o: e for e in self.equations for o in e.outputs}
         return self
 
+    @property
+    def control_flow(self) -> list[ControlFlow]:
+        """The control flow that is differentiated, in order."""
+        return [e.node for e in self.edges if isinstance(e, ControlFlowEdge)]
+
     def walk(self) -> Iterator[Graph]:
         """This graph and those of the bodies of its control flow that are differentiated."""
-        yield self
-        for edge in self.edges:
-            for body in edge.split.bodies if edge.split is not None else ():
-                yield from body.walk()
+        return (place.graph for place in self.places())
+
+    def places(self, path: Path = (), repeats: int = 1) -> Iterator[Place]:
+        """The same, each with where it is and how often it runs.
+
+        :param path: the control flow around this graph.
+        :param repeats: how often it runs.
+        """
+        yield Place(self, path, repeats)
+        for node in self.control_flow:
+            for number, body in enumerate(node.bodies):
+                yield from body.places((*path, node.number, number), repeats * node.repeats)
 
     def fingerprint(self) -> str:
         """The same for graphs of the same program at the same shapes, and for no others but by accident.
@@ -200,7 +347,7 @@ def sites(graph: Graph, labels: Mapping[Value, str]) -> dict[Any, str]:
     found: dict[Any, str] = dict(labels)
     for edge in graph.edges:
         names = [found[t] for t in edge.inputs if t in found]
-        if len(edge.inputs) == 1 or edge.anchor:
+        if len(edge.inputs) == 1 or edge.expensive:
             for name in names:
                 order.setdefault(name, len(order))
         best = max(names, key=lambda name: order.get(name, -1), default="")

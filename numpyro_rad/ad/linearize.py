@@ -2,8 +2,8 @@
 
 JAX's forward mode is run once; its program computes primals and tangents side by side. Calls are opened, tangents are
 told from primals by following the dependencies, and each step of the tangent part becomes an edge: elementwise ones are
-eliminated into coefficients (see ``elementwise``), contractions keep the operand in which their pullback is linear,
-control flow is separated body by body, and all the rest is left to JAX. Since forward mode itself makes the tangent
+eliminated (``elimination``), the others get the kind that their primitive asks for (``edges``), and control flow is
+separated body by body. Since forward mode itself makes the tangent
 part, every primitive with a JVP is covered.
 """
 
@@ -11,14 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import jax
-
-from numpyro_rad.ad import _jax, elementwise, rules, scalars
-from numpyro_rad.ad.elementwise import ONE, Coefficients, LinearForm
-from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad import _jax, rules, tangents
+from numpyro_rad.ad.coefficients import Coefficients
+from numpyro_rad.ad.edges import Opaque, Operands, linear_edge
+from numpyro_rad.ad.elimination import Forms, collect
+from numpyro_rad.ad.graph import (
+    Atom,
+    Cond,
+    Constant,
+    ControlFlow,
+    ControlFlowEdge,
+    Edge,
+    Equation,
+    Graph,
+    Parts,
+    Scan,
+    Value,
+)
 from numpyro_rad.ad.invariants import hoist
 
 
@@ -45,7 +56,7 @@ def graph_of_both(both: _jax.Jaxpr, has_tangent: Sequence[bool], active: Sequenc
     tangents = iter(tangent for _, tangent in results[n_outs:])
     graph.outputs = [atom for atom, _ in results[:n_outs]]  # type: ignore[misc]
     graph.tangent_outputs = [next(tangents) if on else None for on in has_tangent]
-    scalars.collect(graph.finish(), coefficients, free=graph.inputs)
+    collect(graph.finish(), coefficients, free=graph.inputs)
     return graph.finish()
 
 
@@ -65,7 +76,7 @@ def split(
     pairs = []
     for atom in results:
         tangent = atom if atom in flat.tangents else None
-        pairs.append((None, builder.materialize(tangent)) if isinstance(tangent, Value) else (atom, None))
+        pairs.append((None, builder.forms.vertex(tangent)) if isinstance(tangent, Value) else (atom, None))
     primal_inputs = [v for v, t in zip(inputs, is_tangent, strict=True) if not t]
     tangent_inputs = [v for v, t in zip(inputs, is_tangent, strict=True) if t]
     graph = Graph(primal_inputs, builder.equations, [], tangent_inputs, builder.edges, [])
@@ -120,7 +131,7 @@ class Flat:
                 continue
             results = [self.value(v.aval) for v in equation.outvars]
             if any(flags):
-                tangent = _tangent_results(equation, flags)
+                tangent = tangents.tangent_results(equation, flags)
                 self.tangents.update(r for r, t in zip(results, tangent, strict=True) if t)
             self.steps.append(_Step(equation, operands, results, any(flags)))
             env.update(zip(equation.outvars, results, strict=True))
@@ -144,26 +155,25 @@ class _Builder:
         self.flat = flat
         self.equations: list[Equation] = []
         self.edges: list[Edge] = []
-        self.forms: dict[Value, LinearForm] = {}  # tangents not yet given a vertex of their own
-        self.lines: dict[Value, str] = {}
         self.coefficients = Coefficients(self.equations, flat.value)
-        self.n_splits = 0
+        self.forms = Forms(self.coefficients, self.edges)
+        self.n_nodes = 0
         steps = flat.needed(results)
-        self.fusible_uses: dict[Value, list[bool]] = {}  # for each use, whether the user is elementwise
+        self.fuses: dict[Value, list[bool]] = {}  # for each use of a tangent, whether it is elementwise
         for step in steps:
             for operand in step.operands:
                 if isinstance(operand, Value) and operand in flat.tangents:
-                    self.fusible_uses.setdefault(operand, []).append(self.is_elementwise(step))
+                    self.fuses.setdefault(operand, []).append(self.is_elementwise(step))
         for atom in results:
             if isinstance(atom, Value):
-                self.fusible_uses.setdefault(atom, []).append(False)
+                self.fuses.setdefault(atom, []).append(False)
         for step in steps:
             if not step.mixed:
                 self.add_primal(step)
             elif self.is_elementwise(step):
                 self.add_elementwise(step)
             elif step.name in rules.MIXED and not any(map(_jax.has_references, _jax.inner_jaxprs(step.equation))):
-                self.add_split(step)
+                self.add_control_flow(step)
             elif any(r not in flat.tangents for r in step.results):
                 self.add_opaque(step)
             else:
@@ -195,231 +205,78 @@ class _Builder:
 
     def is_elementwise(self, step: _Step) -> bool:
         """Whether the step has a diagonal Jacobian that can be fused with its neighbours'."""
-        if not step.mixed or step.name not in elementwise.LINEAR:
+        if not step.mixed or step.name not in rules.DIAGONAL:
             return False
-        out = step.results[0].aval
-        moving = [o for o in step.operands if isinstance(o, Value) and self.is_tangent(o)]
-        if not rules.is_real_float(out.dtype) or any(m.aval.shape != out.shape for m in moving):
+        out, moving = step.results[0].aval, self.moving(step)
+        if not rules.is_real_float(out.dtype) or any(m.aval.shape != out.shape for m in moving.values()):
             return False
-        return step.name in elementwise.SUMS or len(moving) == 1
+        return step.name in rules.SUMS or len(moving) == 1
 
-    def form(self, tangent: Value) -> LinearForm:
-        return self.forms.get(tangent) or {tangent: ONE}
+    def moving(self, step: _Step) -> dict[int, Value]:
+        """The tangents among the operands of a step, by position."""
+        pairs = enumerate(step.operands)
+        return {i: o for i, o in pairs if isinstance(o, Value) and self.is_tangent(o)}
 
     def add_elementwise(self, step: _Step) -> None:
-        line = _jax.source_line(step.equation)
         (out,) = step.results
-        self.lines[out] = line
-        form: LinearForm = {}
-        for position, operand in enumerate(step.operands):
-            if isinstance(operand, Value) and self.is_tangent(operand):
-                local = self.coefficients.local(step.name, step.operands, position, line)
-                for source, term in self.form(operand).items():
-                    product = self.coefficients.product(local, term, line)
-                    form[source] = self.coefficients.sum(form.get(source), product, out.aval.dtype, line)
-        self.forms[out] = form
-        uses = self.fusible_uses[out]
-        sources = len(form)
-        pure_sum = sources > 1 and all(t.residual is None for t in form.values())
-        # A vertex is worth keeping where eliminating it would multiply coefficients: when somebody needs it anyway,
-        # when it only adds, and when several sources meet several users.
-        if not all(uses) or pure_sum or (len(uses) > 1 and sources > 1):
-            self.materialize(out)
-
-    def materialize(self, tangent: Value) -> Value:
-        """Give ``tangent`` a vertex: the edge that combines its sources. Returns the vertex (or what it equals)."""
-        form = self.forms.get(tangent)
-        if form is None:
-            return tangent
-        if len(form) == 1:
-            source, term = next(iter(form.items()))
-            if term == ONE:
-                return source
-        del self.forms[tangent]
-        self.edges.append(elementwise.combination(form, tangent, self.lines.get(tangent, "")))
-        return tangent
+        line = _jax.source_line(step.equation)
+        self.forms.add(step.name, step.operands, self.moving(step), out, line, self.fuses[out])
 
     # -- tangent program: everything else --------------------------------------------------------------------------
 
-    def operands_of(self, step: _Step) -> tuple[list[Value], list[Value], tuple[tuple[str, Any], ...]]:
-        """Tangent operands, residual operands, and for each operand of the step where it comes from."""
-        tangents: list[Value] = []
-        residuals: list[Value] = []
-        sources: list[tuple[str, Any]] = []
-        for operand in step.operands:
-            if isinstance(operand, Constant):
-                sources.append(("constant", operand.value))
-            elif self.is_tangent(operand):
-                tangents.append(self.materialize(operand))
-                sources.append(("tangent", len(tangents) - 1))
-            else:
-                if operand not in residuals:
-                    residuals.append(operand)
-                sources.append(("residual", residuals.index(operand)))
-        return tangents, residuals, tuple(sources)
+    def operands_of(self, step: _Step) -> Operands:
+        return Operands.of(step.equation, step.operands, self.is_tangent, self.forms.vertex)
 
     def add_linear(self, step: _Step) -> None:
-        tangents, residuals, sources = self.operands_of(step)
-        bilinear = step.name in rules.BILINEAR and len(tangents) == 1
-        moving = [i for i, (kind, _) in enumerate(sources) if kind == "tangent"]
-        known = bilinear or step.name in rules.STRUCTURAL or step.name in elementwise.LINEAR
-        self.edges.append(
-            Edge(
-                step.name,
-                tuple(tangents),
-                tuple(step.results),
-                tuple(residuals),
-                tuple(bilinear and rules.is_real_float(r.aval.dtype) for r in residuals),
-                partial(_apply, step.equation, sources),
-                _jax.source_line(step.equation),
-                anchor=step.name not in rules.STRUCTURAL and step.name not in elementwise.LINEAR,
-                default=not known,
-                entries=tuple(rules.jacobian_entries(step.equation, i) for i in moving),
-            )
-        )
+        line = _jax.source_line(step.equation)
+        self.edges.append(linear_edge(step.name, self.operands_of(step), step.results, line))
 
     def add_opaque(self, step: _Step) -> None:
-        """A call that mixes primal and tangent work and that we cannot look into: it is run again on the way back."""
-        tangents, residuals, sources = self.operands_of(step)
-        moves = [self.is_tangent(r) for r in step.results]
-        primal_out = tuple(r for r, m in zip(step.results, moves, strict=True) if not m)
-        tangent_out = tuple(r for r, m in zip(step.results, moves, strict=True) if m)
-        run = partial(_apply, step.equation, sources)
-
-        def results(arrays: Sequence[Any], moving: Sequence[Any], wanted: bool) -> list[Any]:
-            return [o for o, m in zip(run(arrays, moving), moves, strict=True) if m == wanted]
-
-        def zeros() -> list[Any]:
-            return [jax.numpy.zeros(t.aval.shape, t.aval.dtype) for t in tangents]
-
-        def pull(arrays: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-            def moved(*moving: Any) -> list[Any]:
-                outs = _apply(step.equation, sources, arrays, moving, _jax.run_again)
-                return [o for o, m in zip(outs, moves, strict=True) if m]
-
-            _, pullback = jax.vjp(moved, *zeros())
-            return list(pullback(list(cotangents)))
-
-        line = _jax.source_line(step.equation)
+        """A call that mixes primal and tangent work and that we cannot look into."""
+        operands, line = self.operands_of(step), _jax.source_line(step.equation)
+        primal_out, tangent_out = self.parted(step.results)
+        moves = tuple(self.is_tangent(r) for r in step.results)
+        exact = (False,) * len(operands.residuals)
+        edge = Opaque(step.name, operands.tangents, tangent_out, operands.residuals, exact, line, operands, moves)
         self.equations.append(
             Equation(
                 step.name,
-                tuple(residuals),
+                operands.residuals,
                 primal_out,
-                lambda *arrays: results(arrays, zeros(), False),
+                edge.primal,
                 False,
                 line,
                 nanoseconds=rules.nanoseconds(step.equation),
                 acts=_jax.acts(step.equation),
             )
         )
-        self.edges.append(
-            Edge(
-                step.name,
-                tuple(tangents),
-                tangent_out,
-                tuple(residuals),
-                (False,) * len(residuals),
-                lambda arrays, moving: results(arrays, moving, True),
-                line,
-                anchor=True,
-                default=True,
-                pull=pull,
-            )
-        )
+        self.edges.append(edge)
 
-    def add_split(self, step: _Step) -> None:
+    def parted(self, results: Sequence[Value]) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
+        """The results that are no tangents, and those that are."""
+        flags = [self.is_tangent(r) for r in results]
+        pairs = list(zip(results, flags, strict=True))
+        return tuple(r for r, moves in pairs if not moves), tuple(r for r, moves in pairs if moves)
+
+    def add_control_flow(self, step: _Step) -> None:
+        self.n_nodes += 1
         flags = [self.is_tangent(o) for o in step.operands]
-        divide = _split_scan if step.name == "scan" else _split_cond
-        bodies, params, primal_at, tangent_at, moves = divide(step.equation, flags)
-        operands = tuple(step.operands[i] for i in primal_at)
-        tangents: list[Value | None] = []
-        for i in tangent_at:  # an operand in a tangent's place that is no tangent is a zero
-            operand = step.operands[i]
-            moving = isinstance(operand, Value) and self.is_tangent(operand)
-            tangents.append(self.materialize(operand) if moving else None)  # type: ignore[arg-type]
-        primal_out = tuple(r for r, m in zip(step.results, moves, strict=True) if not m)
-        tangent_out = tuple(r for r, m in zip(step.results, moves, strict=True) if m)
-        self.n_splits += 1
-        node = Split(step.name, bodies, params, operands, tuple(tangents), self.n_splits)
-        line = _jax.source_line(step.equation)
-        acts = _jax.acts(step.equation)
-        self.equations.append(Equation(step.name, operands, primal_out, _no_run, False, line, split=node, acts=acts))
-        self.edges.append(
-            Edge(
-                step.name,
-                tuple(dict.fromkeys(t for t in tangents if t is not None)),
-                tangent_out,
-                (),
-                (),
-                _no_run,
-                line,
-                anchor=True,
-                split=node,
-            )
-        )
+        node = (_scan if step.name == "scan" else _cond)(step.equation, self.n_nodes, step.operands, flags, self.vertex)
+        primal_out, tangent_out = self.parted(step.results)
+        operands = (node.index, *node.operands) if isinstance(node, Cond) else node.operands
+        line, acts = _jax.source_line(step.equation), _jax.acts(step.equation)
+        self.equations.append(Equation(step.name, operands, primal_out, _no_run, False, line, node=node, acts=acts))
+        sources = tuple(dict.fromkeys(t for t in node.tangents if t is not None))
+        self.edges.append(ControlFlowEdge(step.name, sources, tangent_out, (), (), line, node))
+
+    def vertex(self, operand: Atom) -> Value | None:
+        """The vertex of an operand in a tangent's place; one that is no tangent is a zero."""
+        moves = isinstance(operand, Value) and self.is_tangent(operand)
+        return self.forms.vertex(operand) if moves else None  # type: ignore[arg-type]
 
 
 def _no_run(*_: Any) -> list[Any]:
     raise NotImplementedError("control flow is run by the sweeps")
-
-
-def _tangent_results(equation: Any, flags: list[bool]) -> list[bool]:
-    """Which results of an equation with some tangent operands are tangents; calls are followed into their bodies."""
-    name = equation.primitive.name
-    if name == "scan":
-        return _scan_tangents(equation, flags)[1]
-    if name == "cond":
-        return _cond_tangents(equation, flags)
-    if name == "while":
-        return _while_tangents(equation, flags)
-    inner = _jax.inner_jaxprs(equation)
-    if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(flags):
-        moves = _tangent_outputs(inner[0], flags)
-        if len(moves) == len(equation.outvars):
-            return moves
-    return [True] * len(equation.outvars)
-
-
-def _tangent_outputs(jaxpr: _jax.Jaxpr, flags: Sequence[bool]) -> list[bool]:
-    """Which outputs of a mixed jaxpr depend on its tangent inputs."""
-    moving = {v for v, t in zip(jaxpr.jaxpr.invars, flags, strict=True) if t}
-
-    def moves(atom: Any) -> bool:
-        return not isinstance(atom, _jax.Literal) and atom in moving
-
-    for equation in jaxpr.jaxpr.eqns:
-        operands = [moves(a) for a in equation.invars]
-        if any(operands):
-            results = _tangent_results(equation, operands)
-            moving.update(o for o, t in zip(equation.outvars, results, strict=True) if t)
-    return [moves(a) for a in jaxpr.jaxpr.outvars]
-
-
-def _while_tangents(equation: Any, flags: list[bool]) -> list[bool]:
-    n_cond, n_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
-    body = _jax.closed(equation.params["body_jaxpr"])
-    consts, carry = flags[n_cond : n_cond + n_body], flags[n_cond + n_body :]
-    for _ in carry:
-        carry = [a or b for a, b in zip(carry, _tangent_outputs(body, consts + carry), strict=True)]
-    return carry
-
-
-def _cond_tangents(equation: Any, flags: list[bool]) -> list[bool]:
-    branches = [_tangent_outputs(b, flags[1:]) for b in _jax.cond_branches(equation)]
-    return [any(b) for b in zip(*branches, strict=True)]
-
-
-def _scan_tangents(equation: Any, flags: Sequence[bool]) -> tuple[list[bool], list[bool]]:
-    """Fixed point of which operands and results of a scan are tangents."""
-    body, n_consts, n_carry = _jax.scan_parts(equation)
-    ins = list(flags)
-    while True:
-        outs = _tangent_outputs(body, ins)
-        carry = [a or b for a, b in zip(ins[n_consts : n_consts + n_carry], outs[:n_carry], strict=True)]
-        if carry == ins[n_consts : n_consts + n_carry]:
-            return ins, carry + outs[n_carry:]
-        ins[n_consts : n_consts + n_carry] = carry
 
 
 def split_body(body: _jax.Jaxpr, ins: Sequence[bool], outs: Sequence[bool], in_loop: bool = True) -> Graph:
@@ -430,38 +287,36 @@ def split_body(body: _jax.Jaxpr, ins: Sequence[bool], outs: Sequence[bool], in_l
     graph, results, coefficients = split(body, ins)
     graph.outputs = [p for (p, _), t in zip(results, outs, strict=True) if not t]  # type: ignore[misc]
     graph.tangent_outputs = [v for (_, v), t in zip(results, outs, strict=True) if t]
-    scalars.collect(graph.finish(), coefficients, free=() if in_loop else graph.inputs)
+    collect(graph.finish(), coefficients, free=() if in_loop else graph.inputs)
     return graph.finish()
 
 
-def _split_scan(equation: Any, flags: Sequence[bool]) -> tuple:
+def _scan(equation: Any, number: int, operands: Sequence[Atom], flags: Sequence[bool], vertex: Callable) -> ControlFlow:
+    """A loop, given which of its operands are tangents."""
     body, n_consts, n_carry = _jax.scan_parts(equation)
-    ins, outs = _scan_tangents(equation, flags)
-    consts, carry = ins[:n_consts], ins[n_consts : n_consts + n_carry]
-    primal_at = [i for i, t in enumerate(ins) if not t]
-    tangent_at = [i for i, t in enumerate(ins) if t]
-    params = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
-    params["primal_counts"] = (consts.count(False), carry.count(False))
-    params["tangent_counts"] = (consts.count(True), carry.count(True))
-    return (split_body(body, ins, outs),), params, primal_at, tangent_at, outs
+    ins, outs = tangents.scan_tangents(equation, flags)
+    consts, carry, _ = Parts(n_consts, n_carry).of(ins)
+    return Scan(
+        number,
+        (split_body(body, ins, outs),),
+        tuple(o for o, t in zip(operands, ins, strict=True) if not t),
+        tuple(vertex(o) for o, t in zip(operands, ins, strict=True) if t),
+        equation.params["length"],
+        equation.params["reverse"],
+        equation.params["unroll"],
+        Parts(consts.count(False), carry.count(False)),
+        Parts(consts.count(True), carry.count(True)),
+    )
 
 
-def _split_cond(equation: Any, flags: Sequence[bool]) -> tuple:
-    ins, outs = list(flags[1:]), _cond_tangents(equation, list(flags))
-    graphs = tuple(split_body(b, ins, outs) for b in _jax.cond_branches(equation))
-    primal_at = [0] + [i + 1 for i, t in enumerate(ins) if not t]
-    tangent_at = [i + 1 for i, t in enumerate(ins) if t]
-    return graphs, {}, primal_at, tangent_at, outs
-
-
-def _apply(
-    equation: Any,
-    fixed: Sequence[tuple],
-    residuals: Sequence[Any],
-    tangents: Sequence[Any],
-    run: Callable[[Any, Sequence[Any]], list[Any]] = _jax.bind,
-) -> list[Any]:
-    """Evaluate a jaxpr equation with operands drawn from tangents, residuals and constants."""
-    sources = {"tangent": tangents, "residual": residuals}
-    args = [what if kind == "constant" else sources[kind][what] for kind, what in fixed]
-    return run(equation, args)
+def _cond(equation: Any, number: int, operands: Sequence[Atom], flags: Sequence[bool], vertex: Callable) -> ControlFlow:
+    """A choice, given which of its operands are tangents."""
+    index, *taken = operands
+    ins, outs = list(flags[1:]), tangents.cond_tangents(equation, list(flags))
+    return Cond(
+        number,
+        tuple(split_body(b, ins, outs) for b in _jax.cond_branches(equation)),
+        tuple(o for o, t in zip(taken, ins, strict=True) if not t),
+        tuple(vertex(o) for o, t in zip(taken, ins, strict=True) if t),
+        index,
+    )

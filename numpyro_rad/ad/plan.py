@@ -8,18 +8,15 @@ carries them out, ``explain`` prints them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 
-from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad import rules
 from numpyro_rad.ad.codecs import BitMask, Codec, Keep, Offload
-from numpyro_rad.ad.graph import Edge, Graph, Split, Value
+from numpyro_rad.ad.graph import ControlFlow, Edge, Graph, Path, Scan, Value
 from numpyro_rad.ad.loops import n_boundaries
-
-Path = tuple[int, ...]
-"""Numbers of the control flow around a value, then its own: its name in a program."""
 
 
 class BudgetError(ValueError):
@@ -94,8 +91,8 @@ class Plan:
     kept: dict[Value, Codec]
     encoded: dict[Value, Encoded]
     carrier: dict[Value, Value]
-    children: dict[Split, tuple[Plan, ...]]
-    segments: dict[Split, tuple[int, ...]]
+    children: dict[ControlFlow, tuple[Plan, ...]]
+    segments: dict[Scan, tuple[int, ...]]
     late: dict[Value, int]
     chain_length: int
     reads: frozenset[Value]
@@ -131,9 +128,9 @@ class Plan:
         """Bytes held at any time of one call: :attr:`stored_bytes`, with what one slice holds while it runs."""
         return self.stored_bytes + (0 if self.graph.slices is None else self.graph.slices.bytes_each)
 
-    def boundary_bytes(self, node: Split) -> int:
+    def boundary_bytes(self, node: Scan) -> int:
         """Bytes of the carries at the beginnings of the segments of a loop."""
-        return n_boundaries(node.params["length"], self.segments[node]) * carry_bytes(node)
+        return n_boundaries(node.length, self.segments[node]) * node.carry_bytes
 
     def walk(self) -> Iterator[Plan]:
         """This plan and all plans inside it."""
@@ -171,18 +168,6 @@ class Plan:
         return self.carrier.get(residual) in self.encoded
 
 
-def carry_bytes(node: Split) -> int:
-    """Bytes of the primal carry of a loop."""
-    n_consts, n_carry = node.params["primal_counts"]
-    return sum(_jax.aval_bytes(v.aval) for v in node.bodies[0].inputs[n_consts : n_consts + n_carry])
-
-
-def read_by_segments(node: Split) -> list[Value]:
-    """What a loop takes from outside besides its carry: its segments need all of it to run again."""
-    n_consts, n_carry = node.params["primal_counts"]
-    return [a for i, a in enumerate(node.operands) if isinstance(a, Value) and not n_consts <= i < n_consts + n_carry]
-
-
 def carrier_of(graph: Graph, residual: Value) -> Value:
     """The smallest value of which ``residual`` is a linear rearrangement (the earliest among equals)."""
     best = value = residual
@@ -208,20 +193,3 @@ def kept_bytes(value: Value) -> int:
 def keep_codec(value: Value) -> Codec:
     """The exact codec for a value: one bit for a boolean."""
     return BitMask() if value.aval.dtype == bool else Keep()
-
-
-def recompute_leaves(graph: Graph, wanted: Iterable[Value], known: Iterable[Value]) -> set[Value]:
-    """The known values and inputs from which ``wanted`` are computed again."""
-    known = set(known)
-    leaves, todo, seen = set(), list(wanted), set()
-    while todo:
-        value = todo.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        equation = graph.producer.get(value)
-        if value in known or equation is None:
-            leaves.add(value)
-        else:
-            todo.extend(a for a in equation.inputs if isinstance(a, Value))
-    return leaves

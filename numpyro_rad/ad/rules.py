@@ -53,6 +53,23 @@ STRUCTURAL = frozenset([*_STRUCTURAL, "reduce_sum", "cumsum", "convert_element_t
 PASSES_ESTIMATE = frozenset("reshape transpose broadcast_in_dim squeeze rev copy convert_element_type".split())
 """One-operand linear rearrangements: an unbiased estimate of the input gives one of the output."""
 
+DIAGONAL = frozenset("mul div select_n neg add add_any sub copy".split())
+"""Primitives of the tangent program that have a diagonal Jacobian if all their tangents have the result's shape."""
+
+SUMS = DIAGONAL - {"mul", "div"}
+"""Those that may have several tangent operands."""
+
+TRANSPOSED = {
+    "reduce_sum": "broadcast_in_dim",
+    "reshape": "reshape",
+    "squeeze": "reshape",
+    "transpose": "transpose",
+    "rev": "rev",
+    "copy": "copy",
+    "convert_element_type": "convert_element_type",
+}
+"""Linear steps of one operand whose transpose only rearranges: its name. A constant they leave a constant."""
+
 MIXED = frozenset({"scan", "cond"})
 """Control flow that is split into a primal and a tangent part by the graph."""
 

@@ -13,19 +13,19 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from numpyro_rad.ad.graph import Equation, Graph, Split, Value
+from numpyro_rad.ad.graph import Equation, Graph, Scan, Value
 from numpyro_rad.ad.loops import n_boundaries
-from numpyro_rad.ad.plan import carry_bytes, kept_bytes
+from numpyro_rad.ad.plan import kept_bytes
 
 
-def segment_lengths(node: Split, tape_bytes: int, n_levels: int) -> tuple[int, ...] | None:
+def segment_lengths(node: Scan, tape_bytes: int, n_levels: int) -> tuple[int, ...] | None:
     """Lengths of segments, and of segments in them, for a loop whose whole tape takes so many bytes; None if that
     saves less than half.
 
     All levels and the tape of a segment of the last take about the same. Lengths without a shorter segment at the end
     are preferred: their program is smaller.
     """
-    carry, length = max(1, carry_bytes(node)), node.params["length"]
+    carry, length = max(1, node.carry_bytes), node.length
     ratio = max(1.0, tape_bytes / carry) ** (1 / (n_levels + 1))
     lengths: list[int] = []
     outer = length
@@ -37,7 +37,7 @@ def segment_lengths(node: Split, tape_bytes: int, n_levels: int) -> tuple[int, .
             return None
         lengths.append(inner)
         outer = inner
-    size = n_boundaries(length, lengths) * carry_bytes(node) + tape_bytes * lengths[-1] / length
+    size = n_boundaries(length, lengths) * node.carry_bytes + tape_bytes * lengths[-1] / length
     return tuple(lengths) if size < tape_bytes / 2 else None
 
 
@@ -66,7 +66,7 @@ def cut_chain(graph: Graph, n_segments: int) -> Chain | None:
     level: dict[Value, int] = dict.fromkeys(graph.inputs, 0)
     for equation in graph.equations:
         before = max((level[a] for a in equation.inputs if isinstance(a, Value)), default=0)
-        level.update(dict.fromkeys(equation.outputs, before + equation.anchor))
+        level.update(dict.fromkeys(equation.outputs, before + equation.expensive))
     residuals = {r for edge in graph.edges for r in edge.residuals}
     weight = [0] * (1 + max(level.values(), default=0))
     for value in residuals:
@@ -78,7 +78,7 @@ def cut_chain(graph: Graph, n_segments: int) -> Chain | None:
         segment_of.append(min(n_segments - 1, int(n_segments * done / max(total, 1))))
         done += size
     # What does not depend on an expensive step is cheap to make whenever it is wanted and belongs to no segment.
-    given = {o for e in graph.equations if e.split is not None or e.acts for o in e.outputs}
+    given = {o for e in graph.equations if e.node is not None or e.acts for o in e.outputs}
     segment = {v: segment_of[n] for v, n in level.items() if n and v not in given}
     crossing, taken, again = set(), set(), []
     for equation in graph.equations:

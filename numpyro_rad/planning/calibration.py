@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.graph import Graph, Value
-from numpyro_rad.ad.plan import BudgetError, Path, Plan
+from numpyro_rad.ad.graph import Graph, Path, Value
+from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.ad.seeds import signs
 from numpyro_rad.ad.sweep import Tape, backward, forward
 from numpyro_rad.planning import plans

@@ -21,20 +21,17 @@ from collections.abc import Callable, Sequence
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, Offload
-from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
+from numpyro_rad.ad.graph import ControlFlow, Edge, Equation, Graph, Path, Scan, Value
 from numpyro_rad.ad.loops import n_boundaries
 from numpyro_rad.ad.plan import (
     Encoded,
-    Path,
     Plan,
     Prediction,
     carrier_of,
-    carry_bytes,
     keep_codec,
     kept_bytes,
-    read_by_segments,
-    recompute_leaves,
 )
+from numpyro_rad.ad.recompute import recompute_leaves
 from numpyro_rad.ad.segments import Chain, segment_lengths
 from numpyro_rad.planning import solver
 from numpyro_rad.planning.noise import CodeNoise, Effects, EqualShares, Flow
@@ -112,19 +109,6 @@ def _operands(graph: Graph, value: Value) -> list[Value]:
     return [a for a in graph.producer[value].inputs if isinstance(a, Value)]
 
 
-def _length(node: Split | None) -> int:
-    """How often a body of control flow runs in one run of it, for all that is known."""
-    return node.params["length"] if node is not None and node.kind == "scan" else 1
-
-
-def _is_carried(node: Split, position: int) -> bool:
-    """Whether this input of a body is the loop's carry."""
-    if node.kind != "scan":
-        return False
-    n_consts, n_carry = node.params["primal_counts"]
-    return n_consts <= position < n_consts + n_carry
-
-
 def _disjoint_groups(graph: Graph, linear: dict[Value, set[Edge]]) -> dict[Value, tuple[frozenset[Edge], ...]]:
     """For each stored value, its readers in groups such that no path of the graph runs through two of one group."""
     shared = [edges for edges in linear.values() if len(edges) > 1]
@@ -183,7 +167,7 @@ class Decision:
         self,
         graph: Graph,
         wanted: Wanted,
-        segments: dict[Split, tuple[int, ...]] | None = None,
+        segments: dict[Scan, tuple[int, ...]] | None = None,
         chain: Chain | None = None,
     ) -> None:
         self.graph, self.codecs, self.segments, self.chain = graph, wanted.codecs, segments or {}, chain
@@ -202,7 +186,7 @@ class Decision:
         self.noises: list[
             tuple[Path, tuple[CodeNoise, ...]]
         ] = []  # of each demand: the residual, and what its codes do
-        self.storing, size = self._exact_storing(graph, 1)
+        self.storing, size = self._exact_storing()
         self.hold = HELD_NANOSECONDS_PER_BYTE if size >= HELD_FROM else 0.0
         self.storing += self.hold * size  # nanoseconds that the exact step spends on its residuals
         # the backward sweep has two products for each of the forward sweep
@@ -217,23 +201,21 @@ class Decision:
             self._boundary(graph, 0, again)
 
     def _forward_nanoseconds(self, graph: Graph, repeat: int) -> float:
-        own = sum(e.nanoseconds + MAKE_START for e in graph.equations if e.split is None)
-        bodies = [
-            (b, repeat * _length(e.split)) for e in graph.equations if e.split is not None for b in e.split.bodies
-        ]
+        own = sum(e.nanoseconds + MAKE_START for e in graph.equations if e.node is None)
+        bodies = [(b, repeat * e.node.repeats) for e in graph.equations if e.node is not None for b in e.node.bodies]
         return own * repeat + sum(self._forward_nanoseconds(b, times) for b, times in bodies)
 
-    def _exact_storing(self, graph: Graph, repeat: int) -> tuple[float, int]:
+    def _exact_storing(self) -> tuple[float, int]:
         """How long storing all residuals takes, besides holding them, and their bytes."""
-        own = {r for e in graph.edges for r in e.residuals if r in graph.producer}
-        time, size = 0.0, sum(map(kept_bytes, own)) * repeat
-        for node in (e.split for e in graph.edges if e.split is not None):
-            times = repeat * _length(node)
-            found = [self._exact_storing(body, times) for body in node.bodies]
-            carried = carry_bytes(node) * times if node.kind == "scan" else 0
-            time += sum(t for t, _ in found) + KEEP_NANOSECONDS_PER_BYTE * carried
-            size += sum(s for _, s in found) + carried
-        return time + sum(KEEP_NANOSECONDS_PER_BYTE * kept_bytes(v) + KEEP_START for v in own) * repeat, size
+        time, size = 0.0, 0
+        for graph, _, repeat in self.graph.places():
+            own = {r for e in graph.edges for r in e.residuals if r in graph.producer}
+            loops = [node for node in graph.control_flow if isinstance(node, Scan)]
+            carried = sum(node.carry_bytes * node.length for node in loops) * repeat
+            size += sum(map(kept_bytes, own)) * repeat + carried
+            time += sum(KEEP_NANOSECONDS_PER_BYTE * kept_bytes(v) + KEEP_START for v in own) * repeat
+            time += KEEP_NANOSECONDS_PER_BYTE * carried
+        return time, size
 
     def _price(self, nanoseconds: float) -> float:
         return self.time_weight * nanoseconds / self.step
@@ -288,9 +270,8 @@ class Decision:
                     for c in self.codecs((*path, value.number), value, repeat)
                 )
             self._demand(graph, value, choices, repeat, held, path)
-        for edge in graph.edges:
-            if edge.split is not None:
-                self._add_bodies(graph, edge.split, repeat, held, path)
+        for node in graph.control_flow:
+            self._add_bodies(graph, node, repeat, held, path)
 
     def _demand(
         self, graph: Graph, value: Value, choices: tuple[Encoded, ...], repeat: int, held: int, path: Path
@@ -319,12 +300,10 @@ class Decision:
 
     def _readers(self, graph: Graph) -> tuple[set[Value], dict[Value, set[Edge]], dict[Value, Value]]:
         """What must be exact, who may read an estimate of what, and what stands for it in storage."""
-        exact: set[Value] = set()
+        exact = {condition for node in graph.control_flow for condition in node.conditions}
         linear: dict[Value, set[Edge]] = {}
         carrier: dict[Value, Value] = {}
         for edge in graph.edges:
-            if edge.split is not None and edge.split.kind == "cond" and isinstance(edge.split.operands[0], Value):
-                exact.add(edge.split.operands[0])  # which branch was taken
             for residual, is_linear in zip(edge.residuals, edge.linear, strict=True):
                 if is_linear:
                     carrier.setdefault(residual, carrier_of(graph, residual))
@@ -333,18 +312,18 @@ class Decision:
                     exact.add(residual)
         return exact, linear, carrier
 
-    def _add_bodies(self, graph: Graph, node: Split, repeat: int, held: int, path: Path) -> None:
-        operands = node.operands[1:] if node.kind == "cond" else node.operands
-        times, lengths = repeat * _length(node), self.segments.get(node, ())
-        inside = held * self._held_iterations(node)
-        if lengths:
-            for value in read_by_segments(node):
+    def _add_bodies(self, graph: Graph, node: ControlFlow, repeat: int, held: int, path: Path) -> None:
+        times, inside = repeat * node.repeats, held * self._held_iterations(node)
+        if isinstance(node, Scan) and node in self.segments:
+            for value in node.outside:
                 self._ask(graph, None, (), self.number[value])
-            again = self._price(self._forward_nanoseconds(node.bodies[0], times) * len(lengths))
-            self._boundary(graph, n_boundaries(_length(node), lengths) * carry_bytes(node) * held, again)
+            lengths = self.segments[node]
+            again = self._price(self._forward_nanoseconds(node.body, times) * len(lengths))
+            self._boundary(graph, n_boundaries(node.length, lengths) * node.carry_bytes * held, again)
+        carry = set(node.carry)
         for number, body in enumerate(node.bodies):
-            for i, (inner, outer) in enumerate(zip(body.inputs, operands, strict=True)):
-                if _is_carried(node, i):  # there in one iteration only
+            for inner, outer in zip(body.inputs, node.operands, strict=True):
+                if inner in carry:  # there in one iteration only
                     self.number[inner] = self._keep(kept_bytes(inner), times, inside)
                     self.carried.setdefault(body, set()).add(inner)
                 elif isinstance(outer, Value):
@@ -353,9 +332,9 @@ class Decision:
                     self.number[inner] = self.problem.add_value(0, 0.0)
             self._add(body, times, inside, (*path, node.number, number))
 
-    def _held_iterations(self, node: Split) -> int:
+    def _held_iterations(self, node: ControlFlow) -> int:
         """Of how many iterations of one run of control flow the tape is held at once."""
-        return self.segments[node][-1] if node in self.segments else _length(node)
+        return self.segments[node][-1] if isinstance(node, Scan) and node in self.segments else node.repeats
 
     @property
     def has_codes(self) -> bool:
@@ -374,25 +353,29 @@ class Decision:
 
     def least_again(self) -> float:
         """The least that it costs to run a loop of the program, or half of a chain, twice."""
-        loops = [e.split for e in self.graph.edges if e.split is not None and e.split.kind == "scan"]
-        times = [self._forward_nanoseconds(node.bodies[0], _length(node)) for node in loops]
+        times = [self._forward_nanoseconds(node.body, node.length) for node in self._loops]
         return self._price(min((*times, self._forward_nanoseconds(self.graph, 1) / 2)))
 
-    def segmentations(self, levels: Sequence[int]) -> list[dict[Split, tuple[int, ...]]]:
+    @property
+    def _loops(self) -> list[Scan]:
+        """The loops of the program that are in no other."""
+        return [node for node in self.graph.control_flow if isinstance(node, Scan)]
+
+    def segmentations(self, levels: Sequence[int]) -> list[dict[Scan, tuple[int, ...]]]:
         """Ways to cut the loops of the program into segments, so many times, such that all boundaries together take
         about as much as the tape of one segment: a tape of fewest bytes, of least cost, or without codes.
         """
-        if not any(e.split is not None and e.split.kind == "scan" for e in self.graph.edges):
+        if not self._loops:
             return []
         problem = self.priced()
         exact = solver.smallest(problem.without_codes())
         solutions = (solver.smallest(problem), solver.priced(problem, 0.0), exact)
         plans = [self.plan(solution) for solution in solutions]
-        found: list[dict[Split, tuple[int, ...]]] = []
+        found: list[dict[Scan, tuple[int, ...]]] = []
         for n_levels, plan in itertools.product(levels, plans):
             cut = {}
             for node, (child, *_) in plan.children.items():
-                if node.kind != "scan" or not node.repeatable:
+                if not isinstance(node, Scan) or not node.repeatable:
                     continue
                 lengths = segment_lengths(node, child.stored_bytes, n_levels)
                 if lengths is not None:
@@ -446,7 +429,7 @@ class Decision:
 
     def _launches(self, graph: Graph) -> int:
         return sum(
-            sum(_length(e.split) * self._launches(b) for b in e.split.bodies) if e.split is not None else 1
+            sum(e.node.repeats * self._launches(b) for b in e.node.bodies) if e.node is not None else 1
             for e in graph.equations
         )
 
@@ -489,19 +472,18 @@ class Decision:
         encoded = dict(sorted(chosen.get(graph, {}).items(), key=lambda item: item[0].number))
         carrier = self.carrier[graph]
         needed = self.exact[graph] | {v for pair in carrier.items() if pair[1] not in encoded for v in pair}
-        children: dict[Split, tuple[Plan, ...]] = {}
-        for node in (e.split for e in graph.edges if e.split is not None):
+        children: dict[ControlFlow, tuple[Plan, ...]] = {}
+        for node in graph.control_flow:
             inside = held * self._held_iterations(node)
             children[node] = tuple(
-                self._plan_of(body, repeat * _length(node), inside, (*path, node.number, i), kept, chosen)
+                self._plan_of(body, repeat * node.repeats, inside, (*path, node.number, i), kept, chosen)
                 for i, body in enumerate(node.bodies)
             )
-            operands = node.operands[1:] if node.kind == "cond" else node.operands
             for plan in children[node]:
-                outer = dict(zip(plan.graph.inputs, operands, strict=True))
+                outer = dict(zip(plan.graph.inputs, node.operands, strict=True))
                 needed |= {o for v in plan.reads if isinstance(o := outer[v], Value)}
-            if node in self.segments:
-                needed.update(read_by_segments(node))
+            if isinstance(node, Scan) and node in self.segments:
+                needed.update(node.outside)
         own = {v for e in graph.equations for v in e.outputs} | self.carried.get(graph, set())
         stored = {v for v in own if self.number[v] in kept or v in self.offloadable}
         if self.chain is not None and graph is self.graph:

@@ -13,8 +13,8 @@ from typing import Any
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.graph import Edge, Graph, Slices, Split, Value, sites
-from numpyro_rad.ad.plan import Path, Plan, Prediction
+from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Scan, Slices, Value, sites
+from numpyro_rad.ad.plan import Plan, Prediction
 from numpyro_rad.mistakes import is_key, kwargs_checked, shown
 from numpyro_rad.planning.worth import UNTOUCHED
 from numpyro_rad.wording import LITTLE, NO_LINE, change_text, saving_text, size_text
@@ -403,16 +403,14 @@ def _rows(plan: Plan, labels: dict[Value, str]) -> Iterable[Row]:
                 counted.add(storage)
                 stored = plan.encoded[storage].stored_bytes if storage in plan.encoded else plan.kept_bytes(storage)
             yield _row(plan, residual, found.get(edge, ""), edge.name, decision, stored, linear)
-        if edge.split is not None:
-            for body, child in zip(edge.split.bodies, plan.children[edge.split], strict=True):
-                inner = {
-                    tangent: found.get(outer, "")  # type: ignore[arg-type]
-                    for tangent, outer in zip(body.tangent_inputs, edge.split.tangents, strict=True)
-                    if outer is not None
-                }
-                yield from _rows(child, inner)
-        if edge.split in plan.segments:
-            yield _segments_row(plan, edge.split, found.get(edge, ""), edge.line)
+        if not isinstance(edge, ControlFlowEdge):
+            continue
+        node = edge.node
+        for body, child in zip(node.bodies, plan.children[node], strict=True):
+            pairs = zip(body.tangent_inputs, node.tangents, strict=True)
+            yield from _rows(child, {inner: found.get(outer, "") for inner, outer in pairs if outer is not None})
+        if isinstance(node, Scan) and node in plan.segments:
+            yield _segments_row(plan, node, found.get(edge, ""), edge.line)
     for value in plan.kept:
         if value not in counted:
             yield _row(plan, value, "", _SOURCE, _stored(plan, value, plan.kept[value]), plan.kept_bytes(value), False)
@@ -454,10 +452,10 @@ def _within(graph: Graph, value: Value) -> str:
     return ""
 
 
-def _segments_row(plan: Plan, node: Split, site: str, line: str) -> Row:
+def _segments_row(plan: Plan, node: Scan, site: str, line: str) -> Row:
     """The carries that a loop stores at the beginnings of its segments."""
     lengths, stored = plan.segments[node], plan.boundary_bytes(node) * plan.held
-    counts = [-(-a // b) for a, b in itertools.pairwise((node.params["length"], *lengths))]
+    counts = [-(-a // b) for a, b in itertools.pairwise((node.length, *lengths))]
     decision = f"{' x '.join(map(str, counts))} segments of {lengths[-1]}"
     path = (*plan.path, node.number, -1)  # unlike that of any value
     return Row(line, site, _SOURCE, (sum(counts),), "carry", decision, 0, stored, 0.0, path)
@@ -481,10 +479,5 @@ def _stored(plan: Plan, value: Value, codec: Codec) -> str:
 
 def _defaults(plan: Plan) -> list[str]:
     """Operations under the safe default, each once."""
-    found: dict[str, None] = {}
-    for inner in plan.walk():
-        edges: list[Edge] = inner.graph.edges
-        for edge in edges:
-            if edge.default:
-                found[f"{edge.name} ({edge.line})" if edge.line else edge.name] = None
-    return list(found)
+    edges = (edge for graph in plan.graph.walk() for edge in graph.edges if not edge.known)
+    return list(dict.fromkeys(f"{edge.name} ({edge.line})" if edge.line else edge.name for edge in edges))

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_rad.ad import _jax
-from numpyro_rad.ad.graph import Edge, Equation, Graph, Split, Value
-from numpyro_rad.ad.plan import BudgetError, Plan, recompute_leaves
-from numpyro_rad.ad.sweep import split_reads
+from numpyro_rad.ad.graph import ControlFlow, ControlFlowEdge, Edge, Equation, Graph, Scan, Value
+from numpyro_rad.ad.plan import BudgetError, Plan
+from numpyro_rad.ad.recompute import Needs, recompute_leaves
 from numpyro_rad.mistakes import kwargs_checked
 from numpyro_rad.planning.explain import plan_of, planner_of
 from numpyro_rad.planning.planner import Planner, parse_bytes
@@ -116,10 +116,7 @@ def _changes(plan: Plan) -> Iterator[_Change]:
     made, read = _clock(graph)
     last: dict[Value, float] = {}
     for edge in reversed(graph.edges):
-        pairs = zip(edge.residuals, edge.linear, strict=True)
-        wanted = {r for r, linear in pairs if not (linear and plan.estimated(r))}
-        if edge.split is not None:
-            wanted.update(split_reads(plan, edge.split))
+        wanted = Needs.of(plan, [edge]).exact
         last.update(dict.fromkeys(recompute_leaves(graph, wanted, plan.kept), read[edge][1]))
     for value in plan.kept:
         yield from _stay(_there(graph, made, value), last.get(value, 1.0), plan.kept_bytes(value))
@@ -129,7 +126,7 @@ def _changes(plan: Plan) -> Iterator[_Change]:
     forward, backward = _loops(graph, made, read)
     for node, children in plan.children.items():
         tape = sum(child.stored_bytes for child in children)
-        if node in plan.segments:  # the tape of one segment at a time, and only on the way back
+        if isinstance(node, Scan) and node in plan.segments:  # one segment at a time, and only on the way back
             yield from _stay(backward[node][0], backward[node][1], tape)
             tape = plan.boundary_bytes(node)
         yield from _through(forward[node], backward[node], tape)
@@ -147,18 +144,13 @@ def _exact_changes(graph: Graph) -> Iterator[_Change]:
         yield from _through(forward[node], backward[node], tape)
 
 
-def _exact_tape(node: Split) -> int:
+def _exact_tape(node: ControlFlow) -> int:
     """Bytes of all residuals of control flow, of all iterations together."""
     total = 0
     for body in node.bodies:
-        carried: list[Value] = []
-        if node.kind == "scan":
-            n_consts, n_carry = node.params["primal_counts"]
-            carried = body.inputs[n_consts : n_consts + n_carry]
-        there = {r for e in body.edges for r in e.residuals if r in body.producer or r in carried}
-        total += sum(_jax.aval_bytes(v.aval) for v in there)
-        total += sum(_exact_tape(e.split) for e in body.edges if e.split is not None)
-    return total * _length(node)
+        there = {r for e in body.edges for r in e.residuals if r in body.producer or r in node.carry}
+        total += sum(_jax.aval_bytes(v.aval) for v in there) + sum(map(_exact_tape, body.control_flow))
+    return total * node.repeats
 
 
 def _stay(start: float, end: float, size: int) -> Iterator[_Change]:
@@ -193,20 +185,17 @@ def _spans(steps: Sequence[Equation | Edge], begin: float) -> Spans:
 
 def _duration(step: Equation | Edge) -> int:
     """In steps of the program: 1, or those of all iterations of a loop."""
-    if step.split is None:
+    node = step.node if isinstance(step, Equation | ControlFlowEdge) else None
+    if node is None:
         return 1
-    inner = (body.equations if isinstance(step, Equation) else body.edges for body in step.split.bodies)
-    return max(1, _length(step.split) * max(sum(map(_duration, steps)) for steps in inner))
-
-
-def _length(node: Split) -> int:
-    return node.params["length"] if node.kind == "scan" else 1
+    inner = (body.equations if isinstance(step, Equation) else body.edges for body in node.bodies)
+    return max(1, node.repeats * max(sum(map(_duration, steps)) for steps in inner))
 
 
 def _loops(graph: Graph, made: Spans, read: Spans) -> tuple[Spans, Spans]:
     """When control flow runs forward, and when backward."""
-    forward = {e.split: made[e] for e in graph.equations if e.split is not None}
-    return forward, {e.split: read[e] for e in graph.edges if e.split is not None}
+    forward = {e.node: made[e] for e in graph.equations if e.node is not None}
+    return forward, {e.node: read[e] for e in graph.edges if isinstance(e, ControlFlowEdge)}
 
 
 # -- other budgets ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.graph import Edge, Graph, Split, Value
-from numpyro_rad.ad.plan import Path, Plan, carrier_of
+from numpyro_rad.ad.edges import Diagonal
+from numpyro_rad.ad.graph import ControlFlowEdge, Edge, Graph, Path, Place, Scan, Value
+from numpyro_rad.ad.plan import Plan, carrier_of
 
 HUGE = 1e100
 """Energies beyond this are not told apart."""
@@ -161,10 +162,14 @@ class Flow:
 
     def __init__(self, graph: Graph, model: VarianceModel) -> None:
         self._graph, self._model = graph, model
-        self._ways: dict[Edge, list[_Way]] = {}
-        self._collect(graph, (), 1, model)
+        self._ways = {
+            edge: list(_ways(place, edge, model))
+            for place in graph.places()
+            for edge in place.graph.edges
+            if not isinstance(edge, ControlFlowEdge)
+        }
         self._at_end = [model.reach(i) for i in range(len(graph.tangent_inputs))]
-        self._damping: dict[Split, float] = {}
+        self._damping: dict[Scan, float] = {}
         self._plain = self._reaches({})
         signal = self._energies({}, {}, 1.0)
         through: dict[Path, list[tuple[_Way, float]]] = {}
@@ -201,17 +206,6 @@ class Flow:
         total = sum(code.alone * amplified[path] for path, code in codes.items())
         return Effects(total, amplified, arriving)
 
-    # -- ways
-
-    def _collect(self, graph: Graph, path: Path, repeat: int, model: VarianceModel) -> None:
-        for edge in graph.edges:
-            if (node := edge.split) is not None:
-                times = repeat * node.params["length"] if node.kind == "scan" else repeat
-                for number, body in enumerate(node.bodies):
-                    self._collect(body, (*path, node.number, number), times, model)
-            else:
-                self._ways[edge] = list(_ways(graph, edge, path, repeat, model))
-
     # -- from the gradient on: the reach of every place
 
     def _reaches(self, relative: Mapping[Path, float]) -> dict[Value, float]:
@@ -227,13 +221,13 @@ class Flow:
         found.update(dict.fromkeys((t for e in graph.edges for t in e.outputs), 0.0))
         found.update(zip(graph.tangent_inputs, at_inputs, strict=True))
         for edge in graph.edges:
-            if edge.split is None:
+            if not isinstance(edge, ControlFlowEdge):
                 for way in self._ways[edge]:
                     found[way.source] = min(found[way.source] + way.passed(found[way.target], relative), HUGE)
                 continue
-            node = edge.split
+            node = edge.node
             inside = [0.0 if t is None else found[t] for t in node.tangents]
-            if node.kind == "scan":
+            if isinstance(node, Scan):
                 outs = self._reach_through_scan(node, inside, relative, found)
             else:
                 branches = [self._reach_through(body, inside, relative, found) for body in node.bodies]
@@ -242,27 +236,26 @@ class Flow:
         return [0.0 if t is None else found[t] for t in graph.tangent_outputs]
 
     def _reach_through_scan(
-        self, node: Split, inside: list[float], relative: Mapping[Path, float], found: dict[Value, float]
+        self, node: Scan, inside: list[float], relative: Mapping[Path, float], found: dict[Value, float]
     ) -> list[float]:
-        n_consts, n_carry = node.params["tangent_counts"]
-        (body,), length = node.bodies, node.params["length"]
+        body, length, n_carry = node.body, node.length, node.tangent.n_carry
         step = self._step(node, relative)
-        consts, carry, xs = inside[:n_consts], inside[n_consts : n_consts + n_carry], inside[n_consts + n_carry :]
+        consts, carry, xs = node.tangent.of(inside)
         each = self._reach_through(body, [*consts, *[0.0] * n_carry, *xs], relative, {})[:n_carry]
         last, total = _repeated(step, np.array(carry), np.array(each), length)
         mean = [*consts, *(total / max(1, length)).tolist(), *xs]
         outs = self._reach_through(body, mean, relative, found)
         return [*last.tolist(), *outs[n_carry:]]
 
-    def _step(self, node: Split, relative: Mapping[Path, float]) -> np.ndarray:
+    def _step(self, node: Scan, relative: Mapping[Path, float]) -> np.ndarray:
         """What one iteration of a loop makes of the reaches of its carry. Mean gains above one say nothing about
         thousands of iterations: without codes the carry is taken not to grow.
         """
-        n_consts, n_carry = node.params["tangent_counts"]
-        n_rest = len(node.bodies[0].tangent_inputs) - n_consts - n_carry
+        n_consts, n_carry = node.tangent
+        n_rest = len(node.body.tangent_inputs) - n_consts - n_carry
         columns = []
         for unit in np.eye(n_carry).tolist():
-            outs = self._reach_through(node.bodies[0], [*[0.0] * n_consts, *unit, *[0.0] * n_rest], relative, {})
+            outs = self._reach_through(node.body, [*[0.0] * n_consts, *unit, *[0.0] * n_rest], relative, {})
             columns.append(outs[:n_carry])
         step = np.array(columns, float).reshape(n_carry, n_carry).T
         if node not in self._damping:
@@ -298,13 +291,13 @@ class Flow:
             if tangent is not None:
                 found[tangent] = found.get(tangent, 0.0) + energy
         for edge in reversed(graph.edges):
-            if edge.split is None:
+            if not isinstance(edge, ControlFlowEdge):
                 for way in self._ways[edge]:
                     found[way.target] += way.passed(found[way.source], relative) + made.get(way, 0.0) / times
                 continue
-            node = edge.split
+            node = edge.node
             outs = [found[t] for t in edge.outputs]
-            if node.kind == "scan":
+            if isinstance(node, Scan):
                 pulled = self._pull_through_scan(node, outs, relative, made, found, times)
             else:
                 share = [out / len(node.bodies) for out in outs]
@@ -317,45 +310,43 @@ class Flow:
 
     def _pull_through_scan(
         self,
-        node: Split,
+        node: Scan,
         outs: list[float],
         relative: Mapping[Path, float],
         made: Mapping[_Way, float],
         found: dict[Value, float],
         times: float,
     ) -> list[float]:
-        n_consts, n_carry = node.params["tangent_counts"]
-        (body,), length = node.bodies, node.params["length"]
+        body, length, n_carry = node.body, node.length, node.tangent.n_carry
         step, runs = self._step(node, relative).T, max(1, length)
         ys = [y / runs for y in outs[n_carry:]]
         each = self._pull_through(body, [*[0.0] * n_carry, *ys], relative, made, {}, times * runs)
-        added = np.array(each[n_consts : n_consts + n_carry])
+        added = np.array(node.tangent.of(each)[1])
         first, total = _repeated(step, np.array(outs[:n_carry]), added, length)
         mean = [*(total / runs).tolist(), *ys]
         pulled = self._pull_through(body, mean, relative, made, found, times * runs)
-        consts, xs = pulled[:n_consts], pulled[n_consts + n_carry :]
+        consts, _, xs = node.tangent.of(pulled)
         return [*(c * length for c in consts), *first.tolist(), *(x * length for x in xs)]
 
 
-def _ways(graph: Graph, edge: Edge, path: Path, repeat: int, model: VarianceModel) -> Iterator[_Way]:
+def _ways(place: Place, edge: Edge, model: VarianceModel) -> Iterator[_Way]:
     """The ways through an edge that is no control flow."""
     share = 1 / max(1, len(edge.inputs))
     arrays = iter(edge.residuals)
-    for position, target in enumerate(edge.inputs):
+    for position, (target, entries) in enumerate(zip(edge.inputs, edge.entries, strict=True)):
         scale, residual = 1.0, None
-        if edge.terms:
+        if isinstance(edge, Diagonal):
             term = edge.terms[position]
             scale, residual = term.scale**2, next(arrays) if term.residual is not None else None
         elif any(edge.linear):
             residual = edge.residuals[edge.linear.index(True)]
         name, square = None, 1.0 if model.knows_energies else None
         if residual is not None:
-            name = (*path, carrier_of(graph, residual).number)
+            name = (*place.path, carrier_of(place.graph, residual).number)
             square = MASK if square and residual.aval.dtype == bool else model.mean_square(name)
         for source in edge.outputs:
-            entries = target.aval.size if edge.terms or not edge.entries else edge.entries[position]
             gain = share if square is None else scale * square * entries / max(1, source.aval.size)
-            yield _Way(source, target, gain if math.isfinite(gain) else share, name, repeat)
+            yield _Way(source, target, gain if math.isfinite(gain) else share, name, place.repeats)
 
 
 def _normalized(ways: list[tuple[_Way, float]]) -> list[tuple[_Way, float]]:

@@ -20,8 +20,8 @@ import jax
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, StochasticRound
-from numpyro_rad.ad.graph import Graph, Value, sites
-from numpyro_rad.ad.plan import Path, Plan, carrier_of, kept_bytes
+from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
+from numpyro_rad.ad.plan import Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
 from numpyro_rad.planning import decision, plans, ways, worth
 from numpyro_rad.planning.decision import Wanted
@@ -355,13 +355,10 @@ def _residuals(graph: Graph, names: Mapping[Value, str], path: Path) -> list[tup
                 line = producer.line if producer is not None and producer.line else edge.line
                 seen = Residual(labels.get(edge, ""), line, edge.name, residual.aval.shape, str(residual.aval.dtype))
                 found.setdefault((*path, carrier.number), []).append(seen)
-        node = edge.split
-        for number, body in enumerate(node.bodies if node is not None else ()):
-            assert node is not None
-            inner = {
-                tangent: labels[outer]
-                for tangent, outer in zip(body.tangent_inputs, node.tangents, strict=True)
-                if outer is not None and outer in labels
-            }
-            found.update(_residuals(body, inner, (*path, node.number, number)))
+        if not isinstance(edge, ControlFlowEdge):
+            continue
+        for number, body in enumerate(edge.node.bodies):
+            pairs = zip(body.tangent_inputs, edge.node.tangents, strict=True)
+            inner = {tangent: labels[outer] for tangent, outer in pairs if outer in labels}
+            found.update(_residuals(body, inner, (*path, edge.node.number, number)))
     return list(found.items())

@@ -13,8 +13,8 @@ from typing import Any
 
 from numpyro_rad.ad import rules
 from numpyro_rad.ad.codecs import Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
-from numpyro_rad.ad.graph import Graph, Value
-from numpyro_rad.ad.plan import BudgetError, Path, Plan, Prediction
+from numpyro_rad.ad.graph import Graph, Path, Scan, Value
+from numpyro_rad.ad.plan import BudgetError, Plan, Prediction
 from numpyro_rad.ad.segments import cut_chain
 from numpyro_rad.planning import search, solver
 from numpyro_rad.planning.decision import Decision, Wanted
@@ -160,18 +160,20 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
         )
     if saved.get("untouched"):
         return untouched_plan(graph)
-    graphs = _with_paths(graph)
-    nodes = {(*path, e.split.number): e.split for path, g in graphs for e in g.edges if e.split is not None}
-    values = {(*path, v.number): v for path, g in graphs for e in g.equations for v in e.outputs}
-    values |= {(*path, v.number): v for path, g in graphs for v in g.inputs}
+    places = list(graph.places())
+    nodes = {(*path, node.number): node for g, path, _ in places for node in g.control_flow}
+    values = {(*path, v.number): v for g, path, _ in places for e in g.equations for v in e.outputs}
+    values |= {(*path, v.number): v for g, path, _ in places for v in g.inputs}
+    cut: dict[Scan, tuple[int, ...]] = {}
     for path, lengths in segments.items():
         node = nodes.get(path)
-        if node is None or node.kind != "scan":
+        if not isinstance(node, Scan):
             raise ValueError(f"{wrong} there is no loop {path}.")
-        outer = (node.params["length"], *lengths)
+        outer = (node.length, *lengths)
         falling = all(isinstance(m, int) and 0 < m < before for before, m in itertools.pairwise(outer))
         if not lengths or not falling:
             raise ValueError(f"{wrong} a loop of {outer[0]} iterations has no segments of {list(lengths)}.")
+        cut[node] = lengths
     unknown = [path for path in (*kept, *offloaded, *coded) if path not in values]
     if unknown:
         raise ValueError(f"{wrong} there is no value {unknown[0]}.")
@@ -180,22 +182,13 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
         offload=lambda path, value: path in offloaded,
     )
     chain = cut_chain(graph, saved["chain"]) if saved.get("chain") else None
-    decision = Decision(graph, wanted, {nodes[path]: m for path, m in segments.items()}, chain)
+    decision = Decision(graph, wanted, cut, chain)
     numbers = {decision.number[values[path]] for path in kept} | decision.boundaries | decision.free
     try:
         solution = solver.settled(decision.problem, numbers, decision.coded())
     except ValueError as error:
         raise ValueError(f"{wrong} {error}.") from None
     return dataclasses.replace(decision.plan(solution), predicted=predicted)
-
-
-def _with_paths(graph: Graph, path: Path = ()) -> list[tuple[Path, Graph]]:
-    """A graph and those inside it, each with the numbers of the control flow around it."""
-    found = [(path, graph)]
-    for node in (e.split for e in graph.edges if e.split is not None):
-        for number, body in enumerate(node.bodies):
-            found += _with_paths(body, (*path, node.number, number))
-    return found
 
 
 def codec_from(fields: dict[str, Any]) -> Codec:

@@ -1,12 +1,12 @@
-"""Elimination of vertices: a chain of elementwise derivatives becomes one coefficient array.
+"""Arithmetic of the coefficients that stand in front of tangents.
 
-A tangent that elementwise steps have made is held as a *linear form* of earlier tangents,
+A chain of elementwise derivatives is one coefficient array: a tangent that elementwise steps have made is a *linear
+form* of earlier tangents,
 
-    t = sum_i c_i * t_i,        c_i = scale_i * residual_i  (elementwise),
+    t = sum_i c_i * t_i,        c_i = scale_i * residual_i  (elementwise).
 
-and grows by the chain rule until somebody needs the tangent itself. The products and sums of coefficients are equations
-appended to the primal program, so a GELU stores one array where its dozen steps would store five. This is vertex
-elimination (Griewank and Walther 2008, ch. 9) restricted to diagonal Jacobians.
+Products and sums of coefficients are equations appended to the primal program. ``edges`` says what an edge makes of a
+coefficient, ``elimination`` in which order vertices are eliminated.
 """
 
 from __future__ import annotations
@@ -22,25 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rad.ad import _jax, rules
-from numpyro_rad.ad.graph import Atom, Constant, Edge, Equation, Value
-
-LINEAR = frozenset("mul div select_n neg add add_any sub copy".split())
-"""Primitives of the tangent program that have a diagonal Jacobian if all their tangents have the result's shape."""
-
-SUMS = LINEAR - {"mul", "div"}
-"""Those that may have several tangent operands."""
-
-
-_TRANSPOSED = {
-    "reduce_sum": "broadcast_in_dim",
-    "reshape": "reshape",
-    "squeeze": "reshape",
-    "transpose": "transpose",
-    "rev": "rev",
-    "copy": "copy",
-    "convert_element_type": "convert_element_type",
-}
-"""Linear steps of one operand whose transpose only rearranges: its name. A constant they leave a constant."""
+from numpyro_rad.ad.graph import Atom, Constant, Equation, Value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,10 +57,10 @@ class Coefficients:
             denominator = self._of(operands[1], line)
             if denominator.residual is None:
                 return Term(1.0 / denominator.scale if denominator.scale else math.inf, None)
-            return Term(1.0, self._derive("reciprocal", _reciprocal, (denominator.residual,), line))
+            return Term(1.0, self.derive("reciprocal", _reciprocal, (denominator.residual,), line))
         if name == "select_n":  # one where this case is chosen, zero elsewhere: the bits of the predicate say it all
             case = position - 1
-            return Term(1.0, self._derive(f"case {case}", partial(_is_chosen, case=case), (operands[0],), line))
+            return Term(1.0, self.derive(f"case {case}", partial(_is_chosen, case=case), (operands[0],), line))
         return Term(-1.0, None) if name == "neg" or (name == "sub" and position == 1) else ONE
 
     def product(self, a: Term, b: Term, line: str) -> Term:
@@ -88,7 +70,7 @@ class Coefficients:
             return Term(scale, a.residual or b.residual)
         first, second = sorted((a.residual, b.residual), key=lambda v: (v.aval.dtype != bool, v.number))
         name, run = ("mask", _masked) if first.aval.dtype == bool else ("mul", jnp.multiply)
-        return Term(scale, self._derive(name, run, (first, second), line))
+        return Term(scale, self.derive(name, run, (first, second), line))
 
     def sum(self, a: Term | None, b: Term, dtype: Any, line: str) -> Term:
         if a is None:
@@ -100,31 +82,9 @@ class Coefficients:
         assert a.residual is not None
         if b.residual is None:
             run = partial(_affine, scale=a.scale, shift=b.scale, dtype=dtype)
-            return Term(1.0, self._derive(f"affine {a.scale} {b.scale} {dtype}", run, (a.residual,), line))
+            return Term(1.0, self.derive(f"affine {a.scale} {b.scale} {dtype}", run, (a.residual,), line))
         run = partial(_scaled_sum, a=a.scale, b=b.scale, dtype=dtype)
-        return Term(1.0, self._derive(f"sum {a.scale} {b.scale} {dtype}", run, (a.residual, b.residual), line))
-
-    def pulled(self, edge: Edge, cotangent: Term) -> list[Term]:
-        """What an edge turns the coefficient in front of its output into: those in front of its inputs."""
-        if edge.terms:
-            return [self.product(cotangent, term, edge.line) for term in edge.terms]
-        name = None if edge.residuals else _TRANSPOSED.get(edge.name)
-        if name is not None and cotangent.residual is None:
-            return [cotangent]
-        own = () if cotangent.residual is None else (cotangent.residual,)
-        return [
-            Term(
-                cotangent.scale,
-                self._derive(
-                    name or f"pull {edge.name}",
-                    partial(_pulled, edge, i),
-                    (*own, *edge.residuals),
-                    edge.line,
-                    (edge, i),
-                ),
-            )
-            for i in range(len(edge.inputs))
-        ]
+        return Term(1.0, self.derive(f"sum {a.scale} {b.scale} {dtype}", run, (a.residual, b.residual), line))
 
     def _of(self, atom: Atom, line: str) -> Term:
         """The coefficient that a primal operand is: a number where it is one."""
@@ -133,11 +93,15 @@ class Coefficients:
         if np.ndim(atom.value) == 0 and math.isfinite(float(atom.value)):
             return Term(float(atom.value), None)
         array = atom.value
-        return Term(1.0, self._derive("constant", lambda: jnp.asarray(array), (), line, id(array)))
+        return Term(1.0, self.derive("constant", lambda: jnp.asarray(array), (), line, id(array)))
 
-    def _derive(
+    def derive(
         self, name: str, run: Callable[..., Any], operands: tuple[Atom, ...], line: str, parameters: Any = ()
     ) -> Value:
+        """What ``run`` makes of operands, as a value of the primal program.
+
+        :param parameters: what ``run`` depends on besides its name.
+        """
         known = (name, parameters, *operands)
         if known not in self._known:
             structs = [
@@ -191,38 +155,3 @@ def weigh(term: Term, residual: Any, x: Any) -> Any:
     if residual is None:
         return _times(term.scale, x)
     return _times(term.scale, _masked(residual, x) if residual.dtype == bool else residual.astype(x.dtype) * x)
-
-
-def combination(form: LinearForm, tangent: Value, line: str) -> Edge:
-    """The edge that makes ``tangent`` from what its linear form is made of."""
-    sources, terms = tuple(form), tuple(form.values())
-    residuals = tuple(t.residual for t in terms if t.residual is not None)
-    run, pull = partial(combine, terms), partial(pull_combination, terms)
-    linear = (True,) * len(residuals)
-    return Edge("elementwise", sources, (tangent,), residuals, linear, run, line, False, pull=pull, terms=terms)
-
-
-def combine(terms: tuple[Term, ...], residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
-    """The tangent that a linear form stands for."""
-    arrays = iter(residuals)
-    parts = [
-        weigh(term, None if term.residual is None else next(arrays), t) for term, t in zip(terms, tangents, strict=True)
-    ]
-    return [sum(parts[1:], start=parts[0])]
-
-
-def pull_combination(terms: tuple[Term, ...], residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    """The cotangents of the tangents of a linear form."""
-    arrays = iter(residuals)
-    return [weigh(term, None if term.residual is None else next(arrays), cotangents[0]) for term in terms]
-
-
-def _pulled(edge: Edge, position: int, *arrays: Any) -> Any:
-    """The cotangent of one input of ``edge``, given the one of its output (unless that is one) and the residuals."""
-    (out,) = edge.outputs
-    own, residuals = arrays[: len(arrays) - len(edge.residuals)], arrays[len(arrays) - len(edge.residuals) :]
-    cotangent = jnp.broadcast_to(jnp.asarray(own[0] if own else 1, out.aval.dtype), out.aval.shape)
-    if edge.pull is not None:
-        return edge.pull(residuals, [cotangent])[position]
-    run = partial(edge.run, residuals)
-    return _jax.linear_transpose(lambda *t: run(t), [t.aval for t in edge.inputs], [cotangent])[position]

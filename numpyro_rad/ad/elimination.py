@@ -1,26 +1,83 @@
-"""One coefficient for each array that leads to a scalar, such as a log density.
+"""Elimination of vertices, in two orders.
 
-The derivative of a scalar has the shape of what it is taken in, however many ways lead there: broadcasts, slices and
-gathers, terms of a likelihood and its normalizer. Where elementwise elimination stops at such steps and leaves a
-coefficient on each of the ways, a symbolic reverse sweep from the scalar,
+A path through a vertex of the linearized graph is a product of the edges before and behind it; with the vertex
+eliminated there is one edge, with the product as its coefficient (Griewank and Walther 2008, ch. 9). Which order of
+eliminations is best depends on what is wanted. Here it is few bytes of residuals:
+
+*Forward* (``Forms``), while edges are made: a chain of elementwise steps has diagonal Jacobians, and its product is one
+array, so a GELU stores one array where its dozen steps would store five.
+
+*Scalars first* (``collect``), once they are made: the derivative of a scalar, such as a log density, has the shape of
+what it is taken in, however many ways lead there: broadcasts, slices and gathers, terms of a likelihood and its
+normalizer. Where forward elimination stops at such steps and leaves a coefficient on each of the ways, a symbolic
+reverse sweep from the scalar,
 
     s = sum_i <c_i, t_i>,        c_i = d s / d t_i,
 
-accumulates them in the primal program. This is cross-country elimination with the scalar first (Griewank and Walther
-2008, ch. 9); ``linearize`` calls ``collect`` when it has the edges of a program.
+accumulates them in the primal program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
-
-import jax.numpy as jnp
+from collections.abc import Iterable, Mapping, Sequence
 
 from numpyro_rad.ad import _jax, rules
-from numpyro_rad.ad.elementwise import ONE, Coefficients, LinearForm, Term, combination, weigh
-from numpyro_rad.ad.graph import Edge, Equation, Graph, Value
+from numpyro_rad.ad.coefficients import ONE, Coefficients, LinearForm, Term
+from numpyro_rad.ad.edges import Diagonal, Edge, WeightedSum, composed
+from numpyro_rad.ad.graph import Atom, Equation, Graph, Value
+
+
+class Forms:
+    """Elementwise tangents, held as linear forms of earlier ones until somebody needs the tangent itself.
+
+    :param coefficients: adds products and sums to the primal program.
+    :param edges: where an edge is appended for each tangent that gets a vertex.
+    """
+
+    def __init__(self, coefficients: Coefficients, edges: list[Edge]) -> None:
+        self._coefficients, self._edges = coefficients, edges
+        self._forms: dict[Value, LinearForm] = {}  # of tangents without a vertex of their own
+        self._lines: dict[Value, str] = {}
+
+    def add(
+        self,
+        name: str,
+        operands: Sequence[Atom],
+        moving: Mapping[int, Value],
+        out: Value,
+        line: str,
+        fuses: Sequence[bool],
+    ) -> None:
+        """Add the tangent that an elementwise step makes.
+
+        :param moving: the tangents among the operands, by position.
+        :param fuses: for each use of the tangent, whether it is elementwise, too.
+        """
+        form: LinearForm = {}
+        for position, tangent in moving.items():
+            local = self._coefficients.local(name, operands, position, line)
+            for source, term in (self._forms.get(tangent) or {tangent: ONE}).items():
+                product = self._coefficients.product(local, term, line)
+                form[source] = self._coefficients.sum(form.get(source), product, out.aval.dtype, line)
+        self._forms[out], self._lines[out] = form, line
+        only_adds = len(form) > 1 and all(t.residual is None for t in form.values())
+        # A vertex is worth keeping where eliminating it would multiply coefficients: when somebody needs it anyway,
+        # when it only adds, and when several sources meet several users.
+        if not all(fuses) or only_adds or (len(fuses) > 1 and len(form) > 1):
+            self.vertex(out)
+
+    def vertex(self, tangent: Value) -> Value:
+        """Give a tangent a vertex, by the edge that combines its sources. Returns the vertex, or what it equals."""
+        form = self._forms.get(tangent)
+        if form is None:
+            return tangent
+        if len(form) == 1:
+            source, term = next(iter(form.items()))
+            if term == ONE:
+                return source
+        del self._forms[tangent]
+        self._edges.append(Diagonal.of(form, tangent, self._lines[tangent]))
+        return tangent
 
 
 def collect(graph: Graph, coefficients: Coefficients, free: Iterable[Value]) -> None:
@@ -89,26 +146,19 @@ def _regions(graph: Graph) -> dict[Value, list[Edge]]:
     regions: dict[Value, list[Edge]] = {}
     for edge in reversed(graph.edges):
         end[edge] = None
-        if edge.anchor or len(edge.outputs) != 1:
+        if edge.expensive or len(edge.outputs) != 1:
             continue
         if not all(rules.is_real_float(t.aval.dtype) for t in (*edge.inputs, *edge.outputs)):
             continue
         (out,) = edge.outputs
         ends = {None} if out in outputs else {end[e] for e in readers[out]}
-        if len(ends) == 1 and (out.aval.size > 1 or all(_is_constant(e, out) for e in readers.get(out, ()))):
+        if len(ends) == 1 and (out.aval.size > 1 or all(e.is_constant_in(out) for e in readers.get(out, ()))):
             (end[edge],) = ends
         if end[edge] is None and out.aval.size == 1:
             end[edge] = out
         if (scalar := end[edge]) is not None:
             regions.setdefault(scalar, []).append(edge)
     return {scalar: edges[::-1] for scalar, edges in regions.items()}
-
-
-def _is_constant(edge: Edge, tangent: Value) -> bool:
-    """Whether no residual stands in front of one input of an edge."""
-    if edge.terms:
-        return edge.terms[edge.inputs.index(tangent)].residual is None
-    return not edge.residuals
 
 
 class _Region:
@@ -123,7 +173,7 @@ class _Region:
         for edge in reversed(edges):
             (out,) = edge.outputs
             cotangent = ONE if out is scalar else self._total(out, edge.line)
-            for i, (tangent, term) in enumerate(zip(edge.inputs, coefficients.pulled(edge, cotangent), strict=True)):
+            for i, (tangent, term) in enumerate(zip(edge.inputs, composed(edge, cotangent, coefficients), strict=True)):
                 self._parts.setdefault(tangent, {})[edge, i] = term
 
     def _total(self, tangent: Value, line: str) -> Term:
@@ -170,19 +220,6 @@ def _weighted_sums(scalar: Value, sources: LinearForm, coefficients: Coefficient
             form[tangent] = term
             continue
         part = coefficients.new_value(scalar.aval)
-        residuals = () if term.residual is None else (term.residual,)
-        run, pull = partial(_dot, term, part.aval), partial(_pull_dot, term, tangent.aval)
-        linear = (True,) * len(residuals)
-        yield Edge("weighted sum", (tangent,), (part,), residuals, linear, run, line, False, pull=pull)
+        yield WeightedSum.of(term, tangent, part, line)
         form[part] = ONE
-    yield combination(form, scalar, line)
-
-
-def _dot(term: Term, aval: Any, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
-    products = weigh(term, residuals[0] if residuals else None, tangents[0])
-    return [jnp.sum(products).astype(aval.dtype).reshape(aval.shape)]
-
-
-def _pull_dot(term: Term, aval: Any, residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    product = weigh(term, residuals[0] if residuals else None, cotangents[0].reshape(()))
-    return [jnp.broadcast_to(product, aval.shape).astype(aval.dtype)]
+    yield Diagonal.of(form, scalar, line)

@@ -1,0 +1,227 @@
+"""Both sweeps through loops and branches, whose bodies are swept in turn: the sweeps themselves are handed in.
+
+A loop folds the number of an iteration into the seed, so that no two draws share one. One that is cut into segments
+(``loops``) stores carries instead of tapes; a branch stores tapes for all of its bodies, of which one is filled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from numpyro_rad.ad import _jax, loops
+from numpyro_rad.ad.graph import Atom, Cond, Constant, ControlFlow, ControlFlowEdge, Graph, Scan, Value
+from numpyro_rad.ad.plan import Plan
+from numpyro_rad.ad.seeds import fold
+
+Forward = Callable[[Plan, Any, Sequence[Any], bool], tuple[list[Any], Any]]
+"""``sweep.forward``."""
+
+Backward = Callable[[Plan, Any, Any, dict[Value, Any], Sequence[Any]], list[Any]]
+"""``sweep.backward``."""
+
+
+# -- forward ---------------------------------------------------------------------------------------------------------
+
+
+def run(
+    forward: Forward, plan: Plan, node: ControlFlow, seed: Any, args: Sequence[Any], quiet: bool
+) -> tuple[list[Any], Any]:
+    """Primal results of control flow and the tapes of its bodies (None where nothing is differentiated)."""
+    children = plan.children.get(node)
+    plans = children or tuple(map(_nothing_stored, node.bodies))
+    if isinstance(node, Scan):
+        outs, tapes = _run_scan(forward, plans[0], node, plan.segments.get(node, ()), seed, args, quiet)
+    else:
+        outs, tapes = _run_cond(forward, plans, seed, args, quiet)
+    return outs, tapes if children else None
+
+
+def _nothing_stored(graph: Graph) -> Plan:
+    nodes = (e.node for e in graph.equations if e.node is not None)
+    inner = {node: tuple(map(_nothing_stored, node.bodies)) for node in nodes}
+    return Plan(graph, 1, 1, (), {}, {}, {}, inner, {}, {}, 0, frozenset())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Iterations:
+    """Iterations of a loop on the way forward."""
+
+    forward: Forward
+    node: Scan
+    seed: Any
+    consts: Sequence[Any]
+    quiet: bool
+
+    def run(self, child: Plan, carry: list[Any], steps: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any], Any]:
+        """The carry after them, their outputs, and their tapes."""
+
+        def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], tuple[list[Any], Any]]:
+            index, xs = step
+            outs, tape = self.forward(child, fold(self.seed, index), [*self.consts, *carry, *xs], self.quiet)
+            return outs[: len(carry)], (outs[len(carry) :], tape)
+
+        carry, (ys, tape) = lax.scan(body, carry, steps, reverse=self.node.reverse, unroll=self.node.unroll)
+        return carry, ys, tape
+
+    def run_bare(self, raw: list[Any], steps: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+        """The same with nothing stored; the carry is as it would be stored."""
+        carry, ys, _ = self.run(_nothing_stored(self.node.body), self.typed(raw), steps)
+        return list(map(_jax.to_raw, carry)), ys
+
+    def typed(self, raw: Sequence[Any]) -> list[Any]:
+        """The carry from its arrays as they are stored."""
+        return [_jax.from_raw(c, v.aval) for c, v in zip(raw, self.node.carry, strict=True)]
+
+
+def _run_scan(
+    forward: Forward, child: Plan, node: Scan, lengths: tuple[int, ...], seed: Any, args: Sequence[Any], quiet: bool
+) -> tuple[list[Any], Any]:
+    consts, carry, xs = node.primal.of(args)
+    iterations = _Iterations(forward, node, seed, consts, quiet)
+    steps = (jnp.arange(node.length, dtype=jnp.uint32), list(xs))
+    if not lengths:
+        after, ys, tape = iterations.run(child, list(carry), steps)
+        return [*after, *ys], (tape,)
+    raw = list(map(_jax.to_raw, carry))
+    raw, ys, begins = loops.run_storing(iterations.run_bare, raw, steps, lengths[0], node.reverse)
+    return [*iterations.typed(raw), *ys], (begins,)
+
+
+def _run_cond(
+    forward: Forward, plans: Sequence[Plan], seed: Any, args: Sequence[Any], quiet: bool
+) -> tuple[list[Any], Any]:
+    index, *operands = args
+    shapes = [jax.eval_shape(lambda *a, p=p: forward(p, seed, a, False)[1], *operands) for p in plans]
+
+    def branch(number: int) -> Callable[..., Any]:
+        def run(*operands: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            outs, tape = forward(plans[number], seed, operands, quiet)
+            tapes = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), s) for s in shapes]
+            tapes[number] = tape
+            return outs, tuple(tapes)
+
+        return run
+
+    return lax.switch(index, [branch(i) for i in range(len(plans))], *operands)
+
+
+# -- backward --------------------------------------------------------------------------------------------------------
+
+
+def pull(
+    forward: Forward,
+    backward: Backward,
+    plan: Plan,
+    edge: ControlFlowEdge,
+    env: dict[Value, Any],
+    tapes: Any,
+    cotangents: Sequence[Any | None],
+    seed: Any,
+) -> list[Any | None]:
+    """Cotangents of the inputs of control flow.
+
+    :param env: what it reads from outside.
+    :param tapes: what :func:`run` stored.
+    :param cotangents: of its outputs; None for zero.
+    """
+    node = edge.node
+    arriving = [_filled(c, v) for c, v in zip(cotangents, edge.outputs, strict=True)]
+    if isinstance(node, Scan):
+        pulled = _pull_scan(forward, backward, plan, node, env, tapes, arriving, seed)
+    else:
+        assert isinstance(node, Cond)
+        pulled = _pull_cond(backward, plan.children[node], node, env, tapes, arriving, seed)
+    sums: dict[Value, Any] = {}
+    for tangent, cotangent in zip(node.tangents, pulled, strict=True):
+        if tangent is not None and cotangent is not None:
+            sums[tangent] = sums[tangent] + cotangent if tangent in sums else cotangent
+    return [sums.get(t) for t in edge.inputs]
+
+
+def _filled(cotangent: Any | None, tangent: Value) -> Any:
+    return jnp.zeros(tangent.aval.shape, tangent.aval.dtype) if cotangent is None else cotangent
+
+
+def _read(env: dict[Value, Any], atom: Atom) -> Any:
+    return atom.value if isinstance(atom, Constant) else env[atom]
+
+
+def _pull_scan(
+    forward: Forward,
+    backward: Backward,
+    plan: Plan,
+    node: Scan,
+    env: dict[Value, Any],
+    tapes: Any,
+    cotangents: list[Any],
+    seed: Any,
+) -> list[Any]:
+    (child,), (stored,) = plan.children[node], tapes
+    lengths = plan.segments.get(node, ())
+    body, carried = node.body, set(node.carry)
+    pairs = zip(body.inputs, node.operands, strict=True)
+    known = {v: _read(env, outer) for v, outer in pairs if v in child.reads or (lengths and v not in carried)}
+    consts, _, sliced = node.primal.of(body.inputs)
+    whole = {v: a for v, a in known.items() if v not in set(sliced)}
+    slices = [known.get(v) for v in sliced]  # None where nothing reads it
+
+    def pull(carry: tuple[list, list], tape: Any, steps: tuple[Any, list], ys: list) -> tuple[tuple[list, list], list]:
+        """Iterations in reverse: cotangents of the carry and sums of those of constants; then those of the slices."""
+
+        def step(carry: tuple[list, list], x: tuple) -> tuple[tuple[list, list], list]:
+            (cotangents, sums), (tape, (index, xs), ys) = carry, x
+            reads = {**whole, **{v: x for v, x in zip(sliced, xs, strict=True) if x is not None}}
+            pulled = backward(child, fold(seed, index), tape, reads, [*cotangents, *ys])
+            pulled = [_filled(p, t) for p, t in zip(pulled, body.tangent_inputs, strict=True)]
+            of_consts, of_carry, of_slices = node.tangent.of(pulled)
+            return (list(of_carry), [a + b for a, b in zip(sums, of_consts, strict=True)]), list(of_slices)
+
+        return lax.scan(step, carry, (tape, steps, ys), reverse=not node.reverse, unroll=node.unroll)
+
+    zeros = [_filled(None, t) for t in node.tangent.of(body.tangent_inputs)[0]]
+    n_carry = node.tangent.n_carry
+    begin = (cotangents[:n_carry], zeros)
+    steps, ys = (jnp.arange(node.length, dtype=jnp.uint32), slices), cotangents[n_carry:]
+    if lengths:
+        iterations = _Iterations(forward, node, seed, [whole[v] for v in consts], quiet=True)
+
+        def pull_segment(carry: tuple[list, list], raw: list, x: tuple) -> tuple[tuple[list, list], list]:
+            steps, ys = x
+            _, _, tape = iterations.run(child, iterations.typed(raw), steps)
+            return pull(carry, tape, steps, ys)
+
+        (of_carry, of_consts), of_slices = loops.pull_again(
+            iterations.run_bare, pull_segment, begin, stored, (steps, ys), lengths, node.reverse
+        )
+    else:
+        (of_carry, of_consts), of_slices = pull(begin, stored, steps, ys)
+    return [*of_consts, *of_carry, *of_slices]
+
+
+def _pull_cond(
+    backward: Backward,
+    plans: Sequence[Plan],
+    node: Cond,
+    env: dict[Value, Any],
+    tapes: Any,
+    cotangents: list[Any],
+    seed: Any,
+) -> list[Any]:
+    def branch(number: int) -> Callable[..., Any]:
+        child = plans[number]
+        outer = dict(zip(child.graph.inputs, node.operands, strict=True))
+
+        def run(tapes: Any, cotangents: list[Any]) -> list[Any]:
+            reads = {v: _read(env, outer[v]) for v in child.graph.inputs if v in child.reads}
+            pulled = backward(child, seed, tapes[number], reads, cotangents)
+            return [_filled(p, t) for p, t in zip(pulled, child.graph.tangent_inputs, strict=True)]
+
+        return run
+
+    return lax.switch(_read(env, node.index), [branch(i) for i in range(len(plans))], tapes, cotangents)
