@@ -1,5 +1,6 @@
 """What every test shares: where the data files are, double precision, small residuals that count."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -12,9 +13,9 @@ import jax
 import pytest
 
 import numpyro_rad.ad.schedule
-import numpyro_rad.planning.decision
 import numpyro_rad.planning.ways
 import numpyro_rad.planning.worth
+from numpyro_rad.planning import costs
 
 # The small models of the tests stand for large ones, which are not left to JAX.
 UNTOUCHED_BYTES = numpyro_rad.planning.worth.UNTOUCHED_BYTES
@@ -101,16 +102,30 @@ def ordered(monkeypatch):
 
 
 @pytest.fixture
-def encode_all(monkeypatch, ordered):
-    """Residuals of small models are encoded as well, whatever time that takes."""
-    monkeypatch.setattr(numpyro_rad.planning.decision, "LEAST_ENCODED_BYTES", 0)
-    for name in ("KEEP_START", "CODE_START", "MAKE_START", "CODE_NANOSECONDS_PER_ENTRY"):
-        monkeypatch.setattr(numpyro_rad.planning.decision, name, 0.0)
+def priced(monkeypatch):
+    """Changes prices for the whole test, also where a test hands in none: ``priced(least_encoded_bytes=0)``.
+
+    This is the one place where tests reach into prices; what a single plan is priced by is handed in as ``costs=``.
+    """
+
+    def change(**fields):
+        model = dataclasses.replace(costs.default(), **fields)
+        monkeypatch.setattr(costs, "default", lambda: model)
+        return model
+
+    return change
+
+
+FREE_STARTS = {"least_encoded_bytes": 0, "keep_start": 0.0, "code_start": 0.0, "make_start": 0.0}
 
 
 @pytest.fixture
-def arrays_of_any_size_count(monkeypatch):
-    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
-    monkeypatch.setattr(numpyro_rad.planning.decision, "LEAST_ENCODED_BYTES", 0)
-    for name in ("KEEP_START", "CODE_START", "MAKE_START"):
-        monkeypatch.setattr(numpyro_rad.planning.decision, name, 0.0)
+def encode_all(priced, ordered):
+    """Residuals of small models are encoded as well, whatever time that takes; the prices."""
+    return priced(**FREE_STARTS, code_per_entry=0.0)
+
+
+@pytest.fixture
+def arrays_of_any_size_count(priced):
+    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes; the prices."""
+    return priced(**FREE_STARTS)

@@ -84,7 +84,7 @@ def cut(monkeypatch, f, n_segments, codec, only=None):
 
     def make_plan(graph, wanted):
         chain = cut_chain(graph, n_segments) if n_segments else None
-        made = decision.Decision(graph, decision.Wanted(codecs), chain=chain)
+        made = decision.Decision(graph, decision.Wanted(codecs, wanted.costs), chain=chain)
         return made.plan(decision.solver.smallest(made.problem))
 
     monkeypatch.setattr(plans, "make_plan", make_plan)

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from numpyro_rad import Keep, StochasticRound, compare, explain, rad
-from numpyro_rad.planning import decision
+from numpyro_rad.planning import costs
 from numpyro_rad.wording import change_text
 
 KEY = jax.random.key(0)
@@ -19,8 +19,8 @@ W = np.random.default_rng(1).standard_normal((32, 32)).astype(np.float32) * 0.3
 
 
 @pytest.fixture(autouse=True)
-def no_residual_is_too_small(monkeypatch):
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
+def no_residual_is_too_small(priced):
+    priced(least_encoded_bytes=0)
 
 
 def network(x, w):
@@ -54,11 +54,10 @@ def test_a_table_ends_with_the_prediction():
     assert str(short).endswith("no plan for these bytes takes 3.4 % less of both.")
 
 
-def test_a_plan_that_is_faster_says_so(monkeypatch):
+def test_a_plan_that_is_faster_says_so():
     """What is not held need not be mapped; where that counts, 2 bits take less time than the exact step."""
-    monkeypatch.setattr(decision, "HELD_FROM", 0)
-    monkeypatch.setattr(decision, "HELD_NANOSECONDS_PER_BYTE", 1000.0)
-    shown = table(network, codec=StochasticRound(2))
+    dear = dataclasses.replace(costs.CPU, hold_from_bytes=0, hold_per_byte=1000.0, least_encoded_bytes=0)
+    shown = table(network, codec=StochasticRound(2), costs=dear)
     assert shown.predicted is not None and -1 < shown.predicted.added_seconds < 0
     said = str(shown).splitlines()[-1]
     assert said.startswith("Predicted: -") and " % time and " in said

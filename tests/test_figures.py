@@ -16,7 +16,6 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, plan_figure, rad
-from numpyro_rad.planning import decision
 from numpyro_rad.planning.figures import exact_timeline, timeline
 
 KEY = jax.random.key(0)
@@ -25,8 +24,8 @@ W = np.random.default_rng(1).standard_normal((32, 32)).astype(np.float32) * 0.3
 
 
 @pytest.fixture(autouse=True)
-def no_residual_is_too_small(monkeypatch):
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
+def no_residual_is_too_small(priced):
+    priced(least_encoded_bytes=0)
 
 
 def network(x, w):

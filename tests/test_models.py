@@ -12,7 +12,6 @@ from models import PROBLEMS
 from numpyro.infer import SVI, Trace_ELBO
 from programs import few
 
-import numpyro_rad.ad.plan
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain
 
 SEEDS = 4
@@ -20,9 +19,9 @@ LAST = 100  # steps over which the final loss is averaged: its noise from guide 
 
 
 @pytest.fixture(autouse=True)
-def encode_small_residuals(monkeypatch):
+def encode_small_residuals(priced):
     """These models stand for larger ones, so their residuals are treated as if they were large."""
-    monkeypatch.setattr(numpyro_rad.planning.decision, "LEAST_ENCODED_BYTES", 512)
+    priced(least_encoded_bytes=512)
 
 
 def losses(name, elbo):

@@ -25,7 +25,7 @@ from numpyro_rad import (
 from numpyro_rad.ad import _jax, plan, rules, schedule
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.sweep import forward
-from numpyro_rad.planning import decision, solver
+from numpyro_rad.planning import costs, decision, solver
 from numpyro_rad.planning.decision import Wanted, uniform
 from numpyro_rad.planning.plans import make_plan
 
@@ -33,12 +33,11 @@ KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((32, 32)).astype(np.float32) * 0.3
 WIDE = np.random.default_rng(2).standard_normal((32, 64)).astype(np.float32) * 0.3  # too large for a draw to be kept
-LEAST_ENCODED_BYTES = decision.LEAST_ENCODED_BYTES
 
 
 @pytest.fixture(autouse=True)
-def no_residual_is_too_small(monkeypatch):
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
+def no_residual_is_too_small(priced):
+    priced(least_encoded_bytes=0)
 
 
 def planned(f, *args, codec=None, argnums=None, **options):
@@ -347,9 +346,8 @@ def test_readers_off_each_others_path_share_one_copy():
     assert max(len(e.readers) for e in apart.encoded.values()) > 1
 
 
-def test_small_residuals_stay_exact(monkeypatch):
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", LEAST_ENCODED_BYTES)
-    p = planned(lambda x, w: jnp.tanh(x[:2] @ w).sum(), X, W, codec=StochasticRound(2))
+def test_small_residuals_stay_exact():
+    p = planned(lambda x, w: jnp.tanh(x[:2] @ w).sum(), X, W, codec=StochasticRound(2), costs=costs.CPU)
     assert not p.encoded and p.kept
 
 

@@ -1,5 +1,6 @@
 """What users ask of a plan: options and their errors, overrides, saved plans, one program wherever it is traced."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -69,10 +70,9 @@ def branches(params, x):
 
 
 @pytest.fixture
-def cheap_starts(encode_all, monkeypatch):
-    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes."""
-    for name in ("KEEP_START", "CODE_START", "MAKE_START"):
-        monkeypatch.setattr(decision, name, 0.0)
+def cheap_starts(encode_all):
+    """Small arrays are coded, and what it takes to start a kernel does not outweigh their bytes; the prices."""
+    return encode_all
 
 
 def planned(f, *args, **options):
@@ -163,7 +163,7 @@ def test_no_added_variance_where_codes_hardly_add_any(cheap_starts, monkeypatch)
     graph = planned(layers, PARAMS, X).graph
     model = EqualShares(graph)
     monkeypatch.setattr(model, "alone", lambda *residual: 1e-12)
-    wanted = decision.Wanted(decision.any_of(LADDER), Flow(graph, model))
+    wanted = decision.Wanted(decision.any_of(LADDER), cheap_starts, Flow(graph, model))
     found = [plan_for_variance(graph, a, wanted) for a in (0.0, 1e-30, 1.0)]
     assert [bool(codecs(plan)) for plan in found] == [False, False, True]
 
@@ -236,9 +236,9 @@ def test_a_saved_plan_with_values_on_the_host(f, host):
 
 
 @pytest.mark.parametrize("f", [layers, loop])
-def test_objectives(f, monkeypatch):
+def test_objectives(f, priced):
     """Of the same bytes, less time or less variance."""
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
+    priced(least_encoded_bytes=0)
     ample = planned(f, PARAMS, X, codec=Keep()).stored_bytes
     ordered = 0
     for budget in (ample // 10, ample // 8, ample // 3):
@@ -254,10 +254,9 @@ def test_objectives(f, monkeypatch):
     assert ordered, "the objective changes nothing: there is nothing to test"
 
 
-def test_without_options_bytes_have_to_be_worth_their_time(encode_all, monkeypatch):
+def test_without_options_bytes_have_to_be_worth_their_time(encode_all):
     assert codecs(planned(layers, PARAMS, X))
-    monkeypatch.setattr(decision, "CODE_START", 1e9)
-    plan = planned(layers, PARAMS, X)
+    plan = planned(layers, PARAMS, X, costs=dataclasses.replace(encode_all, code_start=1e9))
     assert not codecs(plan) and plan.stored_bytes > planned(layers, PARAMS, X, codec=StochasticRound(4)).stored_bytes
 
 
@@ -395,10 +394,10 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("f", [layers, loop, branches])
-def test_a_saved_plan_is_the_same_plan(f, options, cheap_starts, monkeypatch):
+def test_a_saved_plan_is_the_same_plan(f, options, cheap_starts):
     plan = planned(f, PARAMS, X, **options)
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 2**30)  # what was chosen is no question any more
-    again = planned(f, PARAMS, X, plan=saved(plan))
+    other = dataclasses.replace(cheap_starts, least_encoded_bytes=2**30)  # what was chosen is no question any more
+    again = planned(f, PARAMS, X, plan=saved(plan), costs=other)
     assert saved(again) == saved(plan)
     assert again.predicted == plan.predicted and again.stored_bytes == plan.stored_bytes
 

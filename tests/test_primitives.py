@@ -35,7 +35,6 @@ from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import rules
-from numpyro_rad.planning import decision
 
 KEY = jax.random.key(7)  # the path key
 
@@ -52,8 +51,8 @@ def double_precision():
 
 
 @pytest.fixture
-def no_residual_is_too_small(monkeypatch):
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
+def no_residual_is_too_small(priced):
+    priced(least_encoded_bytes=0)
 
 
 # Cases: label -> (function, inputs). A label is the primitive's name, then perhaps a colon and what is special.

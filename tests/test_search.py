@@ -1,5 +1,6 @@
 """The best plan although errors multiply: what a code costs depends on the others."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from programs import few, normal
 
 from numpyro_rad import Keep, SampledRound, StochasticRound, rad
-from numpyro_rad.planning import decision, search, solver
+from numpyro_rad.planning import costs, decision, search, solver
 from numpyro_rad.planning.decision import Decision, Wanted
 from numpyro_rad.planning.noise import EqualShares, Flow
 
@@ -46,8 +47,11 @@ def graph():
     return rad(network, codec=Keep()).planned((WEIGHTS, X), {}, 0)[0].graph
 
 
+PRICES = dataclasses.replace(costs.CPU, keep_start=0.0, code_start=0.0, make_start=0.0)
+
+
 def problem(graph, seed, scale=1.0):
-    return Decision(graph, Wanted(decision.any_of(CODECS), Flow(graph, Uneven(graph, seed, scale))))
+    return Decision(graph, Wanted(decision.any_of(CODECS), PRICES, Flow(graph, Uneven(graph, seed, scale))))
 
 
 def everything(made):

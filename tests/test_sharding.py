@@ -32,9 +32,10 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro_rad import RAD_ELBO, Keep, RandomProjection, SampleAxis, StochasticRound
 from numpyro_rad import explain
-import numpyro_rad.ad.plan
+from numpyro_rad.planning.costs import CPU
+import dataclasses
 
-numpyro_rad.planning.decision.LEAST_ENCODED_BYTES = 1024  # vectors over the batch are encoded too
+PRICES = dataclasses.replace(CPU, least_encoded_bytes=1024)  # vectors over the batch are encoded too
 
 def model(x, y):
     width = x.shape[1]
@@ -78,7 +79,7 @@ report = {}
 for size in {size for _, size in CASES}:
     report[f"Trace_ELBO {size}"] = [run(*size, Trace_ELBO(), sharded) for sharded in (False, True)]
 for codec, size in CASES:
-    report[codec] = [run(*size, RAD_ELBO(codec=eval(codec)), sharded) for sharded in (False, True)]
+    report[codec] = [run(*size, RAD_ELBO(codec=eval(codec), costs=PRICES), sharded) for sharded in (False, True)]
 json.dump(report, sys.stdout)
 '''
 

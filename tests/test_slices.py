@@ -324,10 +324,10 @@ def test_codes_outside_of_slices_are_unbiased():
 
 
 @pytest.fixture
-def of_themselves(monkeypatch):
+def of_themselves(monkeypatch, priced):
     """Slices as users of large models get them; in other tests budgets are met by codes."""
     monkeypatch.setattr(ways, "MOST_SLICES", 64)
-    monkeypatch.setattr(ways, "START_NANOSECONDS", 0.0)
+    priced(slice_start=0.0)
 
 
 def budgeted(budget, **options):

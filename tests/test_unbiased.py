@@ -44,9 +44,9 @@ CODECS = [*ROUNDING, *SAMPLING]
 
 
 @pytest.fixture(autouse=True)
-def no_residual_is_too_small(monkeypatch):
+def no_residual_is_too_small(priced):
     """Small programs are compared quickly, so that even their residuals have to be encoded."""
-    monkeypatch.setattr(decision, "LEAST_ENCODED_BYTES", 0)
+    priced(least_encoded_bytes=0)
 
 
 def normal(*shape, seed=0, scale=1.0):

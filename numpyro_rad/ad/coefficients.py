@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Atom, Constant, Equation, Value
+from numpyro_rad.ad.work import Entries
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class Coefficients:
                     lambda *args: [run(*args)],
                     True,
                     line,
-                    nanoseconds=rules.DERIVE_NANOSECONDS * aval.size,
+                    work=Entries(aval.size, "derived"),
                 )
             )
             self._known[known] = output

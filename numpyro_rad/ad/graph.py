@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.ad.work import NOTHING, Work
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Equation:
     """One step of the primal program. ``run`` maps operand arrays to a list of output arrays.
 
     ``node`` is set for control flow: its forward part also returns a tape for the edge of the same ``node``.
-    ``nanoseconds`` is what running it takes, about; 0 for control flow, whose bodies have their own. ``acts`` says
+    ``work`` is how much there is to do, about; nothing for control flow, whose bodies have their own. ``acts`` says
     whether it does something besides computing its outputs (it prints, calls back): then it runs once, in its turn,
     whoever reads them. ``within`` names the method of a distribution that it belongs to.
     """
@@ -66,7 +67,7 @@ class Equation:
     line: str
     node: ControlFlow | None = None
     draws_bits: bool = False
-    nanoseconds: float = 0.0
+    work: Work = NOTHING
     acts: bool = False
     within: str = ""
 

@@ -195,7 +195,7 @@ class _Builder:
                 rules.is_cheap(equation),
                 line,
                 draws_bits=rules.draws_bits(equation),
-                nanoseconds=rules.nanoseconds(equation),
+                work=rules.work(equation),
                 acts=_jax.acts(equation),
                 within=_jax.distribution(equation),
             )
@@ -246,7 +246,7 @@ class _Builder:
                 edge.primal,
                 False,
                 line,
-                nanoseconds=rules.nanoseconds(step.equation),
+                work=rules.work(step.equation),
                 acts=_jax.acts(step.equation),
             )
         )

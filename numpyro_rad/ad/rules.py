@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.ad.work import CostClass, Entries, Multiplications, OneOf, Together, Work
 
 ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
@@ -99,38 +100,38 @@ def draws_bits(equation: _jax.JaxprEquation) -> bool:
     return any(draws_bits(e) for j in _jax.inner_jaxprs(equation) for e in j.jaxpr.eqns)
 
 
-# Nanoseconds for each entry (of the larger of operands and results), fused with its neighbours, on two CPU cores. Other
-# machines are faster at all of it; plans depend on the ratios only.
-_NANOSECONDS = {
-    0.05: "add add_any and broadcast_in_dim convert_element_type copy ge gt iota le lt max min mul ne eq neg not or "
-    "reshape select_n squeeze square sub stop_gradient transpose",
-    1.0: "cumsum cumprod cummax cummin cumlogsumexp gather dynamic_slice sin cos",
-    2.0: "pow tan asin acos atan atan2 asinh acosh atanh",
-    5.0: "scatter scatter-add",
-    10.0: "lgamma digamma",
-    8.0: "random_bits threefry2x32 bessel_i0e bessel_i1e",
-    50.0: "sort top_k",
-    200.0: "igamma igammac igamma_grad_a betainc regularized_incomplete_beta polygamma zeta random_gamma",
+_COSTS: dict[CostClass, str] = {
+    "simple": "add add_any and broadcast_in_dim convert_element_type copy ge gt iota le lt max min mul ne eq neg not "
+    "or reshape select_n squeeze square sub stop_gradient transpose",
+    "cumulative": "cumsum cumprod cummax cummin cumlogsumexp",
+    "indexed": "gather dynamic_slice",
+    "trigonometric": "sin cos",
+    "power": "pow tan asin acos atan atan2 asinh acosh atanh",
+    "scattered": "scatter scatter-add",
+    "gamma": "lgamma digamma",
+    "random": "random_bits threefry2x32",
+    "bessel": "bessel_i0e bessel_i1e",
+    "sorted": "sort top_k",
+    "series": "igamma igammac igamma_grad_a betainc regularized_incomplete_beta polygamma zeta random_gamma",
 }
-_PER_ENTRY = {name: cost for cost, names in _NANOSECONDS.items() for name in names.split()}
-DERIVE_NANOSECONDS = 0.1  # the same for a step of a derivative, a product or a sum
-# Nanoseconds of a multiplication and addition in a matrix product; small ones do not run on all cores
-_PER_OPERATION, _PER_OPERATION_OF_SMALL, _SMALL_OPERATIONS = 0.008, 0.015, 1e7
+_COST_CLASS: dict[str, CostClass] = {name: kind for kind, names in _COSTS.items() for name in names.split()}
 _CUBIC = frozenset("cholesky triangular_solve lu qr eigh svd geqrf householder_product schur eig".split())
 
 
-def nanoseconds(equation: _jax.JaxprEquation) -> float:
-    """About how long ``equation`` takes, without the cost of starting it."""
+def work(equation: _jax.JaxprEquation) -> Work:
+    """How much work ``equation`` is, without that of starting it."""
     name = equation.primitive.name
-    inner = [sum(map(nanoseconds, j.jaxpr.eqns)) for j in _jax.inner_jaxprs(equation)]
-    if inner and name not in _PER_ENTRY:
-        return max(inner) if name == "cond" else sum(inner) * equation.params.get("length", 1)
-    sizes = [v.aval.size for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "size")]
+    inner = [Together(tuple(map(work, j.jaxpr.eqns))) for j in _jax.inner_jaxprs(equation)]
+    if inner and name not in _COST_CLASS:
+        return OneOf(tuple(inner)) if name == "cond" else Together(tuple(inner), equation.params.get("length", 1))
     if name in ("dot_general", "conv_general_dilated"):
-        return _product_nanoseconds(_operations(equation))
+        return Multiplications(_operations(equation), str(equation.invars[0].aval.dtype))
     if name in _CUBIC:
-        return 4 * _product_nanoseconds(max(v.aval.size * v.aval.shape[-1] for v in equation.outvars if v.aval.shape))
-    return max(sizes, default=0) * _PER_ENTRY.get(name, 0.3)
+        results = [v.aval for v in equation.outvars if v.aval.shape]
+        number = max(aval.size * aval.shape[-1] for aval in results)
+        return Together((Multiplications(number, str(results[0].dtype)),), 4)
+    sizes = [v.aval.size for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "size")]
+    return Entries(max(sizes, default=0), _COST_CLASS.get(name, "ordinary"))
 
 
 def _operations(product: _jax.JaxprEquation) -> float:
@@ -158,10 +159,6 @@ def jacobian_entries(equation: _jax.JaxprEquation, position: int) -> float:
     if name == "cumsum":
         return aval.size * (aval.shape[equation.params["axis"]] + 1) / 2
     return aval.size
-
-
-def _product_nanoseconds(operations: float) -> float:
-    return operations * (_PER_OPERATION_OF_SMALL if operations < _SMALL_OPERATIONS else _PER_OPERATION)
 
 
 def is_real_float(dtype: Any) -> bool:

@@ -9,7 +9,7 @@ are comparable because the work that a gradient takes is its time times its vari
 
     cost = seconds / seconds of the exact step + variance added / variance of the exact gradient.
 
-Both are predictions: seconds from ``rules.nanoseconds``, variance from a ``VarianceModel``.
+Both are predictions: seconds from a ``CostModel``, variance from a ``VarianceModel``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from numpyro_rad.ad.plan import (
 from numpyro_rad.ad.recompute import recompute_leaves
 from numpyro_rad.ad.segments import Chain, segment_lengths
 from numpyro_rad.planning import solver
+from numpyro_rad.planning.costs import CPU, CostModel
 from numpyro_rad.planning.noise import CodeNoise, Effects, EqualShares, Flow
 
 SMALL_BYTES = 64
@@ -41,9 +42,6 @@ SMALL_BYTES = 64
 
 SMALL_DRAW_BYTES = 4096
 """Random numbers of up to this size (over all iterations) are kept too: drawing them again takes long to compile."""
-
-LEAST_ENCODED_BYTES = 8192
-"""Residuals below this size (over all iterations of the loops around them) are not worth their added variance."""
 
 Codecs = Callable[[Path, Value, int], tuple[Codec, ...]]
 """From a residual's path (loop numbers, then its own) and its number of repetitions to the codecs that it may have
@@ -61,6 +59,7 @@ class Wanted:
     """What plans are chosen from, and by what.
 
     :ivar codecs: what each residual may be coded with.
+    :ivar costs: what work costs. Where it does not matter, for plans that nothing chooses, it need not be said.
     :ivar flow: what codes do to the gradient; None for the model without data.
     :ivar offload: which values of the program, outside of its loops, may wait in the memory of the host.
     :ivar objective: ``"balanced"`` for the sum of added time and added variance; ``"time"`` or ``"variance"`` for that
@@ -68,21 +67,25 @@ class Wanted:
     """
 
     codecs: Codecs
+    costs: CostModel = CPU
     flow: Flow | None = None
     objective: str = "balanced"
     offload: MayOffload = lambda path, value: False
 
 
-def uniform(codec: Codec) -> Codecs:
+def uniform(codec: Codec, least_bytes: int = 0) -> Codecs:
     """One codec wherever it may be used and saves something; everything else exact."""
-    return any_of((codec,))
+    return any_of((codec,), least_bytes)
 
 
-def any_of(codecs: tuple[Codec, ...]) -> Codecs:
-    """All codecs wherever they may be used and save something."""
+def any_of(codecs: tuple[Codec, ...], least_bytes: int = 0) -> Codecs:
+    """All codecs wherever they may be used and save something.
+
+    :param least_bytes: residuals below this size (over all iterations of the loops around them) stay exact.
+    """
 
     def choices(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
-        worth_it = _jax.aval_bytes(value.aval) * repeat >= LEAST_ENCODED_BYTES
+        worth_it = _jax.aval_bytes(value.aval) * repeat >= least_bytes
         return tuple(c for codec in codecs for c in forced(codec, value)) if worth_it else ()
 
     return choices
@@ -147,18 +150,6 @@ def _reachable(graph: Graph) -> dict[Edge, int]:
 
 # -- the decision problem ----------------------------------------------------------------------------------------------
 
-# Measured on two CPU cores, like the table of ``rules``
-KEEP_NANOSECONDS_PER_BYTE = 0.1  # written once, read once
-CODE_NANOSECONDS_PER_ENTRY = 1.3  # encoding and decoding, by plain rounding
-OFFLOAD_NANOSECONDS_PER_BYTE = 10.0  # to the host and back: a link has about a hundredth of the memory's bandwidth
-# What it takes to start the kernels of each, in every iteration of the loops around it
-KEEP_START, CODE_START, MAKE_START = 500.0, 25_000.0, 200.0
-# Large temporary memory is mapped anew in each step, and all that is held has to come from main memory.
-HELD_NANOSECONDS_PER_BYTE = 0.7
-HELD_FROM = 2**25
-"""From so many bytes of residuals on the time that it takes to hold them is counted: allocators map blocks of this size
-anew each time."""
-
 
 class Decision:
     """The decision problem of a graph and of all graphs inside it, and the plan that a solution of it stands for."""
@@ -171,6 +162,7 @@ class Decision:
         chain: Chain | None = None,
     ) -> None:
         self.graph, self.codecs, self.segments, self.chain = graph, wanted.codecs, segments or {}, chain
+        self.costs = wanted.costs
         self.late = chain.late if chain is not None else {}
         self.flow = wanted.flow or Flow(graph, EqualShares(graph))
         self.time_weight, self.variance_weight = _OBJECTIVES[wanted.objective]
@@ -187,7 +179,7 @@ class Decision:
             tuple[Path, tuple[CodeNoise, ...]]
         ] = []  # of each demand: the residual, and what its codes do
         self.storing, size = self._exact_storing()
-        self.hold = HELD_NANOSECONDS_PER_BYTE if size >= HELD_FROM else 0.0
+        self.hold = self.costs.hold_per_byte if size >= self.costs.hold_from_bytes else 0.0
         self.storing += self.hold * size  # nanoseconds that the exact step spends on its residuals
         # the backward sweep has two products for each of the forward sweep
         self.step = max(1.0, 3 * self._forward_nanoseconds(graph, 1) + self.storing)
@@ -197,13 +189,19 @@ class Decision:
         if chain is not None:
             for value in chain.taken:
                 self._ask(graph, None, (), self.number[value])
-            again = self._price(sum(e.nanoseconds + MAKE_START for e in chain.again))
+            again = self._price(sum(map(self._make_nanoseconds, chain.again)))
             self._boundary(graph, 0, again)
 
     def _forward_nanoseconds(self, graph: Graph, repeat: int) -> float:
-        own = sum(e.nanoseconds + MAKE_START for e in graph.equations if e.node is None)
+        own = sum(self._make_nanoseconds(e) for e in graph.equations if e.node is None)
         bodies = [(b, repeat * e.node.repeats) for e in graph.equations if e.node is not None for b in e.node.bodies]
         return own * repeat + sum(self._forward_nanoseconds(b, times) for b, times in bodies)
+
+    def _make_nanoseconds(self, equation: Equation) -> float:
+        return self.costs.nanoseconds(equation.work) + self.costs.make_start
+
+    def _keep_nanoseconds(self, size: int) -> float:
+        return self.costs.keep_per_byte * size + self.costs.keep_start
 
     def _exact_storing(self) -> tuple[float, int]:
         """How long storing all residuals takes, besides holding them, and their bytes."""
@@ -213,8 +211,8 @@ class Decision:
             loops = [node for node in graph.control_flow if isinstance(node, Scan)]
             carried = sum(node.carry_bytes * node.length for node in loops) * repeat
             size += sum(map(kept_bytes, own)) * repeat + carried
-            time += sum(KEEP_NANOSECONDS_PER_BYTE * kept_bytes(v) + KEEP_START for v in own) * repeat
-            time += KEEP_NANOSECONDS_PER_BYTE * carried
+            time += sum(map(self._keep_nanoseconds, map(kept_bytes, own))) * repeat
+            time += self.costs.keep_per_byte * carried
         return time, size
 
     def _price(self, nanoseconds: float) -> float:
@@ -222,7 +220,7 @@ class Decision:
 
     def _keep(self, size: int, repeat: int, held: float) -> int:
         """A new value, stored in each of ``repeat`` runs, in ``held`` of them at once; its number."""
-        cost = self._price((KEEP_NANOSECONDS_PER_BYTE * size + KEEP_START) * repeat + self.hold * size * held)
+        cost = self._price(self._keep_nanoseconds(size) * repeat + self.hold * size * held)
         return self.problem.add_value(size * held, cost)
 
     def _held(self, value: Value, held: int) -> float:
@@ -249,13 +247,13 @@ class Decision:
                 self.number[value] = self._keep(kept_bytes(value), repeat, self._held(value, held))
             made = [v for v in equation.outputs if _is_made_again(equation, v, repeat) and self._may_be_made(v)]
             if made:
-                cost = self._price((equation.nanoseconds + MAKE_START) * repeat)
+                cost = self._price(self._make_nanoseconds(equation) * repeat)
                 problem.add_maker([self.number[v] for v in made], operands, cost)
             outside = graph is self.graph and self.chain is None
             for value in equation.outputs if outside else ():
                 if value not in made and self.offload((value.number,), value):
                     # as if it were made from nothing: what a budget counts is memory of the device
-                    cost = self._price(OFFLOAD_NANOSECONDS_PER_BYTE * kept_bytes(value))
+                    cost = self._price(self.costs.offload_per_byte * kept_bytes(value))
                     problem.add_maker([self.number[value]], (), cost)
                     self.offloadable.add(value)
         exact, linear, carrier = self._readers(graph)
@@ -278,7 +276,7 @@ class Decision:
     ) -> None:
         name, timed, noises = (*path, value.number), [], []
         for entry in choices:
-            nanoseconds = CODE_NANOSECONDS_PER_ENTRY * entry.codec.work * value.aval.size + CODE_START
+            nanoseconds = self.costs.code_per_entry * entry.codec.work * value.aval.size + self.costs.code_start
             nanoseconds *= repeat * len(entry.readers)
             size = entry.stored_bytes * self._held(value, held)
             timed.append(solver.Code(size, self._price(nanoseconds + self.hold * size)))

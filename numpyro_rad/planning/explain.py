@@ -67,6 +67,7 @@ class Explanation:
         JAX may store other arrays in their place, before the compiler drops those that it makes again.
     :ivar slices: the part of the program that runs slice by slice, if there is one. Of that part the rows have the
         gradient in what it takes.
+    :ivar priced_for: whose prices the plan was chosen by, and where they are from; empty where nobody says.
     """
 
     rows: tuple[Row, ...]
@@ -77,6 +78,7 @@ class Explanation:
     predicted: Prediction | None = None
     untouched: bool = False
     slices: Slices | None = None
+    priced_for: str = ""
 
     def __str__(self) -> str:
         """A summary: residuals by line and site, the largest first, those under 1 % of all together in one row."""
@@ -134,7 +136,11 @@ class Explanation:
         if self.untouched:
             return [UNTOUCHED]
         told = [] if self.slices is None else [_slices_text(self.slices)]
-        return told if self.predicted is None else [*told, "Predicted: " + _prediction(self.predicted)]
+        if self.predicted is None:
+            return told
+        if self.priced_for:
+            told.append(f"Priced for: {self.priced_for}.")
+        return [*told, "Predicted: " + _prediction(self.predicted)]
 
 
 def _slices_text(slices: Slices) -> str:
@@ -229,7 +235,8 @@ def explain(target: Any, *args: Any, argnums: int | Sequence[int] = 0, **kwargs:
         print(explain(RAD_ELBO(), key, svi.get_params(state), model, guide, x, y))
     """
     plan, labels = plan_of(target, args, argnums, kwargs)
-    return explained(plan, dict(zip(plan.graph.tangent_inputs, labels, strict=True)))
+    found = explained(plan, dict(zip(plan.graph.tangent_inputs, labels, strict=True)))
+    return dataclasses.replace(found, priced_for=planner_of(target).prices.name)
 
 
 def plan_of(target: Any, args: tuple, argnums: int | Sequence[int], kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:

@@ -23,7 +23,8 @@ from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
 from numpyro_rad.ad.plan import Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
-from numpyro_rad.planning import decision, plans, ways, worth
+from numpyro_rad.planning import costs, decision, plans, ways, worth
+from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.decision import Wanted
 from numpyro_rad.planning.noise import EqualShares, Flow
 from numpyro_rad.planning.ways import Way
@@ -103,6 +104,7 @@ class Options(TypedDict, total=False):
     offload: bool
     overrides: Mapping[Rule, Codec]
     calibration: Any
+    costs: CostModel | None
 
 
 @fields_checked
@@ -133,6 +135,8 @@ class Planner:
         (``"model.py:12"``), or a predicate of a :class:`Residual`, to a codec; ``Keep()`` for exact. The first that
         fits holds. A rule that fits nothing warns.
     :param calibration: measured prices of codes, from :meth:`RAD_ELBO.calibrate`.
+    :param costs: what work costs on the device that the program shall run on, a ``planning.costs.CostModel``. By
+        default that of JAX's default device: measured on a CPU, predicted from data sheets on GPUs and TPUs.
     :raises TypeError: if an option is not what it should be.
     :raises ValueError: if it cannot be read, or if options exclude one another.
     """
@@ -147,6 +151,7 @@ class Planner:
     offload: bool = False
     overrides: Mapping[Rule, Codec] = dataclasses.field(default_factory=dict)
     calibration: Any = None
+    costs: CostModel | None = None
 
     def __post_init__(self) -> None:
         if self.codec is not None and not isinstance(self.codec, Codec):
@@ -187,6 +192,11 @@ class Planner:
                 raise ValueError("plan= and slices= exclude each other: a saved plan knows its slices.")
         if self.calibration is not None and not hasattr(self.calibration, "variance_model"):
             raise TypeError(f"calibration={self.calibration!r} is none. Pass what RAD_ELBO.calibrate returned.")
+        if self.costs is not None and not isinstance(self.costs, CostModel):
+            raise TypeError(
+                f"costs={shown(self.costs)} is not a CostModel. Pass one of numpyro_rad.planning.costs, such as H100, "
+                "or one that dataclasses.replace made of it."
+            )
         if self.objective not in decision.OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is none of {', '.join(decision.OBJECTIVES)}.")
         if self.exact and (self.codec is not None or self.added_variance is not None or self.plan is not None):
@@ -219,6 +229,11 @@ class Planner:
         return self._may_leave and ample and n_bytes < worth.UNTOUCHED_BYTES
 
     @property
+    def prices(self) -> CostModel:
+        """What work costs."""
+        return costs.default() if self.costs is None else self.costs
+
+    @property
     def _budget_bytes(self) -> int | None:
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
@@ -241,15 +256,15 @@ class Planner:
         number = self.slices if self.plan is None else self.plan.get("slices", 1)
         budget = self._budget_bytes
         if number is not None or budget is None:
-            return Way(ways.in_slices(jaxpr, active, number or 1), budget)
+            return Way(ways.in_slices(jaxpr, active, number or 1, self.prices), budget)
 
         def wanted(graph: Graph) -> Wanted:
             with warnings.catch_warnings():  # what there is to say of rules is said once there is a plan
                 warnings.simplefilter("ignore")
                 codecs = self._codecs(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
-            return Wanted(codecs, objective=self.objective)
+            return Wanted(codecs, self.prices, objective=self.objective)
 
-        return ways.Search(jaxpr, active, budget, wanted, taken).way(self._may_leave)
+        return ways.Search(jaxpr, active, budget, wanted, self.prices, taken).way(self._may_leave)
 
     def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a program.
@@ -269,7 +284,7 @@ class Planner:
         if self.plan is not None:
             return plans.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
-        wanted = Wanted(self._codecs(graph, names or {}), Flow(graph, model), self.objective)
+        wanted = Wanted(self._codecs(graph, names or {}), self.prices, Flow(graph, model), self.objective)
         if self.offload:
             if not _jax.has_host_memory():
                 raise ValueError(
@@ -309,9 +324,10 @@ class Planner:
         if self.exact:
             general = decision.any_of(())
         elif self.memory_budget is not None or self.added_variance is not None:
-            general = decision.any_of(plans.LADDER)
+            general = decision.any_of(plans.LADDER, self.prices.least_encoded_bytes)
         else:
-            general = decision.uniform(DEFAULT_CODEC if self.codec is None else self.codec)
+            codec = DEFAULT_CODEC if self.codec is None else self.codec
+            general = decision.uniform(codec, self.prices.least_encoded_bytes)
         if not self.overrides:
             return general
         residuals = dict(_residuals(graph, names, ()))

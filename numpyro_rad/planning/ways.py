@@ -23,14 +23,11 @@ from numpyro_rad.ad.linearize import graph_of_both, linearize, with_tangents
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.ad.slices import MOST_UNROLLED, Part, find
 from numpyro_rad.planning import decision, plans, solver
+from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.decision import Wanted
 
 MOST_SLICES = 64
 """Slices that are tried of themselves, at most."""
-
-START_NANOSECONDS = 700.0
-"""What it takes to start an operation once more, inside of a loop over slices: 500 to 2600 in a recurrent network on
-two CPU cores, the less the more slices."""
 
 SLACK = 1.1
 """A compiled gradient may take so many times the budget before another way is tried."""
@@ -54,29 +51,31 @@ class Way:
     plan: Plan | None = None
 
 
-def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int) -> Graph:
+def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: CostModel) -> Graph:
     """The linearized graph of a program in which what can be run in slices is run in so many."""
     if n_slices == 1:
         return linearize(jaxpr, active)
     both, has_tangent = with_tangents(jaxpr, active)
     part = find(both, active)
-    return graph_of_both(both, has_tangent, active) if part is None else _cut(part, n_slices, has_tangent, active)
+    if part is None:
+        return graph_of_both(both, has_tangent, active)
+    return _cut(part, n_slices, has_tangent, active, costs)
 
 
-def _cut(part: Part, n_slices: int, has_tangent: Sequence[bool], active: Sequence[bool]) -> Graph:
-    both, slices = part.cut(n_slices, exact_plan)
+def _cut(part: Part, n_slices: int, has_tangent: Sequence[bool], active: Sequence[bool], costs: CostModel) -> Graph:
+    both, slices = part.cut(n_slices, functools.partial(exact_plan, costs=costs))
     graph = graph_of_both(both, has_tangent, active)
     graph.slices = slices
     return graph
 
 
-def exact_plan(graph: Graph) -> tuple[Plan, float]:
+def exact_plan(graph: Graph, costs: CostModel) -> tuple[Plan, float]:
     """The plan of a slice, in which nothing is random and what is cheap is computed again, and what it takes for that
     and to be started.
     """
-    problem = decision.Decision(graph, Wanted(decision.any_of(())))
+    problem = decision.Decision(graph, Wanted(decision.any_of(()), costs))
     solution = solver.smallest(problem.priced())
-    time = problem.nanoseconds(solution) + START_NANOSECONDS * problem.launches + _of_slices(graph)
+    time = problem.nanoseconds(solution) + costs.slice_start * problem.launches + _of_slices(graph)
     return problem.plan(solution), time
 
 
@@ -90,6 +89,7 @@ class Search:
 
     :param active: which inputs of the program are differentiated.
     :param wanted: from a graph to what its plan is chosen from.
+    :param costs: what work costs.
     :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
     """
 
@@ -99,16 +99,18 @@ class Search:
         active: Sequence[bool],
         budget_bytes: int,
         wanted: Callable[[Graph], Wanted],
+        costs: CostModel,
         taken: Callable[[Plan], int | None],
     ) -> None:
         self._active, self._budget, self._wanted, self._taken = active, budget_bytes, wanted, taken
+        self._costs = costs
         self._both, self._has_tangent = with_tangents(jaxpr, active)
         self._whole = graph_of_both(self._both, self._has_tangent, active)
 
     @functools.cached_property
     def _step(self) -> float:
         """Nanoseconds of an exact step."""
-        return decision.Decision(self._whole, Wanted(decision.any_of(()))).step
+        return decision.Decision(self._whole, Wanted(decision.any_of(()), self._costs)).step
 
     def way(self, may_be_untouched: bool) -> Way:
         """The best way that was found.
@@ -175,9 +177,9 @@ class Search:
         codes of it."""
         most, coded = MOST_UNROLLED if part.slow_in_loops else MOST_SLICES, None
         while number <= most:
-            graph = _cut(part, number, self._has_tangent, self._active)
+            graph = _cut(part, number, self._has_tangent, self._active, self._costs)
             assert graph.slices is not None
-            room = self._budget - exact_plan(graph)[0].stored_bytes
+            room = self._budget - exact_plan(graph, self._costs)[0].stored_bytes
             if graph.slices.bytes_each <= room:
                 return graph
             smallest = plans.make_plan(graph, self._wanted(graph)).stored_bytes
