@@ -26,7 +26,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_state
 from numpyro_rad.mistakes import is_key, kwargs_checked, options_of, shown
-from numpyro_rad.planning import plans
+from numpyro_rad.planning import strategies
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Options, Planner, parse_bytes
 from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves, taking_arrays
@@ -279,7 +279,7 @@ class RAD_ELBO(Trace_ELBO):
         taken, others = closure(svi_state.rng_key, args)
         stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
         limit = None if most_bytes is None else parse_bytes(most_bytes)
-        calibrator = Calibrator(taken.graph, plans.LADDER, limit)
+        calibrator = Calibrator(taken.graph, strategies.LADDER, limit)
         for i, key in enumerate(jax.random.split(stream, draws)):
             sign_key, loss_key, row_key = jax.random.split(key, 3)
             _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))

@@ -27,7 +27,7 @@ from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
 from numpyro_rad.mistakes import options_of
 from numpyro_rad.planning.planner import Options, Planner
-from numpyro_rad.planning.plans import untouched_plan
+from numpyro_rad.planning.strategies import untouched_plan
 from numpyro_rad.planning.ways import Way
 
 _TEMPORARY_BYTES: dict[str, int | None] = {}

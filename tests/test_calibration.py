@@ -18,7 +18,7 @@ from programs import few, normal
 from zscores import bound
 
 from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, explain
-from numpyro_rad.planning import calibration, plans
+from numpyro_rad.planning import calibration, strategies
 
 KEY = jax.random.key(4)
 
@@ -316,7 +316,7 @@ def empty_carry(x):
     "none", few([empty_site, empty_parameter, empty_carry], empty_parameter, slow=0), ids=lambda f: f.__name__
 )
 def test_what_is_empty_is_passed_over(none, monkeypatch):
-    monkeypatch.setattr(plans, "LADDER", plans.LADDER[:1])
+    monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:1])
 
     def model(x):
         w = numpyro.sample("w", dist.Normal(jnp.zeros(3), 1.0).to_event(1))

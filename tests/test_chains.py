@@ -10,8 +10,12 @@ from programs import few, normal
 
 from numpyro_rad import Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import sweep
+from numpyro_rad.ad.plan import kept_bytes
 from numpyro_rad.ad.segments import cut_chain
-from numpyro_rad.planning import decision, plans
+from numpyro_rad.planning import solver, strategies
+from numpyro_rad.planning.assembly import plan_of
+from numpyro_rad.planning.problem import Cuts, PlanProblem
+from numpyro_rad.planning.request import PlanRequest, uniform
 
 KEY = jax.random.key(5)
 
@@ -80,14 +84,14 @@ def cut(monkeypatch, f, n_segments, codec, only=None):
     """
 
     def codecs(path, value, repeat):
-        return decision.uniform(codec)(path, value, repeat) if only is None or path in only else ()
+        return uniform(codec)(path, value, repeat) if only is None or path in only else ()
 
-    def make_plan(graph, wanted):
+    def make_plan(graph, request):
         chain = cut_chain(graph, n_segments) if n_segments else None
-        made = decision.Decision(graph, decision.Wanted(codecs, wanted.costs), chain=chain)
-        return made.plan(decision.solver.smallest(made.problem))
+        problem = PlanProblem(graph, PlanRequest(codecs, request.costs), Cuts(chain=chain))
+        return plan_of(problem, solver.smallest(problem.timed))
 
-    monkeypatch.setattr(plans, "make_plan", make_plan)
+    monkeypatch.setattr(strategies, "make_plan", make_plan)
     return rad(f, codec=codec).planned((X, WS), {}, (0, 1))[0]
 
 
@@ -147,8 +151,8 @@ def test_bytes_count_one_segment_at_a_time(monkeypatch):
     layer = X.nbytes
     assert once.stored_bytes >= 12 * layer
     assert 5 * layer <= plan.stored_bytes <= 7 * layer  # four layers of a segment, two boundaries
-    late = {s: sum(decision.kept_bytes(v) for v in plan.kept if plan.late.get(v) == s) for s in range(3)}
-    early = sum(decision.kept_bytes(v) for v in plan.kept if v not in plan.late)
+    late = {s: sum(kept_bytes(v) for v in plan.kept if plan.late.get(v) == s) for s in range(3)}
+    early = sum(kept_bytes(v) for v in plan.kept if v not in plan.late)
     assert plan.stored_bytes == early + max(late.values())
     tape = jax.eval_shape(
         lambda *args: sweep.forward(plan, jnp.zeros(2, jnp.uint32), args)[1], *jax.tree.leaves((X, WS))

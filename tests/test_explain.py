@@ -92,7 +92,7 @@ def test_rows_of_one_line_and_site_are_one_and_small_ones_are_folded():
     assert len(rows) == len({tuple(r.split()[:2]) for r in rows}) < len({(r.path, r.decision) for r in shown.rows})
     (folded,) = (line for line in body if "more, each under 1 %" in line)
     groups = {(r.line, r.site) for r in shown.rows}
-    assert len(body) - 5 + int(folded.split()[0]) == len(groups)
+    assert len(body) - 6 + int(folded.split()[0]) == len(groups)
     total = next(line for line in body if line.startswith("total"))
     assert f"{shown.stored_bytes / 1024:.1f} KiB" in total
     shares = [int(line.split()[-2]) for line in body if line.endswith(" %")]

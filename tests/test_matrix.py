@@ -43,7 +43,7 @@ from numpyro_rad import (
 )
 from numpyro_rad.ad.graph import site_name
 from numpyro_rad.diagnostics.records import to_dict
-from numpyro_rad.planning import plans
+from numpyro_rad.planning import strategies
 from numpyro_rad.transform import named_leaves
 
 pytestmark = [
@@ -56,7 +56,7 @@ pytestmark = [
 @pytest.fixture
 def few_codecs(monkeypatch):
     """Calibrations compile in a fraction of the time."""
-    monkeypatch.setattr(plans, "LADDER", plans.LADDER[:2])
+    monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:2])
 
 
 @pytest.fixture

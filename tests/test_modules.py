@@ -33,7 +33,7 @@ from numpyro_rad import (
     to_arviz,
 )
 from numpyro_rad.diagnostics.monitor import gradient_signal
-from numpyro_rad.planning import plans
+from numpyro_rad.planning import strategies
 from numpyro_rad.transform import named_leaves
 
 KEY = jax.random.key(5)
@@ -51,7 +51,7 @@ def prepared(problem, loss, **options):
 @pytest.fixture
 def few_codecs(monkeypatch, arrays_of_any_size_count):
     """Calibrations compile in a fraction of the time."""
-    monkeypatch.setattr(plans, "LADDER", plans.LADDER[:2])
+    monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:2])
 
 
 def two_layers(weights):

@@ -25,9 +25,10 @@ from numpyro_rad import (
 from numpyro_rad.ad import _jax, plan, rules, schedule
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.sweep import forward
-from numpyro_rad.planning import costs, decision, solver
-from numpyro_rad.planning.decision import Wanted, uniform
-from numpyro_rad.planning.plans import make_plan
+from numpyro_rad.planning import costs, problem, solver
+from numpyro_rad.planning.readers import disjoint_groups
+from numpyro_rad.planning.request import PlanRequest, uniform
+from numpyro_rad.planning.strategies import make_plan
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
@@ -220,7 +221,7 @@ def cheapest(p, codec):
             else:
                 exact.add(residual)
     policy = uniform(codec)
-    groups = decision._disjoint_groups(graph, linear)
+    groups = disjoint_groups(graph, linear)
     sizes = {}
     for value, readers in groups.items():
         for chosen in policy((value.number,), value, 1) if value not in exact else ():
@@ -228,7 +229,7 @@ def cheapest(p, codec):
 
     def makers(value):
         equation = graph.producer.get(value)
-        if equation is None or not decision._is_made_again(equation, value, 1):
+        if equation is None or not problem._is_made_again(equation, value, 1):
             return None
         return [a for a in equation.inputs if hasattr(a, "aval")]
 
@@ -291,7 +292,7 @@ def test_relu_masks_take_a_bit_each_when_all_else_is_exact():
 
 
 def is_small(value):
-    return plan.kept_bytes(value) <= decision.SMALL_BYTES
+    return plan.kept_bytes(value) <= problem.SMALL_BYTES
 
 
 def test_sampled_weights_are_made_again_and_their_keys_are_stored():
@@ -530,7 +531,7 @@ def test_table_shows_the_program():
     assert shown.exact_bytes == sum(r.exact_bytes for r in shown.rows if r.operation != "recomputation")
     text = shown.table()
     assert f"test_plan.py:{line}" in text and "64x32" in text and "4-bit" in text and "safe default" not in text
-    assert text.splitlines()[-3].startswith("total")
+    assert text.splitlines()[-4].startswith("total")
 
 
 def test_table_multiplies_by_the_length_of_loops():
@@ -601,5 +602,5 @@ def test_lists_of_primitives_do_not_overlap():
 
 def test_dead_edges_and_unused_inputs_need_nothing():
     jaxpr, _, _ = _jax.trace(lambda x, w: (x @ w).sum() + 0 * jnp.tanh(x @ w @ w).sum(), X, W)
-    p = make_plan(linearize(jaxpr, [False, False]), Wanted(uniform(Keep())))
+    p = make_plan(linearize(jaxpr, [False, False]), PlanRequest(uniform(Keep())))
     assert p.stored_bytes == 0 and not p.graph.edges

@@ -22,7 +22,7 @@ from zscores import bound, z_scores
 
 from numpyro_rad import Keep, RandomProjection, SampleAxis, StochasticRound, rad
 from numpyro_rad.ad.sweep import forward
-from numpyro_rad.planning import decision
+from numpyro_rad.planning import readers
 
 pytestmark = pytest.mark.usefixtures("double", "encode_all")
 
@@ -353,7 +353,7 @@ def test_one_draw_for_two_readers_on_a_path_is_caught(monkeypatch):
 
     check_unbiased(twice)
     one_group = lambda graph, linear: {value: (frozenset(edges),) for value, edges in linear.items()}  # noqa: E731
-    monkeypatch.setattr(decision, "_disjoint_groups", one_group)
+    monkeypatch.setattr(readers, "disjoint_groups", one_group)
     with pytest.raises(AssertionError, match="biased"):
         check_unbiased(twice)
 

@@ -9,9 +9,10 @@ import pytest
 from programs import few, normal
 
 from numpyro_rad import Keep, SampledRound, StochasticRound, rad
-from numpyro_rad.planning import costs, decision, search, solver
-from numpyro_rad.planning.decision import Decision, Wanted
+from numpyro_rad.planning import costs, search, solver
 from numpyro_rad.planning.noise import EqualShares, Flow
+from numpyro_rad.planning.problem import PlanProblem
+from numpyro_rad.planning.request import PlanRequest, any_of
 
 pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
 
@@ -51,15 +52,15 @@ PRICES = dataclasses.replace(costs.CPU, keep_start=0.0, code_start=0.0, make_sta
 
 
 def problem(graph, seed, scale=1.0):
-    return Decision(graph, Wanted(decision.any_of(CODECS), PRICES, Flow(graph, Uneven(graph, seed, scale))))
+    return PlanProblem(graph, PlanRequest(any_of(CODECS), PRICES, Flow(graph, Uneven(graph, seed, scale))))
 
 
 def everything(made):
     """Every choice of codes, with what else is needed kept: what it costs with all its codes together."""
-    kept = set(range(len(made.problem.maker)))
-    options = [[None, *range(len(d.codes))] for d in made.problem.demands]
+    kept = set(range(len(made.timed.maker)))
+    options = [[None, *range(len(d.codes))] for d in made.timed.demands]
     for codes in itertools.product(*options):
-        found = solver.settled(made.problem, kept, codes)
+        found = solver.settled(made.timed, kept, codes)
         yield made.judged(found, made.together(found))
 
 
@@ -96,7 +97,7 @@ def test_the_fewest_bytes_at_a_variance(graph, seed):
 
     def price(solution):
         """Bytes, at what they are worth in time, and time."""
-        return unit * solution.bytes + solver.settled(made.problem, set(solution.kept), solution.codes).cost
+        return unit * solution.bytes + solver.settled(made.timed, set(solution.kept), solution.codes).cost
 
     choices = [(price(c), made.together(c).total) for c in everything(made)]
     prices = []

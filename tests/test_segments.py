@@ -29,7 +29,7 @@ from numpyro_rad import (
 )
 from numpyro_rad.ad import loops, sweep
 from numpyro_rad.ad.graph import Scan
-from numpyro_rad.planning import plans
+from numpyro_rad.planning import strategies
 
 KEY = jax.random.key(3)
 LENGTH = 16
@@ -416,7 +416,7 @@ def test_a_prime_number_of_iterations_is_cut_unevenly(length):
 @pytest.mark.parametrize("n_levels", [1, 2, 3])
 def test_bytes_grow_like_a_root_of_the_length(monkeypatch, n_levels):
     """(levels + 1) times the (levels + 1)st root of the bytes of all iterations, each of which stores two states."""
-    monkeypatch.setattr(plans, "SEGMENT_LEVELS", (n_levels,))
+    monkeypatch.setattr(strategies, "SEGMENT_LEVELS", (n_levels,))
 
     def least(length):
         def f(h, w):

@@ -29,7 +29,7 @@ from numpyro_rad import (
 )
 from numpyro_rad.ad import control, rules
 from numpyro_rad.ad.seeds import fold
-from numpyro_rad.planning import decision
+from numpyro_rad.planning import readers
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (8, 4, 2, 1)]
@@ -260,7 +260,7 @@ def one_group_for_all_readers(graph, linear):
 )
 def test_one_draw_for_two_readers_on_a_path_is_caught(name, monkeypatch):
     assert worst_z(name, StochasticRound(1)) < 1
-    monkeypatch.setattr(decision, "_disjoint_groups", one_group_for_all_readers)
+    monkeypatch.setattr(readers, "disjoint_groups", one_group_for_all_readers)
     assert worst_z(name, StochasticRound(1)) > 1
 
 

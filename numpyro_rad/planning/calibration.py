@@ -28,7 +28,7 @@ from numpyro_rad.ad.graph import Graph, Path, Value
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.ad.seeds import signs
 from numpyro_rad.ad.sweep import Tape, backward, forward
-from numpyro_rad.planning import plans
+from numpyro_rad.planning import strategies
 from numpyro_rad.planning.noise import EqualShares, VarianceModel, effects_of
 
 MOST_ENTRIES = 65536
@@ -114,7 +114,7 @@ class Calibration:
         :raises ValueError: if ``data`` is not from there.
         """
         try:
-            codecs = tuple(plans.codec_from(dict(fields)) for fields in data["codecs"])
+            codecs = tuple(strategies.codec_from(dict(fields)) for fields in data["codecs"])
             residuals = {
                 tuple(path): ResidualNoise(tuple(added), tuple(relative), mean_square)
                 for path, added, relative, mean_square in data["residuals"]
@@ -169,7 +169,7 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
         ``variances[0, i, j]`` what codec j adds by it, ``variances[1, i, j]`` the variance of the code for each entry.
         The key draws the rows of large residuals, and the signs along which codes are looked at.
     """
-    plan = plans.all_coded(graph)
+    plan = strategies.all_coded(graph)
     paths = [(*p.path, v.number) for p, v in _coded(plan)]
 
     def measure(key: Any, operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any, Any]:

@@ -23,10 +23,10 @@ from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
 from numpyro_rad.ad.plan import Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
-from numpyro_rad.planning import costs, decision, plans, ways, worth
+from numpyro_rad.planning import costs, strategies, ways, worth
 from numpyro_rad.planning.costs import CostModel
-from numpyro_rad.planning.decision import Wanted
 from numpyro_rad.planning.noise import EqualShares, Flow
+from numpyro_rad.planning.request import OBJECTIVES, Codecs, PlanRequest, any_of, forced, uniform
 from numpyro_rad.planning.ways import Way
 from numpyro_rad.wording import arguments_text, call_text
 
@@ -197,8 +197,8 @@ class Planner:
                 f"costs={shown(self.costs)} is not a CostModel. Pass one of numpyro_rad.planning.costs, such as H100, "
                 "or one that dataclasses.replace made of it."
             )
-        if self.objective not in decision.OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is none of {', '.join(decision.OBJECTIVES)}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is none of {', '.join(OBJECTIVES)}.")
         if self.exact and (self.codec is not None or self.added_variance is not None or self.plan is not None):
             raise ValueError("exact=True goes with memory_budget= alone: exact gradients add no variance.")
         if not isinstance(self.overrides, Mapping):
@@ -258,13 +258,13 @@ class Planner:
         if number is not None or budget is None:
             return Way(ways.in_slices(jaxpr, active, number or 1, self.prices), budget)
 
-        def wanted(graph: Graph) -> Wanted:
+        def request(graph: Graph) -> PlanRequest:
             with warnings.catch_warnings():  # what there is to say of rules is said once there is a plan
                 warnings.simplefilter("ignore")
                 codecs = self._codecs(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
-            return Wanted(codecs, self.prices, objective=self.objective)
+            return PlanRequest(codecs, self.prices, objective=self.objective)
 
-        return ways.Search(jaxpr, active, budget, wanted, self.prices, taken).way(self._may_leave)
+        return ways.Search(jaxpr, active, budget, request, self.prices, taken).way(self._may_leave)
 
     def __call__(self, graph: Graph, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a program.
@@ -282,27 +282,27 @@ class Planner:
         if way.plan is not None and (way.plan.untouched or as_known):
             return self._warned(way.plan)
         if self.plan is not None:
-            return plans.restored(graph, self.plan)
+            return strategies.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
-        wanted = Wanted(self._codecs(graph, names or {}), self.prices, Flow(graph, model), self.objective)
+        request = PlanRequest(self._codecs(graph, names or {}), self.prices, Flow(graph, model), self.objective)
         if self.offload:
             if not _jax.has_host_memory():
                 raise ValueError(
                     f"offload=True: the devices of backend '{jax.default_backend()}' have no memory apart from the "
                     "host's, so nothing is gained. Leave it out here."
                 )
-            wanted = dataclasses.replace(wanted, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
+            request = dataclasses.replace(request, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
         if self.memory_budget is None and self.leaves_alone(0):
-            plan = plans.untouched_plan(graph)
+            plan = strategies.untouched_plan(graph)
             if self.leaves_alone(plan.stored_bytes):
                 return plan
         if self.added_variance is not None:
-            return plans.plan_for_variance(graph, self.added_variance, wanted)
+            return strategies.plan_for_variance(graph, self.added_variance, request)
         if way.held_bytes is not None:
-            return self._warned(plans.plan_within(graph, way.held_bytes, wanted))
+            return self._warned(strategies.plan_within(graph, way.held_bytes, request))
         if self.exact or self.codec is not None:
-            return plans.make_plan(graph, wanted)
-        return plans.balanced_plan(graph, wanted)
+            return strategies.make_plan(graph, request)
+        return strategies.balanced_plan(graph, request)
 
     def _warned(self, plan: Plan) -> Plan:
         """A plan within the budget, with a word where it is a bad bargain."""
@@ -319,15 +319,15 @@ class Planner:
             )
         return plan
 
-    def _codecs(self, graph: Graph, names: Mapping[Value, str]) -> decision.Codecs:
+    def _codecs(self, graph: Graph, names: Mapping[Value, str]) -> Codecs:
         """What each residual may be coded with, the overrides applied."""
         if self.exact:
-            general = decision.any_of(())
+            general = any_of(())
         elif self.memory_budget is not None or self.added_variance is not None:
-            general = decision.any_of(plans.LADDER, self.prices.least_encoded_bytes)
+            general = any_of(strategies.LADDER, self.prices.least_encoded_bytes)
         else:
             codec = DEFAULT_CODEC if self.codec is None else self.codec
-            general = decision.uniform(codec, self.prices.least_encoded_bytes)
+            general = uniform(codec, self.prices.least_encoded_bytes)
         if not self.overrides:
             return general
         residuals = dict(_residuals(graph, names, ()))
@@ -348,7 +348,7 @@ class Planner:
 
         def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
             codec = special.get(path)
-            return general(path, value, repeat) if codec is None else decision.forced(codec, value)
+            return general(path, value, repeat) if codec is None else forced(codec, value)
 
         return codecs
 

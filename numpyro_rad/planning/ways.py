@@ -22,9 +22,12 @@ from numpyro_rad.ad.graph import Graph
 from numpyro_rad.ad.linearize import graph_of_both, linearize, with_tangents
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.ad.slices import MOST_UNROLLED, Part, find
-from numpyro_rad.planning import decision, plans, solver
+from numpyro_rad.planning import solver, strategies
+from numpyro_rad.planning.assembly import plan_of
 from numpyro_rad.planning.costs import CostModel
-from numpyro_rad.planning.decision import Wanted
+from numpyro_rad.planning.problem import PlanProblem
+from numpyro_rad.planning.request import PlanRequest, any_of
+from numpyro_rad.planning.timing import Timing
 
 MOST_SLICES = 64
 """Slices that are tried of themselves, at most."""
@@ -73,10 +76,10 @@ def exact_plan(graph: Graph, costs: CostModel) -> tuple[Plan, float]:
     """The plan of a slice, in which nothing is random and what is cheap is computed again, and what it takes for that
     and to be started.
     """
-    problem = decision.Decision(graph, Wanted(decision.any_of(()), costs))
+    problem = PlanProblem(graph, PlanRequest(any_of(()), costs))
     solution = solver.smallest(problem.priced())
-    time = problem.nanoseconds(solution) + costs.slice_start * problem.launches + _of_slices(graph)
-    return problem.plan(solution), time
+    time = problem.nanoseconds(solution) + costs.slice_start * problem.timing.launches + _of_slices(graph)
+    return plan_of(problem, solution), time
 
 
 def _of_slices(graph: Graph) -> float:
@@ -88,7 +91,7 @@ class Search:
     """For the way of least time and variance through a program within a budget.
 
     :param active: which inputs of the program are differentiated.
-    :param wanted: from a graph to what its plan is chosen from.
+    :param request: from a graph to what its plan is chosen from.
     :param costs: what work costs.
     :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
     """
@@ -98,11 +101,11 @@ class Search:
         jaxpr: _jax.Jaxpr,
         active: Sequence[bool],
         budget_bytes: int,
-        wanted: Callable[[Graph], Wanted],
+        request: Callable[[Graph], PlanRequest],
         costs: CostModel,
         taken: Callable[[Plan], int | None],
     ) -> None:
-        self._active, self._budget, self._wanted, self._taken = active, budget_bytes, wanted, taken
+        self._active, self._budget, self._request, self._taken = active, budget_bytes, request, taken
         self._costs = costs
         self._both, self._has_tangent = with_tangents(jaxpr, active)
         self._whole = graph_of_both(self._both, self._has_tangent, active)
@@ -110,7 +113,7 @@ class Search:
     @functools.cached_property
     def _step(self) -> float:
         """Nanoseconds of an exact step."""
-        return decision.Decision(self._whole, Wanted(decision.any_of(()), self._costs)).step
+        return Timing(self._whole, self._costs).step
 
     def way(self, may_be_untouched: bool) -> Way:
         """The best way that was found.
@@ -122,7 +125,7 @@ class Search:
         if MOST_SLICES == 1 or jax.device_count() > 1:
             return Way(self._whole, self._budget)
         if may_be_untouched:
-            plan = plans.untouched_plan(self._whole)
+            plan = strategies.untouched_plan(self._whole)
             if plan.stored_bytes <= self._budget:
                 taken = self._taken(plan)
                 if taken is not None and taken <= self._budget:
@@ -165,12 +168,12 @@ class Search:
     def _priced(self, graph: Graph, held_bytes: int) -> tuple[float, Way]:
         """The best plan for a graph, and its time and variance beyond what the products of the program take."""
         try:
-            problem, solution = plans.solved_within(graph, held_bytes, self._wanted(graph))
+            problem, solution = strategies.solved_within(graph, held_bytes, self._request(graph))
         except BudgetError:
             return math.inf, Way(graph, held_bytes)
         nanoseconds = problem.nanoseconds(solution) + _of_slices(graph)
         cost = nanoseconds / self._step + problem.together(solution).total
-        return cost, Way(graph, held_bytes, problem.plan(solution))
+        return cost, Way(graph, held_bytes, plan_of(problem, solution))
 
     def _fewest(self, part: Part, number: int = 2) -> Graph | None:
         """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
@@ -182,7 +185,7 @@ class Search:
             room = self._budget - exact_plan(graph, self._costs)[0].stored_bytes
             if graph.slices.bytes_each <= room:
                 return graph
-            smallest = plans.make_plan(graph, self._wanted(graph)).stored_bytes
+            smallest = strategies.make_plan(graph, self._request(graph)).stored_bytes
             if coded is None and graph.slices.bytes_each + smallest <= self._budget:
                 coded = graph
             if graph.slices.number < number:  # the axis is too short

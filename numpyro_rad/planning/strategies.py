@@ -1,6 +1,6 @@
 """The plans that can be asked for: of fewest bytes, within a budget, within a variance, or as they were saved.
 
-Each poses the decision problem of the program (``decision``), the plain one or with loops and chains of layers cut into
+Each poses the planning problem of the program (``problem``), the plain one or with loops and chains of layers cut into
 segments, and takes the plan of its solution.
 """
 
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from numpyro_rad.ad import rules
-from numpyro_rad.ad.codecs import Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
+from numpyro_rad.ad.codecs import Codec, PassThrough, RandomProjection, SampleAxis, SampledRound, StochasticRound
 from numpyro_rad.ad.graph import Graph, Path, Scan, Value
 from numpyro_rad.ad.plan import BudgetError, Plan, Prediction
-from numpyro_rad.ad.segments import cut_chain
+from numpyro_rad.ad.segments import cut_chain, segment_lengths
 from numpyro_rad.planning import search, solver
-from numpyro_rad.planning.decision import Decision, Wanted
+from numpyro_rad.planning.assembly import plan_of
+from numpyro_rad.planning.problem import Cuts, PlanProblem
+from numpyro_rad.planning.request import PlanRequest
 
 LADDER: tuple[Codec, ...] = (
     StochasticRound(bits=8),
@@ -41,61 +43,60 @@ CHAIN_LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 
 def untouched_plan(graph: Graph) -> Plan:
     """The plan that leaves the program to JAX's own reverse mode: every residual is stored."""
-    decision = Decision(graph, Wanted(lambda path, value, repeat: ()))
-    needed = {d.value for d in decision.problem.demands}
-    plan = decision.plan(solver.settled(decision.problem, needed, decision.coded()))
+    problem = PlanProblem(graph, PlanRequest(lambda path, value, repeat: ()))
+    needed = {r.number for r in problem.residuals}
+    plan = plan_of(problem, solver.settled(problem.timed, needed, problem.coded()))
     return dataclasses.replace(plan, untouched=True, predicted=Prediction(0.0, 0.0, None))
 
 
-def make_plan(graph: Graph, wanted: Wanted) -> Plan:
+def make_plan(graph: Graph, request: PlanRequest) -> Plan:
     """The plan that stores the fewest bytes in one pass over the program, whatever else it costs."""
-    decision = Decision(graph, wanted)
-    return decision.plan(solver.smallest(decision.priced()))
+    problem = PlanProblem(graph, request)
+    return plan_of(problem, solver.smallest(problem.priced()))
 
 
-def balanced_plan(graph: Graph, wanted: Wanted) -> Plan:
+def balanced_plan(graph: Graph, request: PlanRequest) -> Plan:
     """The plan of least cost where a share of the residuals' bytes is worth the same share of the step's time."""
-    decision = Decision(graph, wanted)
+    problem = PlanProblem(graph, request)
     slices = graph.slices
     in_slices = slices.number * slices.bytes_each if slices is not None else 0
-    return decision.plan(solver.priced(decision.priced(), 1 / max(1, decision.residual_bytes + in_slices)))
+    return plan_of(problem, solver.priced(problem.priced(), 1 / max(1, problem.residual_bytes + in_slices)))
 
 
-def plan_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> Plan:
+def plan_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> Plan:
     """The plan of least cost that holds at most ``budget_bytes``, with what a slice holds while it runs.
 
     :raises BudgetError: if there is none; it names the smallest feasible budget.
     """
-    decision, solution = solved_within(graph, budget_bytes, wanted)
-    return decision.plan(solution)
+    return plan_of(*solved_within(graph, budget_bytes, request))
 
 
-def solved_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> tuple[Decision, solver.Solution]:
-    """The decision problem of :func:`plan_within` and its solution.
-
-    Where one pass over a loop would cost more than to run it twice, or would not fit, cutting the loop into segments is
-    tried as well.
+def solved_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> tuple[PlanProblem, solver.Solution]:
+    """The problem of :func:`plan_within` and its solution.
 
     :raises BudgetError: if there is none; it names the smallest feasible budget.
     """
     in_slices = 0 if graph.slices is None else graph.slices.bytes_each
-    best: tuple[Decision, solver.Solution] | None = None
+    best: tuple[PlanProblem, solver.Solution] | None = None
     too_large: list[Plan] = []
-    decisions = [Decision(graph, wanted)]
-    for decision in decisions:  # grows while it is read
+
+    def solve(problem: PlanProblem) -> solver.Solution | None:
+        nonlocal best
         try:
-            solution = search.within(decision, budget_bytes - in_slices)
+            solution = search.within(problem, budget_bytes - in_slices)
         except solver.Infeasible as error:
-            solution = None
-            too_large.append(decision.plan(error.smallest))
-        if solution is not None and (best is None or solution.cost < best[1].cost):
-            best = decision, solution
-        if len(decisions) == 1 and (solution is None or solution.cost > decision.least_again()):
-            decisions += [Decision(graph, wanted, cut) for cut in decision.segmentations(SEGMENT_LEVELS)]
-            if solution is None or not decision.has_codes:
-                # The compiler's own temporaries grow where layers run again: only where codes do not do it.
-                chains = (cut_chain(graph, n) for n in CHAIN_LENGTHS)
-                decisions += [Decision(graph, wanted, chain=chain) for chain in chains if chain is not None]
+            too_large.append(plan_of(problem, error.smallest))
+            return None
+        if best is None or solution.cost < best[1].cost:
+            best = problem, solution
+        return solution
+
+    whole = PlanProblem(graph, request)
+    solution = solve(whole)
+    # Where one pass over a loop costs more than to run it twice, or does not fit, segments are tried as well.
+    if solution is None or solution.cost > whole.least_again():
+        for cuts in (*_cut_loops(whole), *_cut_chains(whole, solution)):
+            solve(PlanProblem(graph, request, cuts))
     if best is not None:
         return best
     smallest = min(too_large, key=lambda plan: plan.stored_bytes)
@@ -108,19 +109,43 @@ def solved_within(graph: Graph, budget_bytes: int, wanted: Wanted) -> tuple[Deci
     )
 
 
-def plan_for_variance(graph: Graph, added_variance: float, wanted: Wanted) -> Plan:
+def _cut_loops(problem: PlanProblem) -> Sequence[Cuts]:
+    """Ways to cut the loops of the program into segments, and these into segments, such that all boundaries together
+    take about as much as the tape of one segment: a tape of fewest bytes, of least cost, or without codes.
+    """
+    if not problem.loops:
+        return []
+    priced = problem.priced()
+    exact = solver.smallest(priced.without_codes())
+    tapes = [plan_of(problem, s) for s in (solver.smallest(priced), solver.priced(priced, 0.0), exact)]
+    found: list[dict[Scan, tuple[int, ...]]] = []
+    for n_levels, plan in itertools.product(SEGMENT_LEVELS, tapes):
+        cut = {}
+        for node, (child, *_) in plan.children.items():
+            if isinstance(node, Scan) and node.repeatable:
+                lengths = segment_lengths(node, child.stored_bytes, n_levels)
+                if lengths is not None:
+                    cut[node] = lengths
+        found += [{node: lengths} for node, lengths in cut.items()] if len(cut) > 1 else []
+        found.append(cut)
+    return [Cuts(cut) for i, cut in enumerate(found) if cut and cut not in found[:i]]
+
+
+def _cut_chains(problem: PlanProblem, solution: solver.Solution | None) -> Iterator[Cuts]:
+    """Ways to cut the program itself. The compiler's own temporaries grow where layers run again: only where codes do
+    not do it.
+    """
+    if solution is None or not problem.has_codes:
+        chains = (cut_chain(problem.graph, n) for n in CHAIN_LENGTHS)
+        yield from (Cuts(chain=chain) for chain in chains if chain is not None)
+
+
+def plan_for_variance(graph: Graph, added_variance: float, request: PlanRequest) -> Plan:
     """The plan of fewest bytes (a share of them being worth the same share of the step's time) that adds at most so
     much variance, relative to that of the exact gradient.
     """
-    decision = Decision(graph, dataclasses.replace(wanted, objective="time"))
-    return decision.plan(search.least_bytes_at(decision, added_variance))
-
-
-@dataclasses.dataclass(frozen=True)
-class _PassThrough(Keep):
-    """The array itself in the place of a code, to see what a code would do there."""
-
-    exact = False
+    problem = PlanProblem(graph, dataclasses.replace(request, objective="time"))
+    return plan_of(problem, search.least_bytes_at(problem, added_variance))
 
 
 def all_coded(graph: Graph) -> Plan:
@@ -128,13 +153,13 @@ def all_coded(graph: Graph) -> Plan:
 
     def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
         carries = rules.is_real_float(value.aval.dtype) and value.aval.size  # of an empty one there is nothing to see
-        return (_PassThrough(),) if carries else ()
+        return (PassThrough(),) if carries else ()
 
-    decision = Decision(graph, Wanted(codecs))
-    needed = {d.value for d in decision.problem.demands if not d.codes}
-    problem = dataclasses.replace(decision.problem, demands=[solver.Demand(v) for v in sorted(needed)])
-    kept = set(solver.smallest(problem).kept)
-    return decision.plan(solver.settled(decision.problem, kept, decision.coded()))
+    problem = PlanProblem(graph, PlanRequest(codecs))
+    needed = {r.number for r in problem.residuals if not r.choices}
+    exact = dataclasses.replace(problem.timed, demands=[solver.Demand(v) for v in sorted(needed)])
+    kept = set(solver.smallest(exact).kept)
+    return plan_of(problem, solver.settled(problem.timed, kept, problem.coded()))
 
 
 def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
@@ -177,18 +202,18 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
     unknown = [path for path in (*kept, *offloaded, *coded) if path not in values]
     if unknown:
         raise ValueError(f"{wrong} there is no value {unknown[0]}.")
-    wanted = Wanted(
+    request = PlanRequest(
         lambda path, value, repeat: (coded[path],) if path in coded else (),
         offload=lambda path, value: path in offloaded,
     )
     chain = cut_chain(graph, saved["chain"]) if saved.get("chain") else None
-    decision = Decision(graph, wanted, cut, chain)
-    numbers = {decision.number[values[path]] for path in kept} | decision.boundaries | decision.free
+    problem = PlanProblem(graph, request, Cuts(cut, chain))
+    numbers = {problem.number[values[path]] for path in kept} | problem.boundaries | problem.free
     try:
-        solution = solver.settled(decision.problem, numbers, decision.coded())
+        solution = solver.settled(problem.timed, numbers, problem.coded())
     except ValueError as error:
         raise ValueError(f"{wrong} {error}.") from None
-    return dataclasses.replace(decision.plan(solution), predicted=predicted)
+    return dataclasses.replace(plan_of(problem, solution), predicted=predicted)
 
 
 def codec_from(fields: dict[str, Any]) -> Codec:

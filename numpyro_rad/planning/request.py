@@ -1,0 +1,71 @@
+"""What a plan is asked for: which codes may be used where, by which prices, and what shall be small."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from numpyro_rad.ad import _jax
+from numpyro_rad.ad.codecs import Codec
+from numpyro_rad.ad.graph import Path, Value
+from numpyro_rad.planning.costs import CPU, CostModel
+from numpyro_rad.planning.noise import Flow
+
+Codecs = Callable[[Path, Value, int], tuple[Codec, ...]]
+"""From a residual's path (loop numbers, then its own) and its number of repetitions to the codecs that it may have
+besides being exact."""
+
+MayOffload = Callable[[Path, Value], bool]
+"""From a value's path and the value to whether it may wait on the host."""
+
+OBJECTIVES = {"balanced": (1.0, 1.0), "time": (1.0, 1e-3), "variance": (1e-3, 1.0)}
+"""What to make small: by name, the weights of time and of variance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRequest:
+    """What plans are chosen from, and by what.
+
+    :ivar codecs: what each residual may be coded with.
+    :ivar costs: what work costs. Where it does not matter, for plans that nothing chooses, it need not be said.
+    :ivar flow: what codes do to the gradient; None for the model without data.
+    :ivar offload: which values of the program, outside of its loops, may wait in the memory of the host.
+    :ivar objective: ``"balanced"`` for the sum of added time and added variance; ``"time"`` or ``"variance"`` for that
+        one, the other deciding between equals.
+    """
+
+    codecs: Codecs
+    costs: CostModel = CPU
+    flow: Flow | None = None
+    objective: str = "balanced"
+    offload: MayOffload = lambda path, value: False
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of time and of variance."""
+        return OBJECTIVES[self.objective]
+
+
+def uniform(codec: Codec, least_bytes: int = 0) -> Codecs:
+    """One codec wherever it may be used and saves something; everything else exact."""
+    return any_of((codec,), least_bytes)
+
+
+def any_of(codecs: tuple[Codec, ...], least_bytes: int = 0) -> Codecs:
+    """All codecs wherever they may be used and save something.
+
+    :param least_bytes: residuals below this size (over all iterations of the loops around them) stay exact.
+    """
+
+    def choices(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
+        worth_it = _jax.aval_bytes(value.aval) * repeat >= least_bytes
+        return tuple(c for codec in codecs for c in forced(codec, value)) if worth_it else ()
+
+    return choices
+
+
+def forced(codec: Codec, value: Value) -> tuple[Codec, ...]:
+    """This codec, or nothing where it is exact, cannot code the value or saves no bytes."""
+    shape, dtype = value.aval.shape, value.aval.dtype
+    fits = not codec.exact and codec.supports(shape, dtype)
+    return (codec,) if fits and codec.stored_bytes(shape, dtype) < _jax.aval_bytes(value.aval) else ()
