@@ -11,7 +11,7 @@ from jax import lax
 from programs import normal
 
 from numpyro_rad import RAD_ELBO, Keep, Planner, explain, rad
-from numpyro_rad.ad import rules
+from numpyro_rad.ad import primitives
 from numpyro_rad.ad.work import NOTHING, Entries, Multiplications, OneOf, Together
 from numpyro_rad.planning import costs
 from numpyro_rad.planning.costs import A100, CPU, H100, H200, V5E, for_device
@@ -150,7 +150,7 @@ def test_prices_of_a_cpu(name):
     f, operands, nanoseconds = EXPECTED[name]
     name = name.partition(",")[0]
     (equation,) = [e for e in _equations(jax.make_jaxpr(f)(*operands)) if e.primitive.name == name]
-    assert CPU.nanoseconds(rules.work(equation)) == pytest.approx(nanoseconds, rel=1e-12)
+    assert CPU.nanoseconds(primitives.work(equation)) == pytest.approx(nanoseconds, rel=1e-12)
 
 
 def _equations(jaxpr):

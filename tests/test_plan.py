@@ -22,7 +22,7 @@ from numpyro_rad import (
     explain,
     rad,
 )
-from numpyro_rad.ad import _jax, plan, rules, schedule
+from numpyro_rad.ad import _jax, plan, schedule
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.sweep import forward
 from numpyro_rad.planning import costs, problem, solver
@@ -590,14 +590,6 @@ def test_explain_rejects_what_has_no_plan():
 def test_explain_counts_arguments_from_the_end_too():
     assert str(table(gelu_network, X, W, argnums=-1)) == str(table(gelu_network, X, W, argnums=1))
     assert table(gelu_network, X, W, argnums=-1).rows
-
-
-# Rules
-
-
-def test_lists_of_primitives_do_not_overlap():
-    assert not rules.MIXED & rules.CHEAP
-    assert not rules.BILINEAR & rules.STRUCTURAL
 
 
 def test_dead_edges_and_unused_inputs_need_nothing():

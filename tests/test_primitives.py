@@ -34,7 +34,7 @@ from programs import few
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain, rad
-from numpyro_rad.ad import rules
+from numpyro_rad.ad import primitives
 
 KEY = jax.random.key(7)  # the path key
 
@@ -644,11 +644,11 @@ KNOWN_TO_JAX = {p.name for p in ad.primitive_jvps}  # before any test registers 
 
 
 def of_primal_programs():
-    return rules.CHEAP | rules._CALLS | KNOWN_TO_JAX | of_tangent_programs()
+    return primitives.names(lambda t: t.cheap or t.calls) | KNOWN_TO_JAX | of_tangent_programs()
 
 
 def of_tangent_programs():
-    linear = rules.BILINEAR | rules.STRUCTURAL | rules.PASSES_ESTIMATE | rules.MIXED | rules.DIAGONAL
+    linear = primitives.names(lambda t: t.bilinear or t.structural or t.passes_estimate or t.splits or t.coefficient)
     return linear - {"empty", "iota"}  # no operands
 
 
@@ -667,17 +667,18 @@ def test_every_primitive_has_a_case():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("registry", ["CHEAP", "BILINEAR", "STRUCTURAL", "PASSES_ESTIMATE", "MIXED"])
-def test_a_primitive_without_a_case_is_caught(registry, monkeypatch):
+@pytest.mark.parametrize("trait", ["cheap", "bilinear", "structural", "passes_estimate", "splits"])
+def test_a_primitive_without_a_case_is_caught(trait, monkeypatch):
     new = jex_core.Primitive("without_a_case")
-    monkeypatch.setattr(rules, registry, getattr(rules, registry) | {new.name, "name_of_another_jax"})
+    for name in (new.name, "name_of_another_jax"):
+        monkeypatch.setitem(primitives._REGISTRY, name, primitives.Traits(**{trait: True}))
     with pytest.raises(AssertionError, match=r"(for|contains) without_a_case\b"):
         test_every_primitive_has_a_case()
 
 
 @pytest.mark.slow
 def test_a_rule_for_tangents_is_not_covered_by_the_primal_program(monkeypatch):
-    monkeypatch.setattr(rules, "STRUCTURAL", rules.STRUCTURAL | {"erf"})
+    monkeypatch.setitem(primitives._REGISTRY, "erf", primitives.elementwise(structural=True))
     with pytest.raises(AssertionError, match=r"derivative contains erf\b"):
         test_every_primitive_has_a_case()
 
@@ -753,7 +754,7 @@ def assert_encoded(label, randomized, weights):
     table = explain(randomized, KEY, *weights, argnums=(0, 1))
     operations = [r.operation for r in table.rows if r.relative_variance > 0]
     name = label.split(":")[0]
-    if name in rules.BILINEAR and all(i.dtype in ("float64", "float32") for i in CASES[label][1]):
+    if primitives.of(name).bilinear and all(i.dtype in ("float64", "float32") for i in CASES[label][1]):
         names = ("mul", "elementwise") if name == "mul" else (name,)
         count = sum(operation in names for operation in operations)
         assert count >= LEAST_ENCODED[names[-1]], f"{name} reads no estimate:\n{table}"

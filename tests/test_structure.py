@@ -26,7 +26,7 @@ LAYERS = (
     ("ad", "ad.seeds", "ad.layout", "ad.loops", "ad.work", "mistakes", "wording"),
     ("fits",),
     ("ad._jax", "ad.codecs"),
-    ("ad.rules",),
+    ("ad.primitives",),
     ("ad.graph", "ad.invariants", "ad.axes", "ad.tangents"),
     ("ad.coefficients", "ad.plan"),
     ("ad.edges", "ad.segments", "ad.recompute", "ad.schedule", "ad.control"),
@@ -219,7 +219,7 @@ def plant(folder: Path, files: dict[str, str]) -> Path:
     ("files", "complaint"),
     [
         ({"ad.graph": "from small.ad.plan import Plan"}, "ad.graph, line 1: imports ad.plan"),
-        ({"ad.graph": "from small.ad import rules, sweep"}, "ad.graph, line 1: imports ad.sweep"),
+        ({"ad.graph": "from small.ad import primitives, sweep"}, "ad.graph, line 1: imports ad.sweep"),
         ({"ad.graph": "import small.ad.plan"}, "ad.graph, line 1: imports ad.plan"),
         ({"ad.codecs": "from small.ad._jax import trace"}, "ad.codecs, line 1: imports ad._jax"),
         ({"ad.graph": "def late():\n    from small.ad.plan import Plan"}, "ad.graph, line 2: imports ad.plan"),
@@ -241,7 +241,7 @@ def test_downward_imports_pass(tmp_path: Path) -> None:
     files = {
         "__init__": "from small.elbo import RAD_ELBO",
         "elbo": "import numpyro.infer\nfrom small.ad import codecs, graph\nimport small_relative.plan",
-        "ad.plan": "from small.ad.rules import RULES",
+        "ad.plan": "from small.ad.primitives import of",
         "ad._jax": "from jax._src import core\nimport jax.core\njax.core.Tracer",
         "report.__init__": "from small.report.document import html",
         "report.document": "import small.report.charts",

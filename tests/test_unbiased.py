@@ -27,7 +27,7 @@ from numpyro_rad import (
     explain,
     rad,
 )
-from numpyro_rad.ad import control, rules
+from numpyro_rad.ad import control, primitives
 from numpyro_rad.ad.seeds import fold
 from numpyro_rad.planning import readers
 
@@ -269,7 +269,7 @@ def test_an_estimate_that_is_not_read_linearly_is_caught(monkeypatch):
     table = explain(rad(f, codec=StochasticRound(2)), jax.random.key(0), *args, argnums=positions(args))
     readers = [r for r in table.rows if r.operation == "triangular_solve"]
     assert readers and all(r.decision in ("keep", "recompute") for r in readers)
-    monkeypatch.setattr(rules, "BILINEAR", rules.BILINEAR | {"triangular_solve"})
+    monkeypatch.setitem(primitives._REGISTRY, "triangular_solve", primitives.Traits(bilinear=True))
     assert worst_z("triangular_system", StochasticRound(2)) > 1
 
 

@@ -6,6 +6,9 @@ axis along which the results are the same everywhere. ``None`` stands for anythi
 mixed, an axis of a result whose entries differ by their position. What is not known has no labels at all, so a
 primitive that nobody has heard of mixes what it reads.
 
+What is elementwise is known by the registry (``primitives``). The other rules are here and not there: an axis depends
+on the parameters of an equation, so that each needs a function of its own, and nobody else asks for it.
+
 :class:`Axes` follows labels through a program, control flow and nested calls included, by union and find. A program can
 then be run on a part of an axis (:meth:`Axes.run`), in every step that neither mixes nor makes it.
 """
@@ -20,7 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad import _jax, primitives
 
 Labels = tuple[Hashable, ...]
 Signature = tuple[list[Labels], list[Labels]]
@@ -34,11 +37,16 @@ class _New:
 
 def signature(equation: _jax.JaxprEquation) -> Signature:
     """Labels of the axes of operands and results."""
-    rule = _RULES.get(equation.primitive.name)
+    rule = rule_of(equation.primitive.name)
     found = rule(equation) if rule is not None else None
     if found is None:
         return [_unknown(v) for v in equation.invars], [_unknown(v) for v in equation.outvars]
     return found
+
+
+def rule_of(name: str) -> Callable[[_jax.JaxprEquation], Signature | None] | None:
+    """What tells the labels of an equation of the primitive of this name; None where nobody knows."""
+    return _elementwise if primitives.of(name).elementwise else _RULES.get(name)
 
 
 def _shape(v: Any) -> tuple[int, ...]:
@@ -244,14 +252,7 @@ def _gather(equation: _jax.JaxprEquation) -> Signature:
     return [tuple(labels), tuple(index_labels)], [tuple(result)]
 
 
-_MORE_ELEMENTWISE = """
-betainc igamma igammac igamma_grad_a polygamma random_gamma random_gamma_grad random_fold_in regularized_incomplete_beta
-threefry2x32 zeta
-""".split()
-
 _RULES: dict[str, Callable[[_jax.JaxprEquation], Signature | None]] = {
-    **dict.fromkeys(rules.ELEMENTWISE, _elementwise),
-    **dict.fromkeys(_MORE_ELEMENTWISE, _elementwise),
     **dict.fromkeys(
         "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split(), _reduction
     ),

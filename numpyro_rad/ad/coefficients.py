@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_rad.ad import _jax
+from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.graph import Atom, Constant, Equation, Value
 from numpyro_rad.ad.work import Entries
 
@@ -52,17 +52,22 @@ class Coefficients:
 
     def local(self, name: str, operands: Sequence[Atom], position: int, line: str) -> Term:
         """The coefficient that an elementwise linear step puts in front of its tangent operand at ``position``."""
-        if name == "mul":
-            return self._of(operands[1 - position], line)
-        if name == "div":
-            denominator = self._of(operands[1], line)
-            if denominator.residual is None:
-                return Term(1.0 / denominator.scale if denominator.scale else math.inf, None)
-            return Term(1.0, self.derive("reciprocal", _reciprocal, (denominator.residual,), line))
-        if name == "select_n":  # one where this case is chosen, zero elsewhere: the bits of the predicate say it all
-            case = position - 1
-            return Term(1.0, self.derive(f"case {case}", partial(_is_chosen, case=case), (operands[0],), line))
-        return Term(-1.0, None) if name == "neg" or (name == "sub" and position == 1) else ONE
+        match primitives.of(name).coefficient:
+            case "factor":
+                return self._of(operands[1 - position], line)
+            case "quotient":
+                denominator = self._of(operands[1], line)
+                if denominator.residual is None:
+                    return Term(1.0 / denominator.scale if denominator.scale else math.inf, None)
+                return Term(1.0, self.derive("reciprocal", _reciprocal, (denominator.residual,), line))
+            case "case":  # one where this case is chosen, zero elsewhere: the bits of the predicate say it all
+                case = position - 1
+                return Term(1.0, self.derive(f"case {case}", partial(_is_chosen, case=case), (operands[0],), line))
+            case "minus":
+                return Term(-1.0, None)
+            case "difference":
+                return Term(-1.0, None) if position == 1 else ONE
+        return ONE
 
     def product(self, a: Term, b: Term, line: str) -> Term:
         """The coefficient of two steps in a row. A mask silences what it meets, even a derivative that is infinite."""

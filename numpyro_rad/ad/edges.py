@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.coefficients import Coefficients, LinearForm, Term, weigh
 from numpyro_rad.ad.graph import Constant, ControlFlowEdge, Edge, Value
 
@@ -51,8 +51,8 @@ def composed(edge: Edge, cotangent: Term, coefficients: Coefficients) -> list[Te
     """What an edge turns the coefficient in front of its output into: those in front of its inputs."""
     if isinstance(edge, Diagonal):
         return [coefficients.product(cotangent, term, edge.line) for term in edge.terms]
-    name = None if edge.residuals else rules.TRANSPOSED.get(edge.name)
-    if name is not None and cotangent.residual is None:
+    name = "" if edge.residuals else primitives.of(edge.name).transposed
+    if name and cotangent.residual is None:
         return [cotangent]
     own = () if cotangent.residual is None else (cotangent.residual,)
     operands = (*own, *edge.residuals)
@@ -195,7 +195,7 @@ class _Step(Edge):
 
     @property
     def entries(self) -> tuple[float, ...]:
-        return tuple(rules.jacobian_entries(self.operands.equation, i) for i in self.operands.moving)
+        return tuple(primitives.jacobian_entries(self.operands.equation, i) for i in self.operands.moving)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -225,11 +225,12 @@ class Unknown(_Step):
 
 def linear_edge(name: str, operands: Operands, results: Sequence[Value], line: str) -> Edge:
     """The edge of a linear step, by its primitive."""
-    bilinear = name in rules.BILINEAR and len(operands.tangents) == 1
-    linear = tuple(bilinear and rules.is_real_float(r.aval.dtype) for r in operands.residuals)
-    if name in rules.STRUCTURAL:
+    traits = primitives.of(name)
+    bilinear = traits.bilinear and len(operands.tangents) == 1
+    linear = tuple(bilinear and primitives.is_real_float(r.aval.dtype) for r in operands.residuals)
+    if traits.structural:
         kind = Rearrangement
-    elif name in rules.DIAGONAL:
+    elif traits.coefficient is not None:
         kind = Pointwise
     else:
         kind = Contraction if bilinear else Unknown

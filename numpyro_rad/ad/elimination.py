@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.coefficients import ONE, Coefficients, LinearForm, Term
 from numpyro_rad.ad.edges import Diagonal, Edge, WeightedSum, composed
 from numpyro_rad.ad.graph import Atom, Equation, Graph, Value
@@ -122,7 +122,7 @@ class _Prices:
             operands = [a for a in equation.inputs if isinstance(a, Value)]
             if equation.cheap and all(a in self._free for a in operands):
                 self._free.update(equation.outputs)
-            elif equation.name in rules.PASSES_ESTIMATE:
+            elif primitives.of(equation.name).passes_estimate:
                 self._carried[equation.outputs[0]] = min(map(self._bytes, (*operands, *equation.outputs)))
         self._n_seen = len(self._equations)
         return 0 if value in self._free else self._bytes(value)
@@ -148,7 +148,7 @@ def _regions(graph: Graph) -> dict[Value, list[Edge]]:
         end[edge] = None
         if edge.expensive or len(edge.outputs) != 1:
             continue
-        if not all(rules.is_real_float(t.aval.dtype) for t in (*edge.inputs, *edge.outputs)):
+        if not all(primitives.is_real_float(t.aval.dtype) for t in (*edge.inputs, *edge.outputs)):
             continue
         (out,) = edge.outputs
         ends = {None} if out in outputs else {end[e] for e in readers[out]}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_rad.ad import _jax, rules
+from numpyro_rad.ad import _jax, primitives
 
 
 class _Step(NamedTuple):
@@ -70,7 +70,7 @@ def _opened(jaxpr: _jax.Jaxpr, operands: Sequence[Any], steps: list[_Step]) -> t
     for equation in inner.eqns:
         called = _jax.inlined_jaxpr(equation)
         taken = tuple(map(name, equation.invars))
-        if called is not None and not rules.is_cheap(equation):
+        if called is not None and not primitives.is_cheap(equation):
             _, results = _opened(called, taken, steps)
         else:
             results = [_Name() for _ in equation.outvars]
@@ -148,7 +148,7 @@ def _invariant(steps: Sequence[_Step], known: set[Any]) -> list[_Step]:
     needed: set[Any] = set()
     moved = []
     for step in reversed(able):
-        if any(r in needed for r in step.results) or not rules.is_rearrangement(step.equation):
+        if any(r in needed for r in step.results) or not primitives.is_rearrangement(step.equation):
             needed.update(o for o in step.operands if not isinstance(o, tuple))
             moved.append(step)
     return moved[::-1]

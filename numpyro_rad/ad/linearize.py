@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from numpyro_rad.ad import _jax, rules, tangents
+from numpyro_rad.ad import _jax, primitives, tangents
 from numpyro_rad.ad.coefficients import Coefficients
 from numpyro_rad.ad.edges import Opaque, Operands, linear_edge
 from numpyro_rad.ad.elimination import Forms, collect
@@ -126,7 +126,7 @@ class Flat:
             operands = [look_up(a) for a in equation.invars]
             flags = [o in self.tangents for o in operands]
             inner = _jax.inlined_jaxpr(equation)
-            if inner is not None and (self.whole or any(flags) or not rules.is_cheap(equation)):
+            if inner is not None and (self.whole or any(flags) or not primitives.is_cheap(equation)):
                 env.update(zip(equation.outvars, self.read(inner, operands), strict=True))
                 continue
             results = [self.value(v.aval) for v in equation.outvars]
@@ -172,7 +172,7 @@ class _Builder:
                 self.add_primal(step)
             elif self.is_elementwise(step):
                 self.add_elementwise(step)
-            elif step.name in rules.MIXED and not any(map(_jax.has_references, _jax.inner_jaxprs(step.equation))):
+            elif self.is_split(step):
                 self.add_control_flow(step)
             elif any(r not in flat.tangents for r in step.results):
                 self.add_opaque(step)
@@ -192,10 +192,10 @@ class _Builder:
                 tuple(step.operands),
                 tuple(step.results),
                 lambda *arrays: _jax.bind(equation, arrays),
-                rules.is_cheap(equation),
+                primitives.is_cheap(equation),
                 line,
-                draws_bits=rules.draws_bits(equation),
-                work=rules.work(equation),
+                draws_bits=primitives.draws_bits(equation),
+                work=primitives.work(equation),
                 acts=_jax.acts(equation),
                 within=_jax.distribution(equation),
             )
@@ -205,12 +205,18 @@ class _Builder:
 
     def is_elementwise(self, step: _Step) -> bool:
         """Whether the step has a diagonal Jacobian that can be fused with its neighbours'."""
-        if not step.mixed or step.name not in rules.DIAGONAL:
+        traits = primitives.of(step.name)
+        if not step.mixed or traits.coefficient is None:
             return False
         out, moving = step.results[0].aval, self.moving(step)
-        if not rules.is_real_float(out.dtype) or any(m.aval.shape != out.shape for m in moving.values()):
+        if not primitives.is_real_float(out.dtype) or any(m.aval.shape != out.shape for m in moving.values()):
             return False
-        return step.name in rules.SUMS or len(moving) == 1
+        return traits.sums or len(moving) == 1
+
+    def is_split(self, step: _Step) -> bool:
+        """Whether the step is control flow that has a primal and a tangent part."""
+        inner = _jax.inner_jaxprs(step.equation)
+        return primitives.of(step.name).splits and not any(map(_jax.has_references, inner))
 
     def moving(self, step: _Step) -> dict[int, Value]:
         """The tangents among the operands of a step, by position."""
@@ -246,7 +252,7 @@ class _Builder:
                 edge.primal,
                 False,
                 line,
-                work=rules.work(step.equation),
+                work=primitives.work(step.equation),
                 acts=_jax.acts(step.equation),
             )
         )

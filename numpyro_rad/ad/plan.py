@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from numpyro_rad.ad import rules
+from numpyro_rad.ad import primitives
 from numpyro_rad.ad.codecs import BitMask, Codec, Keep, Offload
 from numpyro_rad.ad.graph import ControlFlow, Edge, Graph, Path, Scan, Value
 from numpyro_rad.ad.loops import n_boundaries
@@ -173,10 +173,10 @@ def carrier_of(graph: Graph, residual: Value) -> Value:
     best = value = residual
     while True:
         equation = graph.producer.get(value)
-        if equation is None or equation.name not in rules.PASSES_ESTIMATE:
+        if equation is None or not primitives.of(equation.name).passes_estimate:
             return best
         operands = [a for a in equation.inputs if isinstance(a, Value)]
-        if len(operands) != 1 or len(equation.inputs) != 1 or not rules.is_real_float(operands[0].aval.dtype):
+        if len(operands) != 1 or len(equation.inputs) != 1 or not primitives.is_real_float(operands[0].aval.dtype):
             return best
         if jnp.promote_types(operands[0].aval.dtype, value.aval.dtype) != value.aval.dtype:
             return best  # rounding an estimate to a narrower dtype would bias it

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from numpyro_rad.ad import rules
+from numpyro_rad.ad import primitives
 from numpyro_rad.ad.codecs import Codec, PassThrough, RandomProjection, SampleAxis, SampledRound, StochasticRound
 from numpyro_rad.ad.graph import Graph, Path, Scan, Value
 from numpyro_rad.ad.plan import BudgetError, Plan, Prediction
@@ -152,8 +152,8 @@ def all_coded(graph: Graph) -> Plan:
     """The plan in which all that may be coded is stored as an array of its own for each draw."""
 
     def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
-        carries = rules.is_real_float(value.aval.dtype) and value.aval.size  # of an empty one there is nothing to see
-        return (PassThrough(),) if carries else ()
+        is_float = primitives.is_real_float(value.aval.dtype)
+        return (PassThrough(),) if is_float and value.aval.size else ()  # of an empty one there is nothing to see
 
     problem = PlanProblem(graph, PlanRequest(codecs))
     needed = {r.number for r in problem.residuals if not r.choices}
