@@ -29,7 +29,8 @@ from numpyro_rad.mistakes import is_key, kwargs_checked, options_of, shown
 from numpyro_rad.planning import strategies
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import Options, Planner, parse_bytes
-from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves, taking_arrays
+from numpyro_rad.tracing import taking_arrays
+from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves
 from numpyro_rad.wording import arguments_text, call_text
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
@@ -190,10 +191,10 @@ class RAD_ELBO(Trace_ELBO):
                 "no gradient has a plan. Use a guide with parameters, for example AutoNormal(model)."
             )
         with watched_state({**params, **(mutable or {})}, "explain") as names:
-            taken, _ = self._closure(rng_key, params, model, guide, args, kwargs, mutable)
+            taken = self._closure(rng_key, params, model, guide, args, kwargs, mutable)
         held = {name: params.pop(name) for name in names & params.keys()}
         if held:  # it came among the parameters, and is not differentiated
-            taken, _ = self._closure(rng_key, params, model, guide, args, kwargs, held)
+            taken = self._closure(rng_key, params, model, guide, args, kwargs, held)
         return taken.plan, taken.labels
 
     def plan_of_update(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[Plan, list]:
@@ -213,7 +214,7 @@ class RAD_ELBO(Trace_ELBO):
         if not jax.tree.leaves(params):
             raise ValueError("there is nothing to differentiate: neither model nor guide has a parameter.")
         operands = (svi_state.rng_key, params, svi.model, svi.guide, args, options, svi_state.mutable_state)
-        taken, _ = self._closure(*operands)
+        taken = self._closure(*operands)
         return taken.plan, taken.labels
 
     def with_plan(self, plan: Plan) -> RAD_ELBO:
@@ -273,10 +274,7 @@ class RAD_ELBO(Trace_ELBO):
         leaves, treedef = jax.tree.flatten(constrained)
         names = [name for name, _ in named_leaves(constrained)]
 
-        def closure(key: Any, batch: tuple) -> tuple[Closure, Any]:
-            return self._closure(key, constrained, svi.model, svi.guide, batch, options, mutable)
-
-        taken, others = closure(svi_state.rng_key, args)
+        taken = self._closure(svi_state.rng_key, constrained, svi.model, svi.guide, args, options, mutable)
         stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
         limit = None if most_bytes is None else parse_bytes(most_bytes)
         calibrator = Calibrator(taken.graph, strategies.LADDER, limit)
@@ -290,10 +288,7 @@ class RAD_ELBO(Trace_ELBO):
                 return pull(treedef.unflatten(every))
 
             batch = (args, *batches)[i % (1 + len(batches))]
-            if others is None:  # key and batch are part of the program
-                operands = closure(loss_key, batch)[0].operands
-            else:
-                operands = taken.operands_at(constrained, (loss_key, mutable, batch, options))
+            operands = taken.operands_at(constrained, loss_key, mutable, batch, options)
             signs = jax.tree.leaves(signs)
             gradient = calibrator.add(row_key, operands, [signs[i] for i in taken.leaves], unconstrained)
             bad = [names[i] for i, g in zip(taken.leaves, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
@@ -348,25 +343,20 @@ class RAD_ELBO(Trace_ELBO):
 
     def _closure(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict, mutable: Any = None
-    ) -> tuple[Closure, Any]:
-        """The program of the loss as ``jax.jit(svi.update)`` would see it, where the arguments allow that, and its
-        arguments besides ``param_map``: None where the program has them as constants.
+    ) -> Closure:
+        """The program of the loss of ``(param_map, rng_key, mutable, args, kwargs)`` as ``jax.jit(svi.update)`` would
+        see it.
 
         :param mutable: the mutable state, if there is any apart from ``param_map``.
         """
 
-        def loss(params: Any, others: Any) -> Any:
-            rng_key, mutable, args, kwargs = others
+        def loss(params: Any, rng_key: Any, mutable: Any, args: tuple, kwargs: dict) -> Any:
             if not jax.tree.leaves(mutable):
                 return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
             return _loss_and_state(self.base, rng_key, {**params, **mutable}, model, guide, *args, **kwargs)
 
-        others = (rng_key, mutable, args, kwargs)
         labels = [site for site, _ in site_leaves(param_map)]
-        try:
-            return Closure(loss, param_map, self.planner, others, labels), others
-        except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
-            return Closure(lambda params: loss(params, others), param_map, self.planner, labels=labels), None
+        return Closure(loss, param_map, self.planner, rng_key, mutable, args, kwargs, labels=labels)
 
     def _randomized(
         self,
@@ -401,11 +391,16 @@ def _step_bytes(svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -
         return svi.update(svi_state, *args, **kwargs)
 
     run, arrays = taking_arrays(update, args, kwargs, svi_state)
-    sizes = run.lower(arrays, svi_state).compile().memory_analysis()
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    sizes = _jax.compiled_bytes(run.lower(arrays, svi_state).compile())
+    if sizes is None:
+        raise NotImplementedError(
+            f"fit_step: the compiler of the backend '{jax.default_backend()}' does not say what memory a step takes. "
+            "Choose memory_budget yourself."
+        )
+    held = sizes.arguments + sizes.results - sizes.shared
     if not arrays:  # what the model looks at is a constant of the program
         held += sum(x.nbytes for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "nbytes"))
-    return held + sizes.temp_size_in_bytes
+    return held + sizes.temporary
 
 
 def _check_operands(rng_key: Any, param_map: Any, model: Any, guide: Any) -> None:

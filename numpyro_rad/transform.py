@@ -9,6 +9,7 @@ is lifted to an argument of that ``custom_vjp``, so the result composes with ``j
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,9 +30,35 @@ from numpyro_rad.mistakes import options_of
 from numpyro_rad.planning.planner import Options, Planner
 from numpyro_rad.planning.strategies import untouched_plan
 from numpyro_rad.planning.ways import Way
+from numpyro_rad.tracing import Parts, traced_or_constant
 
-_TEMPORARY_BYTES: dict[str, int | None] = {}
-"""What the compiler said of programs and plans: each is traced more than once, to explain it and to run it."""
+
+class Recent:
+    """What was found for the keys that were asked for last.
+
+    :param most: so many are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._found = most, {}
+
+    def of(self, key: str, find: Callable[[], Any]) -> Any:
+        """What was found for a key, or is found now."""
+        found = self._found.pop(key) if key in self._found else find()
+        self._found[key] = found  # last in the order of the dictionary
+        while len(self._found) > self._most:
+            del self._found[next(iter(self._found))]
+        return found
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._found.clear()
+
+
+TEMPORARY_BYTES = Recent(256)
+"""What the compiler said of programs and plans. A program is traced again by each function that looks at it, to explain
+it, to compile a step, for the next fit, so that it has no owner but the process. Each answer takes a compilation; one
+that was forgotten takes another."""
 
 
 class Program:
@@ -97,11 +124,9 @@ class Program:
 
         if _jax.names_axes(self._jaxpr):
             return None
-        key = json.dumps(plan.to_dict())  # the fingerprint of the program is in it
-        if key not in _TEMPORARY_BYTES:
-            seed = jax.ShapeDtypeStruct((2,), jnp.uint32)
-            _TEMPORARY_BYTES[key] = _jax.temporary_bytes(gradient, [seed, *(v.aval for v in self._jaxpr.jaxpr.invars)])
-        return _TEMPORARY_BYTES[key]
+        types = [jax.ShapeDtypeStruct((2,), jnp.uint32), *(v.aval for v in self._jaxpr.jaxpr.invars)]
+        key = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()  # with the fingerprint of the program
+        return TEMPORARY_BYTES.of(key, lambda: _jax.temporary_bytes(gradient, types))
 
     def _sweeps(self, active: tuple[bool, ...]) -> Plan | None:
         """The plan of the sweeps; None where JAX's own reverse mode differentiates. What computes little is not even
@@ -182,61 +207,6 @@ def site_leaves(params: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(site_name(jax.tree_util.keystr(path[:1], simple=True)), leaf) for path, leaf in paths]
 
 
-def split(args: tuple, kwargs: dict[str, Any], traced: bool) -> tuple[list[Any], Any]:
-    """The arrays among arguments (none if they are not to be traced), and what puts arguments together again."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    taken = [traced and hasattr(x, "dtype") for x in leaves]
-    rest = [None if on else x for x, on in zip(leaves, taken, strict=True)]
-
-    def merge(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        return treedef.unflatten([next(given) if on else x for x, on in zip(rest, taken, strict=True)])
-
-    return [x for x, on in zip(leaves, taken, strict=True) if on], merge
-
-
-def looks_at_numbers(f: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether ``f(*args, **kwargs)`` needs the numbers in its arrays, which are no operands of a program then."""
-    arrays, merge = split(args, kwargs, True)
-
-    def call(arrays: list[Any]) -> Any:
-        args, kwargs = merge(arrays)
-        return f(*args, **kwargs)
-
-    try:
-        jax.eval_shape(call, arrays)
-    except (TypeError, jax.errors.JAXTypeError):
-        return True
-    return False
-
-
-def with_arguments(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> Callable:
-    """``f(*operands, args, kwargs)`` compiled, as a function of the operands; see :func:`taking_arrays`."""
-    run, arrays = taking_arrays(f, args, kwargs, *like)
-    return partial(run, arrays)
-
-
-def taking_arrays(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> tuple[Any, list[Any]]:
-    """``f(*operands, args, kwargs)`` under ``jax.jit``, as a function of arrays and operands; and these arrays.
-
-    Arrays among the arguments are handed to the compiled function: as constants of it they would be copied into it,
-    more than once. Where ``f`` looks at their numbers they are constants all the same, and the list is empty.
-
-    :param like: operands, of which only shapes and dtypes matter.
-    """
-    for traced in (True, False):
-        arrays, merge = split(args, kwargs, traced)
-        run = jax.jit(lambda arrays, *operands, merge=merge: f(*operands, *merge(arrays)))
-        try:
-            run.eval_shape(arrays, *like)
-        except (TypeError, jax.errors.JAXTypeError):
-            if not traced:
-                raise
-        else:
-            return run, arrays
-    raise AssertionError  # the second pass returns or raises
-
-
 @jax.tree_util.register_pytree_node_class
 class _Stored:
     """What ``custom_vjp`` carries from one sweep to the other: arrays, and which operands were differentiated."""
@@ -302,70 +272,72 @@ def _planned(
 
 
 class Closure:
-    """The program that :func:`randomized` makes of ``f(tree)`` when ``tree`` is differentiated, outside of that.
+    """The program that :func:`randomized` makes of ``f(tree, *others)`` when ``tree`` is differentiated, outside of it.
 
     :ivar program: the program.
     :ivar operands: its operands, as they are.
     :ivar active: which of them are differentiated.
-    :ivar graph: its linearized graph.
-    :ivar plan: its plan.
     :ivar leaves: the positions of the differentiated arrays among the leaves of ``tree``, in the order of the operands.
     :ivar labels: what they are called, in the same order.
     """
 
     def __init__(
-        self, f: Callable, tree: Any, planner: Planner, others: Any = (), labels: Sequence[str] | None = None
+        self, f: Callable, tree: Any, planner: Planner, *others: Any, labels: Sequence[str] | None = None
     ) -> None:
-        """Trace ``f(tree)``, or ``f(tree, others)`` if there are others.
+        """Trace ``f(tree, *others)``.
 
-        :param others: what ``f`` gets besides; its arrays are traced too, and the rest is handed over as it is.
+        :param others: what ``f`` gets besides; its arrays are traced too, unless ``f`` looks at their numbers, and the
+            rest is handed over as it is.
         :param labels: what to call the leaves of ``tree``, by default their paths.
         """
-        labels = [name for name, _ in named_leaves(tree)] if labels is None else labels
-        leaves, (rest, treedef) = jax.tree.leaves(tree), jax.tree.flatten(others)
-        is_array = [hasattr(x, "dtype") for x in rest]
-        values = _arrays_of(tree, others)
-        programs: list[Program] = []
-        origins: list[tuple[int | None, Any]] = []
+        self._f, self._planner = f, planner
+        self._labels = [name for name, _ in named_leaves(tree)] if labels is None else labels
+        self._parts, self.program, self._origins = traced_or_constant(
+            lambda parts: (parts, *self._trace(parts, tree, others)), others
+        )
+        self.operands = self._operands(self._origins, tree, others)
+        leaves = jax.tree.leaves(tree)
+        moves = [at is not None and at < len(leaves) and _floats(leaves[at]) for at, _ in self._origins]
+        self.active = tuple(moves)
+        self.leaves = [at for (at, _), on in zip(self._origins, moves, strict=True) if on and at is not None]
+        self.labels = [self._labels[at] for at in self.leaves]
+
+    def _trace(self, parts: Parts, tree: Any, others: tuple) -> tuple[Program, list[tuple[int | None, Any]]]:
+        """The program, and where each of its operands is from: its place among leaves and arrays, or the operand."""
+        leaves, treedef = jax.tree.flatten(tree)
+        found: list[tuple[Program, list[tuple[int | None, Any]]]] = []
 
         def body(*arrays: Any) -> None:
-            moving, fixed = arrays[: len(leaves)], iter(arrays[len(leaves) :])
-            inner = jax.tree.unflatten(
-                treedef, [next(fixed) if on else x for x, on in zip(rest, is_array, strict=True)]
-            )
-            trees = (jax.tree.unflatten(jax.tree.structure(tree), moving), *((inner,) if treedef.num_nodes > 1 else ()))
-            called = {id(x): label for x, label in zip(moving, labels, strict=True)}
-            program, closed_over = Program.trace(lambda: f(*trees), (), planner, called)
-            position = {id(x): i for i, x in enumerate(arrays)}
-            programs.append(program)
-            origins.extend((position.get(id(c)), c) for c in closed_over)
+            moving = arrays[: len(leaves)]
+            whole, rest = treedef.unflatten(moving), parts.merge(arrays[len(leaves) :])
+            called = {id(x): label for x, label in zip(moving, self._labels, strict=True)}
+            program, closed_over = Program.trace(lambda: self._f(whole, *rest), (), self._planner, called)
+            places = {id(x): i for i, x in enumerate(arrays)}
+            found.append((program, [(places.get(id(c)), None if id(c) in places else c) for c in closed_over]))
 
-        jax.eval_shape(body, *values)
-        (self.program,) = programs
-        self._origins = origins
-        self.operands = self.operands_at(tree, others)
-        moves = [at is not None and at < len(leaves) and _floats(values[at]) for at, _ in origins]
-        self.active = tuple(moves)
-        self.leaves = [at for (at, _), on in zip(origins, moves, strict=True) if on and at is not None]
-        self.labels = [labels[at] for at in self.leaves]
+        jax.eval_shape(body, *leaves, *parts.arrays(others))
+        return found[0]
 
-    def operands_at(self, tree: Any, others: Any = ()) -> list[Any]:
+    def _operands(self, origins: list[tuple[int | None, Any]], tree: Any, others: tuple) -> list[Any]:
+        values = [*jax.tree.leaves(tree), *self._parts.arrays(others)]
+        return [value if at is None else values[at] for at, value in origins]
+
+    def operands_at(self, tree: Any, *others: Any) -> list[Any]:
         """The operands at another ``tree`` and other ``others`` of the same structure, shapes and dtypes."""
-        values = _arrays_of(tree, others)
-        return [value if at is None else values[at] for at, value in self._origins]
+        origins = self._origins
+        if others and not self._parts.has_arrays:  # these are constants, of another program of the same graph
+            _, origins = self._trace(Parts(others, traced=False), tree, others)
+        return self._operands(origins, tree, others)
 
     @property
     def graph(self) -> Graph:
+        """The linearized graph of the program."""
         return self.program.graph(self.active)
 
     @property
     def plan(self) -> Plan:
+        """The plan of the program."""
         return self.program.plan(self.active)
-
-
-def _arrays_of(tree: Any, others: Any) -> list[Any]:
-    """The leaves of a pytree, then the arrays among those of another."""
-    return [*jax.tree.leaves(tree), *(x for x in jax.tree.leaves(others) if hasattr(x, "dtype"))]
 
 
 def _floats(x: Any) -> bool:

@@ -362,7 +362,7 @@ def test_what_the_compiler_says_decides(monkeypatch):
 
     def told(*sizes):
         answers = itertools.chain(sizes, itertools.repeat(sizes[-1]))
-        monkeypatch.setattr(transform, "_TEMPORARY_BYTES", {})
+        monkeypatch.setattr(transform, "TEMPORARY_BYTES", transform.Recent(8))
         monkeypatch.setattr(_jax, "temporary_bytes", lambda f, avals: next(answers))
 
     told(None)

@@ -16,7 +16,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -182,8 +182,32 @@ _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_pas
 def temporary_bytes(f: Callable, avals: Sequence[Any]) -> int | None:
     """Temporary memory of ``f`` compiled for operands of these types; None where the compiler does not say."""
     options = _QUICKLY if jax.default_backend() in ("cpu", "gpu") else None
-    sizes = jax.jit(f).lower(*_structs(avals)).compile(compiler_options=options).memory_analysis()
-    return None if sizes is None else int(sizes.temp_size_in_bytes)
+    sizes = compiled_bytes(jax.jit(f).lower(*_structs(avals)).compile(compiler_options=options))
+    return None if sizes is None else sizes.temporary
+
+
+class CompiledBytes(NamedTuple):
+    """Memory of a compiled function, in bytes.
+
+    :ivar temporary: what it takes while it runs, besides these:
+    :ivar arguments: of its operands.
+    :ivar results: of what it returns.
+    :ivar shared: of arguments that are given up to results.
+    """
+
+    temporary: int
+    arguments: int
+    results: int
+    shared: int
+
+
+def compiled_bytes(compiled: Any) -> CompiledBytes | None:
+    """Memory of what ``jax.jit(f).lower(...).compile()`` returned; None where the compiler does not say."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    own = sizes.argument_size_in_bytes, sizes.output_size_in_bytes, sizes.alias_size_in_bytes
+    return CompiledBytes(int(sizes.temp_size_in_bytes), *map(int, own))
 
 
 def names_axes(jaxpr: Jaxpr) -> bool:

@@ -17,7 +17,7 @@ from numpyro.infer import SVI
 from numpyro.infer.util import log_density
 
 from numpyro_rad.diagnostics.plates import FullPlates
-from numpyro_rad.transform import with_arguments
+from numpyro_rad.tracing import with_arguments
 
 _WAITING_BYTES = 2**23  # of draws on the device
 

@@ -38,7 +38,7 @@ from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import values_of, watched_state
 from numpyro_rad.mistakes import kwargs_checked
-from numpyro_rad.transform import with_arguments
+from numpyro_rad.tracing import with_arguments
 from numpyro_rad.wording import number, signed_text
 
 __all__ = ["IterateAverage", "Iterates", "Shadow", "fit_quality", "shadow"]

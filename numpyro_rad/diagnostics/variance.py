@@ -42,6 +42,7 @@ from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_key
 from numpyro_rad.fits import state_of
 from numpyro_rad.mistakes import check_initialised, kwargs_checked
 from numpyro_rad.planning.planner import Planner, VarianceWarning
+from numpyro_rad.tracing import Compiled
 from numpyro_rad.transform import named_leaves, site_leaves
 
 _TAG = 0x52414423  # folded into the state's key: the draws of gradient_variance
@@ -163,10 +164,7 @@ class Gradient:
     def __init__(self, svi: SVI, elbo: Any = None) -> None:
         check_initialised("Gradient", svi)
         self._svi, self._elbo = svi, svi.loss if elbo is None else elbo
-        self._traced = jax.jit(self._of_arrays, static_argnums=0)
-        self._constant: dict[tuple[int, ...], tuple[Any, Any]] = {}
-        self._looks_at_arrays = False
-        self._compiled: set[Any] = set()
+        self._compiled = Compiled(self._at)
 
     def __call__(self, svi_state: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> Any:
         """The gradient at the parameters of a state, as a pytree like these."""
@@ -176,38 +174,15 @@ class Gradient:
     def program(self, svi_state: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> tuple[Any, tuple]:
         """The compiled function and its operands."""
         point = self._svi.optim.get_params(svi_state.optim_state), svi_state.mutable_state, keys
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        is_array = tuple(hasattr(x, "dtype") for x in leaves)
-        static = treedef, tuple(None if on else x for x, on in zip(leaves, is_array, strict=True)), is_array
-        arrays = [x for x, on in zip(leaves, is_array, strict=True) if on]
-        shape = (static[0], str(static[1]), *((x.shape, str(x.dtype)) for x in arrays), jax.tree.structure(keys))
-        with contextlib.nullcontext() if shape in self._compiled else _quiet():
-            if not self._looks_at_arrays:
-                try:
-                    if shape not in self._compiled:
-                        self._traced.eval_shape(static, *point, arrays)
-                    self._compiled.add(shape)
-                    return partial(self._traced, static), (*point, arrays)
-                except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments, or is wrong
-                    self._looks_at_arrays = True
-            name = tuple(map(id, leaves))
-            if name not in self._constant:
-                run = jax.jit(partial(self._at, args=args, kwargs=kwargs))
-                run.eval_shape(*point)
-                self._constant[name] = leaves, run  # the leaves live as long as their ids are in use
-            return self._constant[name][1], point
+        with contextlib.nullcontext() if self._compiled.knows(args, kwargs, *point) else _quiet():
+            run, parts = self._compiled.of(args, kwargs, *point)
+        return run, (parts.arrays((args, kwargs)), *point)
 
-    def temporary_bytes(self, svi_state: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> int:
-        """Temporary memory of the compiled function, as the compiler says."""
+    def temporary_bytes(self, svi_state: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> int | None:
+        """Temporary memory of the compiled function; None where the compiler does not say."""
         run, operands = self.program(svi_state, keys, args, kwargs)
-        lowered = self._traced.lower(*run.args, *operands) if isinstance(run, partial) else run.lower(*operands)
-        return int(lowered.compile().memory_analysis().temp_size_in_bytes)  # type: ignore[union-attr]
-
-    def _of_arrays(self, static: Any, free: Any, mutable: Any, keys: NoiseKeys, arrays: Any) -> Any:
-        treedef, others, is_array = static
-        given = iter(arrays)
-        args, kwargs = treedef.unflatten([next(given) if on else x for x, on in zip(others, is_array, strict=True)])
-        return self._at(free, mutable, keys, args, kwargs)
+        sizes = _jax.compiled_bytes(run.lower(*operands).compile())
+        return None if sizes is None else sizes.temporary
 
     def _at(self, free: Any, mutable: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> Any:
         svi = self._svi
@@ -334,7 +309,8 @@ class _Sampler:
             gradients["randomized"] = self._gradient
         key = self._stream
         case = (self._state, NoiseKeys(key, None, key), self._pool[0], self._kwargs)
-        memory = {name: gradient.temporary_bytes(*case) for name, gradient in gradients.items()}
+        sizes = {name: gradient.temporary_bytes(*case) for name, gradient in gradients.items()}
+        memory = {name: size for name, size in sizes.items() if size is not None}
         times: dict[str, list[float]] = {name: [] for name in gradients}
         for i in range(_TIMINGS + 1):
             for name, gradient in gradients.items():

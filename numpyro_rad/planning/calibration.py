@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Graph, Path, Value
 from numpyro_rad.ad.plan import BudgetError, Plan
@@ -303,7 +304,8 @@ def _with_arrays(plan: Plan, tape: Tape, arrays: Iterator[tuple[Any, ...]]) -> T
 class Calibrator:
     """Gathers draws of the gradient of a program and of what its codes add to it.
 
-    :param most_bytes: temporary memory that a draw may take, None for any.
+    :param most_bytes: temporary memory that a draw may take, None for any. It binds where the
+        compiler says what that is.
     """
 
     def __init__(self, graph: Graph, codecs: Sequence[Codec], most_bytes: int | None = None) -> None:
@@ -329,12 +331,12 @@ class Calibrator:
         """
         if self._most_bytes is not None and not self._gradients:
             compiled = self._measure.lower(key, operands, signs).compile()
-            needed = int(compiled.memory_analysis().temp_size_in_bytes)
-            if needed > self._most_bytes:
+            sizes = _jax.compiled_bytes(compiled)
+            if sizes is not None and sizes.temporary > self._most_bytes:
                 raise BudgetError(
-                    f"calibrate: a draw takes {needed} bytes, and most_bytes={self._most_bytes}. Raise it, use a "
-                    "smaller minibatch, or plan without measured variances.",
-                    needed,
+                    f"calibrate: a draw takes {sizes.temporary} bytes, and most_bytes={self._most_bytes}. Raise it, "
+                    "use a smaller minibatch, or plan without measured variances.",
+                    sizes.temporary,
                 )
             self._measure = compiled
         gradient, squares, table = self._measure(key, operands, signs)

@@ -25,7 +25,7 @@ from numpyro_rad.mistakes import check_fit, kwargs_checked, shown
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.planning.worth import SMALL_BYTES, Option, percent, recommended
-from numpyro_rad.transform import taking_arrays
+from numpyro_rad.tracing import taking_arrays
 from numpyro_rad.wording import size_text
 
 _SHARES = (0.2, 0.1, 0.05)  # of the exact residuals, for the budgets that are tried
@@ -166,8 +166,8 @@ class _Trial:
 
         run, arrays = taking_arrays(step, args, kwargs, svi_state)
         compiled = run.lower(arrays, svi_state).compile()
-        sizes = compiled.memory_analysis()
-        self.temporary_bytes = None if sizes is None else int(sizes.temp_size_in_bytes)
+        sizes = _jax.compiled_bytes(compiled)
+        self.temporary_bytes = None if sizes is None else sizes.temporary
         self.run = partial(compiled, arrays, svi_state)
 
     def time(self) -> None:

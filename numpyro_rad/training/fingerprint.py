@@ -25,10 +25,10 @@ import numpy as np
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.tracing import Parts, traced_or_constant
 from numpyro_rad.training import results
 from numpyro_rad.training.batches import word, words
 from numpyro_rad.training.checkpoints import to_host
-from numpyro_rad.transform import split
 
 _CHUNK_BYTES = 2**26  # of an array, for one thread
 
@@ -141,19 +141,14 @@ def _replanning(svi: Any) -> dict[str, str]:
 def _program(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     """Hash of the program of the loss, whatever is stored for its gradient."""
 
-    def digest(traced: bool) -> str:
-        arrays, merge = split(args, kwargs, traced)
-
+    def digest(parts: Parts) -> str:
         def loss(state: Any, arrays: list[Any]) -> Any:
-            args, kwargs = merge(arrays)
+            args, kwargs = parts.merge(arrays)
             return svi.evaluate(state, *args, **kwargs)
 
-        return _jax.digest(loss, state, arrays)
+        return _jax.digest(loss, state, parts.arrays((args, kwargs)))
 
-    try:
-        return digest(True)
-    except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
-        return digest(False)
+    return traced_or_constant(digest, (args, kwargs))
 
 
 def _update(svi: Any, state: Any) -> str:

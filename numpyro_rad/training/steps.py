@@ -10,21 +10,21 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.tracing import LOOKS, Parts, shapes, signature, traced_or_constant
 from numpyro_rad.training.batches import words
-from numpyro_rad.transform import split
 
 CAPACITY = 1024
 """Losses that are collected on the device before they have to be fetched."""
-
-_ALL_ARRAYS, _NO_ARRAYS = True, False
 
 
 class Steps:
@@ -64,25 +64,9 @@ class Steps:
         """Room for the losses."""
         if self._loss_dtype is None:
             with self._doing("tracing"):
-                loss, _ = self._traced(lambda *a, **k: self._svi.evaluate(state, *a, **k), args, kwargs)
+                loss = shapes(lambda *a, **k: self._svi.evaluate(state, *a, **k), args, kwargs, self._fixed)
             self._loss_dtype = getattr(loss, "dtype", jnp.result_type(float))
         return jnp.zeros(CAPACITY, self._loss_dtype)
-
-    def _traced(self, f: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
-        """Shapes of ``f(*args, **kwargs)`` and whether arrays could be traced."""
-        for traced in (_ALL_ARRAYS, _NO_ARRAYS):
-            arrays, merge = split(args, kwargs, traced)
-
-            def call(arrays: list[Any], merge: Any = merge) -> Any:
-                args, kwargs = merge(arrays)
-                return f(*args, **kwargs)
-
-            try:
-                return jax.eval_shape(call, arrays), traced
-            except (TypeError, jax.errors.JAXTypeError):
-                if not self._fixed or not traced:
-                    raise
-        raise AssertionError  # the second pass returns or raises
 
     def __call__(
         self, state: Any, losses: jax.Array, start: int, n: int, args: tuple, kwargs: dict[str, Any]
@@ -104,7 +88,7 @@ class Steps:
 
     def _known(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The key of the compiled step for such arguments."""
-        key = signature(state, args, kwargs)
+        key = jax.tree.structure(state), signature((args, kwargs))
         if key not in self._compiled:
             self._compiled[key] = self._compile(state, losses, args, kwargs)
         return key
@@ -122,35 +106,40 @@ class Steps:
 
     def _lowered(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The compiled step: arguments traced if the model allows that, a loop if the optimizer does."""
-        choices = [(loops, traced) for loops in (True, False) for traced in (_ALL_ARRAYS, _NO_ARRAYS)]
-        choices = [c for c in choices if c[0] <= self._loops and (self._fixed or c[1])]
-        first = None
-        for loops, traced in choices:
-            arrays, merge = split(args, kwargs, traced)
-            step = jax.jit(self._step(merge, loops), donate_argnums=(0, 1))
-            try:
-                lowered = step.lower(state, losses, np.int32(0), np.int32(1), arrays)
-            except (TypeError, jax.errors.JAXTypeError) as error:
-                first = first if first is not None else error
-                continue
-            self._loops = loops
-            leaves = [x for x in jax.tree.leaves((state, arrays)) if isinstance(x, jax.Array)]
-            alone = all(len(x.sharding.device_set) == 1 for x in leaves)
-            with self._doing("compiling"):
-                compiled = lowered.compile()
-            return self._callable(compiled, step if not alone else None, traced)
-        assert first is not None
-        raise first
 
-    def _callable(self, compiled: Any, jitted: Any, traced: bool) -> Any:
+        def lower(loops: bool, parts: Parts) -> tuple[Parts, Any, Any]:
+            arrays = parts.arrays((args, kwargs))
+            step = jax.jit(self._step(parts.merge, loops), donate_argnums=(0, 1))
+            return parts, step, step.lower(state, losses, np.int32(0), np.int32(1), arrays)
+
+        def lowered_step(loops: bool) -> tuple[Parts, Any, Any]:
+            return traced_or_constant(partial(lower, loops), (args, kwargs), self._fixed)
+
+        try:
+            parts, step, lowered = lowered_step(self._loops)
+        except LOOKS as first:
+            if not self._loops:
+                raise
+            try:
+                parts, step, lowered = lowered_step(False)
+            except LOOKS:
+                raise first from None
+            self._loops = False
+        leaves = [x for x in jax.tree.leaves((state, parts.arrays((args, kwargs)))) if isinstance(x, jax.Array)]
+        alone = all(len(x.sharding.device_set) == 1 for x in leaves)
+        with self._doing("compiling"):
+            compiled = lowered.compile()
+        return self._callable(compiled, step if not alone else None, parts)
+
+    def _callable(self, compiled: Any, jitted: Any, parts: Parts) -> Any:
         """The compiled step, or the jitted one where shardings may change after a step."""
-        sizes = compiled.memory_analysis()
+        sizes = _jax.compiled_bytes(compiled)
         if sizes is not None:
-            self.temporary_bytes = max(self.temporary_bytes or 0, int(sizes.temp_size_in_bytes))
+            self.temporary_bytes = max(self.temporary_bytes or 0, sizes.temporary)
         runs = compiled if jitted is None else jitted
 
         def call(state: Any, losses: Any, start: Any, n: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return runs(state, losses, start, n, split(args, kwargs, traced)[0])
+            return runs(state, losses, start, n, parts.arrays((args, kwargs)))
 
         return call
 
@@ -195,21 +184,6 @@ class Steps:
             if self.plans:  # the last batch of an epoch is smaller than those of the calibration, which is no mistake
                 warnings.filterwarnings("ignore", "the calibration was made for another program")
             return self._svi.loss.plan_of_update(self._svi, state, *args, **kwargs)
-
-
-def signature(state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What a compiled step depends on: structures, shapes, and the values of what is no array."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    kinds = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else _hashable(x) for x in leaves)
-    return jax.tree.structure(state), treedef, kinds
-
-
-def _hashable(x: Any) -> Any:
-    try:
-        hash(x)
-    except TypeError:
-        return type(x), id(x)
-    return type(x), x
 
 
 def _outline(args: tuple, kwargs: dict[str, Any]) -> str:

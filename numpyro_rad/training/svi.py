@@ -30,6 +30,7 @@ from numpyro_rad.fits import is_result, on_device
 from numpyro_rad.mistakes import check_fit, check_names, check_state
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.planner import VarianceWarning
+from numpyro_rad.tracing import looks_at_numbers
 from numpyro_rad.training.arguments import (
     blamed,
     check_key,
@@ -45,7 +46,6 @@ from numpyro_rad.training.optimizers import evaluations
 from numpyro_rad.training.progress import Progress
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.validation import Validator, held_out
-from numpyro_rad.transform import looks_at_numbers
 
 _DEFAULT_TRACKING = Tracking()
 

@@ -21,9 +21,8 @@ from numpyro_rad.diagnostics.quality import loss_of_one_particle
 from numpyro_rad.diagnostics.records import Validation, from_dict, to_dict
 from numpyro_rad.elbo import NoiseKeys, loss_by_keys
 from numpyro_rad.fits import on_device
+from numpyro_rad.tracing import Compiled
 from numpyro_rad.training.fingerprint import checksum
-from numpyro_rad.training.steps import signature
-from numpyro_rad.transform import split
 
 DRAWS = 8
 """Samples of the guide in one look; they follow one another, so that memory is that of one."""
@@ -114,7 +113,7 @@ class Validator:
         self._keys = jax.random.split(jax.random.fold_in(state.rng_key, _TAG), DRAWS)
         self._steps: list[int] = []
         self._losses: list[np.ndarray] = []
-        self._shared: dict[Any, Callable] = {}
+        self._compiled = Compiled(self._of_draws)
         for args, kwargs in given:
             _check_rows(svi, state, args, kwargs)
         self._functions = [self._function(state, args, kwargs) for args, kwargs in given]
@@ -165,30 +164,19 @@ class Validator:
 
     def _function(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Callable:
         """``(state, args, kwargs) -> losses`` of all draws, one for all batches of the same size."""
-        key = signature(state, args, kwargs)
         try:
-            if key not in self._shared:
-                try:
-                    self._shared[key] = self._traced(state, args, kwargs, True)
-                except (TypeError, jax.errors.JAXTypeError):  # the model looks at its arguments
-                    return self._traced(state, args, kwargs, False)
-            return self._shared[key]
+            run, parts = self._compiled.of(args, kwargs, state, self._keys)
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(
                 f"validate: the loss on the held-out data cannot be evaluated: {error} {_ADVICE}"
             ) from error
+        return lambda state, args, kwargs: run(parts.arrays((args, kwargs)), state, self._keys)
 
-    def _traced(self, state: Any, args: tuple, kwargs: dict[str, Any], traced: bool) -> Callable:
-        svi, keys, (arrays, merge) = self._svi, self._keys, split(args, kwargs, traced)
-
-        @jax.jit
-        def losses(state: Any, keys: Any, arrays: list[Any]) -> Any:
-            args, kwargs = merge(arrays)
-            of = svi.get_params(state), state.mutable_state, svi.model, svi.guide, args, {**kwargs, **svi.static_kwargs}
-            return jax.lax.map(lambda key: loss_by_keys(self._loss, NoiseKeys(key, None, None), *of), keys)
-
-        jax.eval_shape(losses, state, keys, arrays)  # complains now rather than at the first look
-        return lambda state, args, kwargs: losses(state, keys, split(args, kwargs, traced)[0])
+    def _of_draws(self, state: Any, keys: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The loss of each draw, one after the other."""
+        svi = self._svi
+        of = svi.get_params(state), state.mutable_state, svi.model, svi.guide, args, {**kwargs, **svi.static_kwargs}
+        return jax.lax.map(lambda key: loss_by_keys(self._loss, NoiseKeys(key, None, None), *of), keys)
 
 
 def _check_rows(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
