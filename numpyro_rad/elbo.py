@@ -13,7 +13,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,18 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.plan import BudgetError, Plan
-from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_state
-from numpyro_rad.mistakes import is_key, kwargs_checked, options_of, shown
+from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_state, with_loss
+from numpyro_rad.mistakes import is_key, kwargs_checked, misspelt, names_checked, shown
 from numpyro_rad.planning import strategies
 from numpyro_rad.planning.calibration import Calibration, Calibrator
-from numpyro_rad.planning.planner import Options, Planner, parse_bytes
+from numpyro_rad.planning.planner import Planner, Rule, parse_bytes
 from numpyro_rad.tracing import taking_arrays
 from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves
 from numpyro_rad.wording import arguments_text, call_text
+
+_OWN = ("num_particles", "vectorize_particles", "multi_sample_guide", "sum_sites")  # arguments of Trace_ELBO
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
 
@@ -73,18 +76,26 @@ class RAD_ELBO(Trace_ELBO):
     :param base: the ELBO to take the value from instead of ``Trace_ELBO``: an instance of ``TraceMeanField_ELBO``,
         ``RenyiELBO``, ``TraceGraph_ELBO``, ``TraceEnum_ELBO`` or any subclass of ``numpyro.infer.elbo.ELBO``. The four
         arguments above belong to ``Trace_ELBO`` and are then set on the base.
-    :param options: how to plan, each as in :class:`numpyro_rad.Planner`: ``codec``, ``memory_budget``,
-        ``added_variance``, ``plan``, ``exact``, ``objective``, ``offload``, ``overrides``, ``calibration``. Above all
-        ``memory_budget="256MiB"``, the most bytes that may be held between the two sweeps of one gradient, all
-        particles together (codes, scales and kept values count, parameters and data do not). Without any, a
-        program with less than 16 MiB of residuals is left to JAX's own reverse mode, as with ``Trace_ELBO``, and of
-        a larger one residuals are rounded to 4 bits where the bytes saved are worth the time.
+    :param memory_budget: the most bytes that may be held between the two sweeps of one gradient, such as ``"256MiB"``,
+        all particles together (codes, scales and kept values count, parameters and data do not). Without this and the
+        options that follow, a program with less than 16 MiB of residuals is left to JAX's own reverse mode, as with
+        ``Trace_ELBO``, and of a larger one residuals are rounded to 4 bits where the bytes saved are worth the time.
+    :param codec: as in :class:`numpyro_rad.planning.Planner`, like all that follow.
+    :param added_variance: the most variance that may be added, as a share of the exact gradient's own.
+    :param plan: a saved plan.
+    :param exact: no codes: recompute and keep only.
+    :param slices: in how many slices to run what can be run in slices.
+    :param objective: what is least within a budget.
+    :param offload: whether exact values may wait in the memory of the host.
+    :param overrides: what to do with some residuals.
+    :param calibration: measured prices of codes, from :meth:`calibrate`.
     :raises TypeError: for a wrong ``base`` or option, and for a number of particles that is none.
     :raises ValueError: for an option that cannot be read, for two that exclude each other, or for a ``base`` together
         with an argument that belongs on it.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.
 
-    The loss raises ``NotImplementedError`` under forward-mode differentiation. Attributes of the base may be set here.
+    The loss raises ``NotImplementedError`` under forward-mode differentiation. An ELBO does not change once it is made:
+    :meth:`replace` makes another one, and :class:`numpyro_rad.RAD_SVI` puts what it learns into a copy of its own.
 
     **Reference:** Oktay, McGreivy, Aduol, Beatson, Adams, *Randomized Automatic Differentiation*, ICLR 2021.
 
@@ -94,7 +105,7 @@ class RAD_ELBO(Trace_ELBO):
         svi = SVI(model, guide, optax.adam(1e-3), RAD_ELBO(base=TraceMeanField_ELBO(num_particles=8)))
     """
 
-    @options_of(Planner)
+    @names_checked
     def __init__(
         self,
         num_particles: int = 1,
@@ -103,26 +114,59 @@ class RAD_ELBO(Trace_ELBO):
         sum_sites: bool = True,
         *,
         base: ELBO | None = None,
-        **options: Unpack[Options],
+        codec: Codec | None = None,
+        memory_budget: int | str | None = None,
+        added_variance: float | None = None,
+        plan: Mapping[str, Any] | None = None,
+        exact: bool = False,
+        slices: int | None = None,
+        objective: str = "balanced",
+        offload: bool = False,
+        overrides: Mapping[Rule, Codec] = {},
+        calibration: Any = None,
     ) -> None:
-        own = (num_particles, vectorize_particles, multi_sample_guide, sum_sites)
-        if base is None:
-            base = Trace_ELBO(*own)
-        elif own != (1, True, False, True):
-            raise ValueError(
-                "num_particles, vectorize_particles, multi_sample_guide and sum_sites are set on the base: write "
-                f"RAD_ELBO(base={type(base).__name__}(num_particles=...))."
-            )
-        if not isinstance(base, ELBO) or isinstance(base, RAD_ELBO):
-            raise TypeError(
-                f"base={shown(base)} is not an instance of one of NumPyro's ELBOs. Pass one, for example "
-                "base=TraceMeanField_ELBO(), or nothing for Trace_ELBO."
-            )
-        _check_particles(base)
-        planner = Planner(**options)  # complains now rather than in the first step
-        self.can_infer_discrete = base.can_infer_discrete  # the class has one of its own
-        self.planner = planner
-        self.base = base
+        planner = Planner(  # complains now rather than in the first step
+            codec=codec,
+            memory_budget=memory_budget,
+            added_variance=added_variance,
+            plan=plan,
+            exact=exact,
+            slices=slices,
+            objective=objective,
+            offload=offload,
+            overrides=overrides,
+            calibration=calibration,
+        )
+        self._hold(_base_of(base, num_particles, vectorize_particles, multi_sample_guide, sum_sites), planner)
+
+    def _hold(self, base: ELBO, planner: Planner) -> None:
+        can = base.can_infer_discrete  # the class has one of its own
+        vars(self).update(base=base, planner=planner, can_infer_discrete=can)
+
+    def replace(self, **options: Any) -> RAD_ELBO:
+        """A copy of this ELBO with other options; this one stays as it is.
+
+        :param options: those of the constructor, by name. What is not named stays; ``num_particles`` and its kin can be
+            changed where there is no ``base=``.
+        :raises TypeError: as the constructor, and for an option that does not exist.
+        :raises ValueError: as the constructor.
+
+        Example::
+
+            svi.loss = svi.loss.replace(memory_budget=svi.loss.fit_step(svi, state, "8GiB", x, y))
+        """
+        own = {name: options[name] for name in _OWN if name in options}
+        planned = {field.name for field in dataclasses.fields(Planner)}
+        for name in options:
+            if name not in (*_OWN, "base", *planned):
+                raise misspelt("RAD_ELBO.replace", name, (*_OWN, "base", *planned))
+        base = options.get("base", self.base)
+        if own and "base" not in options and type(base) is Trace_ELBO:
+            base, own = None, {name: getattr(self.base, name) for name in _OWN} | own
+        found = copy.copy(self)
+        planner = dataclasses.replace(self.planner, **{name: options[name] for name in planned & options.keys()})
+        found._hold(_base_of(base, **own), planner)
+        return found
 
     def __repr__(self) -> str:
         """The call that makes it; measured variances are left out."""
@@ -137,8 +181,14 @@ class RAD_ELBO(Trace_ELBO):
         return getattr(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name in ("base", "planner") or "base" not in vars(self)
-        object.__setattr__(self if own else self.base, name, value)
+        if name in ("base", "planner") or ("base" in vars(self) and hasattr(self.base, name)):
+            known = name in _OWN or name in ("base", *(field.name for field in dataclasses.fields(Planner)))
+            another = f"{name}=..." if known else "base=..."
+            raise AttributeError(
+                f"{name} cannot be set: an ELBO does not change once it is made. elbo.replace({another}) makes another "
+                "one, for example for svi.loss."
+            )
+        object.__setattr__(self, name, value)
 
     def loss(self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """Negative ELBO as the base returns it; ``rng_key`` seeds the paths too."""
@@ -217,13 +267,14 @@ class RAD_ELBO(Trace_ELBO):
         taken = self._closure(*operands)
         return taken.plan, taken.labels
 
-    def with_plan(self, plan: Plan) -> RAD_ELBO:
+    def with_plan(self, plan: Plan | Mapping[str, Any]) -> RAD_ELBO:
         """A copy of this ELBO with that very plan for its gradients, instead of one that is chosen anew.
 
-        :param plan: of the program that will be differentiated; for another one the gradient raises ``ValueError``.
+        :param plan: of the program that will be differentiated, or what its ``to_dict`` returned; for another program
+            the gradient raises ``ValueError``.
         """
         found = copy.copy(self)
-        found.planner = self.planner.pinned(plan.to_dict())
+        found._hold(self.base, self.planner.pinned(plan.to_dict() if isinstance(plan, Plan) else plan))
         return found
 
     @kwargs_checked
@@ -237,11 +288,12 @@ class RAD_ELBO(Trace_ELBO):
         most_bytes: int | str | None = None,
         **kwargs: Any,
     ) -> Calibration:
-        """Measure what codes add to the variance of the gradient, and plan by it from now on.
+        """Measure what codes add to the variance of the gradient; a copy of this ELBO with it plans by it.
 
         Call it between ``svi.init`` and the first (compiled) ``svi.update``, and again whenever variances may have
-        changed. It takes ``draws`` gradients under keys of their own, each at about twice the time and memory of an
-        exact gradient; where that memory is not there, calibrate on the host
+        changed. Nothing changes but ``svi.loss``, where you assign the copy. It takes ``draws`` gradients under keys of
+        their own, each at about twice the time and memory of an exact gradient; where that memory is not there,
+        calibrate on the host
         (``with jax.default_device(jax.devices("cpu")[0])``). Variances are those of the gradient that the optimizer
         sees, in the unconstrained parameters.
 
@@ -253,14 +305,14 @@ class RAD_ELBO(Trace_ELBO):
         :param draws: number of gradients, at least 2. Three price the codes against one another; what they add in
             relation to the exact gradient's own variance is known as badly as that, and better from a dozen.
         :param most_bytes: temporary memory that one draw may take, an int or a string such as ``"2GiB"``; None for any.
-        :return: what was measured; it is also set on ``planner``.
+        :return: what was measured, for :meth:`replace`.
         :raises ValueError: if a gradient is not finite, or for fewer than 2 draws.
         :raises BudgetError: if a draw takes more than ``most_bytes``; none was made then.
 
         Example::
 
             state = svi.init(key, x, y)
-            svi.loss.calibrate(svi, state, x, y)
+            svi.loss = svi.loss.replace(calibration=svi.loss.calibrate(svi, state, x, y))
             result = svi.run(key, 1000, x, y, init_state=state)
         """
         if draws < 2:
@@ -297,13 +349,11 @@ class RAD_ELBO(Trace_ELBO):
                     f"calibrate: the gradient in {', '.join(bad)} is not finite in draw {i + 1} of {draws}: there is "
                     "no variance to measure. Look at the loss (svi.evaluate), the data and the initial values."
                 )
-        found = calibrator.result()
-        self.planner = dataclasses.replace(self.planner, calibration=found)
-        return found
+        return calibrator.result()
 
     @kwargs_checked
     def fit_step(self, svi: SVI, svi_state: Any, total: int | str, *args: Any, **kwargs: Any) -> int:
-        """Choose ``memory_budget`` such that one whole ``svi.update`` fits into so much memory.
+        """The ``memory_budget`` with which one whole ``svi.update`` fits into so much memory.
 
         Arguments (parameters, optimizer state, data), results and everything temporary count, as the compiler says
         after compiling the step; a few candidates are compiled, each as long as the step itself takes to compile.
@@ -312,28 +362,30 @@ class RAD_ELBO(Trace_ELBO):
         :param svi_state: its state, or the result of its run.
         :param total: bytes, an int or a string such as ``"8GiB"``.
         :param args: arguments of model and guide, as in ``svi.update``.
-        :return: the budget, which is also set on ``planner``.
+        :return: the budget in bytes, for :meth:`replace`; an ELBO with ``codec``, ``added_variance`` or ``plan`` is
+            asked without these.
         :raises BudgetError: if no budget makes the step fit; ``smallest_bytes`` is the smallest step that was seen.
+        :raises NotImplementedError: where the compiler does not say what a step takes.
 
         Example::
 
-            svi.loss.fit_step(svi, state, "8GiB", x, y)
+            budget = svi.loss.fit_step(svi, state, "8GiB", x, y)
+            svi.loss = svi.loss.replace(memory_budget=budget)  # before the first compiled svi.update
         """
         svi_state, limit = state_of(svi, svi_state, "fit_step"), parse_bytes(total, "total")
-        before, budget, smallest = self.planner, limit, math.inf
+        budget, smallest = limit, math.inf
         for _ in range(8):
-            self.planner = dataclasses.replace(before, memory_budget=budget, codec=None, added_variance=None, plan=None)
+            elbo = self.replace(memory_budget=budget, codec=None, added_variance=None, plan=None)
             try:
-                step = _step_bytes(svi, svi_state, args, kwargs)
+                step = _step_bytes(with_loss(svi, elbo), svi_state, args, kwargs)
             except BudgetError:
                 break
             if step <= limit:
                 return budget
             smallest = min(smallest, step)
-            plan, _ = self.plan_of_update(svi, svi_state, *args, **kwargs)
+            plan, _ = elbo.plan_of_update(svi, svi_state, *args, **kwargs)
             less = max(step - limit, plan.peak_bytes // 20)  # not all of what is too much need be residuals
             budget = max(plan.peak_bytes - less, plan.peak_bytes // 4)
-        self.planner = before
         raise BudgetError(
             f"total={total!r}: no plan makes one svi.update fit; the smallest that was found takes {smallest} bytes in "
             "all. Parameters, optimizer state and data alone may take most of it: try a smaller minibatch or fewer "
@@ -421,6 +473,31 @@ def _check_operands(rng_key: Any, param_map: Any, model: Any, guide: Any) -> Non
 def _check_object(elbo: Any) -> None:
     if not isinstance(elbo, RAD_ELBO):  # SVI calls what it was given: the class, for instance, with a key as its self
         raise TypeError("the loss is the class RAD_ELBO itself. Make one: SVI(model, guide, optim, RAD_ELBO()).")
+
+
+def _base_of(
+    base: ELBO | None,
+    num_particles: int = 1,
+    vectorize_particles: Any = True,
+    multi_sample_guide: bool = False,
+    sum_sites: bool = True,
+) -> ELBO:
+    """The ELBO that is wrapped, from the arguments of ``RAD_ELBO`` that belong to it."""
+    own = (num_particles, vectorize_particles, multi_sample_guide, sum_sites)
+    if base is None:
+        base = Trace_ELBO(*own)
+    elif own != (1, True, False, True):
+        raise ValueError(
+            "num_particles, vectorize_particles, multi_sample_guide and sum_sites are set on the base: write "
+            f"RAD_ELBO(base={type(base).__name__}(num_particles=...))."
+        )
+    if not isinstance(base, ELBO) or isinstance(base, RAD_ELBO):
+        raise TypeError(
+            f"base={shown(base)} is not an instance of one of NumPyro's ELBOs. Pass one, for example "
+            "base=TraceMeanField_ELBO(), or nothing for Trace_ELBO."
+        )
+    _check_particles(base)
+    return base
 
 
 def _check_particles(base: ELBO) -> None:

@@ -7,6 +7,7 @@ JAX arrays: models and guides index them by what is traced.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -90,6 +91,13 @@ class _MutableSites(Messenger):
     def process_message(self, msg: Any) -> None:
         if msg["type"] == "mutable":
             self.names.add(msg["name"])
+
+
+def with_loss(svi: Any, loss: Any) -> Any:
+    """A copy of an ``SVI`` with another loss; the state of the one is a state of the other."""
+    other = copy.copy(svi)
+    other.loss = loss
+    return other
 
 
 def is_result(fit: Any) -> bool:

@@ -31,13 +31,13 @@ from models import (
     wave,
 )
 from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO, autoguide
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, autoguide
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.primitives import mutable
 from programs import KEY, assert_close, assert_equal_trees, exact, few, flat, is_random, network, program, small_network
 from zscores import assert_unbiased
 
-from numpyro_rad import RAD_ELBO, BudgetError, Keep, NoiseKeys, StochasticRound, explain
+from numpyro_rad import RAD_ELBO, BudgetError, Keep, NoiseKeys, Planner, StochasticRound, explain
 
 DRAWS = 2048
 
@@ -697,13 +697,44 @@ def test_a_model_may_look_at_its_numbers_outside_of_transformations():
     assert scale != 0  # a value that the model closes over is traced although no argument is
 
 
-def test_attributes_set_later_are_the_bases():
-    elbo = RAD_ELBO()
-    elbo.num_particles = 4
-    assert elbo.base.num_particles == 4
+def test_another_elbo_is_a_copy():
+    before = RAD_ELBO(memory_budget="1MiB")
+    elbo = before.replace(num_particles=4)
+    assert elbo.base.num_particles == elbo.num_particles == 4 and before.num_particles == 1
+    assert elbo.planner == before.planner and type(elbo) is RAD_ELBO
     problem = small_network()
     losses = jax.jit(lambda key: [problem.loss(e, key, problem.params) for e in (elbo, Trace_ELBO(4))])
     np.testing.assert_allclose(*losses(jax.random.key(KEY)))
+    other = elbo.replace(memory_budget=None, codec=Keep())
+    assert other.base is elbo.base and other.planner == Planner(codec=Keep())
+    enumerates = elbo.replace(base=TraceEnum_ELBO())
+    assert enumerates.can_infer_discrete and enumerates.num_particles == 1 and not elbo.can_infer_discrete
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"codec": Keep()}, ValueError, "codec= and memory_budget= exclude each other"),
+        ({"memory_buget": 3}, TypeError, "Did you mean memory_budget="),
+        ({"num_particles": 0}, ValueError, "at least 1"),
+        ({"base": TraceMeanField_ELBO(), "num_particles": 2}, ValueError, "are set on the base"),
+        ({"base": RAD_ELBO()}, TypeError, "not an instance"),
+    ],
+)
+def test_another_elbo_is_validated_as_the_first(options, error, match):
+    with pytest.raises(error, match=match):
+        RAD_ELBO(memory_budget="1MiB").replace(**options)
+    with pytest.raises(ValueError, match="are set on the base"):
+        RAD_ELBO(base=TraceMeanField_ELBO()).replace(num_particles=2)
+
+
+@pytest.mark.parametrize("name", ["planner", "base", "num_particles"])
+def test_an_elbo_does_not_change(name):
+    elbo = RAD_ELBO()
+    before = vars(elbo).copy(), vars(elbo.base).copy()
+    with pytest.raises(AttributeError, match=rf"{name} cannot be set.*elbo\.replace"):
+        setattr(elbo, name, 4)
+    assert (vars(elbo), vars(elbo.base)) == before
 
 
 def test_no_tracer_outlives_the_gradient():

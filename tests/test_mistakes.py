@@ -160,6 +160,7 @@ def test_parts_of_svi(args, message):
         ({"tracking": True}, r"tracking=True: a Tracking is expected"),
         ({"tracking": 100}, r"tracking=100: a Tracking is expected"),
         ({"calibrate": "yes"}, "calibrate='yes': True, False or None"),
+        ({"calibrate": 0.5}, "calibrate=0.5: True, False or None"),
         ({"calbrate": True}, "RAD_SVI has no option calbrate=.* Did you mean calibrate=?"),
         ({"trackin": None}, "RAD_SVI has no option trackin=.* Did you mean tracking=?"),
         ({"los": None}, "RAD_SVI has no option los=.* Did you mean loss=?"),

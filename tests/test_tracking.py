@@ -230,7 +230,7 @@ def test_the_wish_for_a_new_plan():
         assert not tracker.wants_replan  # too early to say
         looks(tracker, state, 20)
     assert [t.wants_replan for t in (inside, above, below)] == [False, True, True]
-    svi.loss.calibrate(svi, state, A, B, draws=2)
+    svi.loss = svi.loss.replace(calibration=svi.loss.calibrate(svi, state, A, B, draws=2))
     assert not above.wants_replan
     before = above.rho
     looks(above, state, 1)

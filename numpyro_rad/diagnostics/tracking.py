@@ -278,7 +278,7 @@ class Tracker:
         }
 
     def restore(self, data: dict[str, Any]) -> None:
-        """Go on where the tracker was that :meth:`to_dict` took apart; set the ELBO's planner (calibration) before.
+        """Go on where the tracker was that :meth:`to_dict` took apart; ``svi.loss`` has to be the one that is tracked.
 
         :raises ValueError: if ``data`` is not that of a tracker.
         """

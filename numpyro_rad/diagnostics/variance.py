@@ -21,8 +21,6 @@ empirical model of large-batch training*, 2018 (the noise scale). Fieller, *Some
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import math
 import time
 import warnings
@@ -41,7 +39,7 @@ from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVar
 from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_keys
 from numpyro_rad.fits import state_of
 from numpyro_rad.mistakes import check_initialised, kwargs_checked
-from numpyro_rad.planning.planner import Planner, VarianceWarning
+from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.tracing import Compiled
 from numpyro_rad.transform import named_leaves, site_leaves
 
@@ -362,11 +360,7 @@ def _for_another_program(elbo: Any) -> Any:
     """
     if not isinstance(elbo, RAD_ELBO):
         return elbo
-    planner = elbo.planner
-    planner = Planner() if planner.plan is not None else dataclasses.replace(planner, calibration=None)
-    elbo = copy.copy(elbo)
-    elbo.planner = planner
-    return elbo
+    return elbo.replace(calibration=None) if elbo.planner.plan is None else RAD_ELBO(base=elbo.base)
 
 
 @contextlib.contextmanager

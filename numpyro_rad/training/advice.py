@@ -6,7 +6,6 @@ For a model that fits anyway the answer is often ``Trace_ELBO``, and then it say
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import time
@@ -21,6 +20,7 @@ from numpyro.infer.svi import SVI
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.fits import with_loss
 from numpyro_rad.mistakes import check_fit, kwargs_checked, shown
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.planner import VarianceWarning
@@ -136,8 +136,7 @@ class _Trial:
         self.held_bytes: int | None = None
         self.residual_bytes = 0
         self.added_variance = 0.0
-        twin = copy.copy(svi)
-        twin.loss = loss
+        twin = with_loss(svi, loss)
         begun = time.perf_counter()
         try:
             with warnings.catch_warnings():

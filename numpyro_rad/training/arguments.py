@@ -20,6 +20,7 @@ from numpyro.infer.elbo import ELBO
 
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.mistakes import is_key, shown
+from numpyro_rad.planning.planner import parse_bytes
 from numpyro_rad.training.checkpoints import Checkpoint
 from numpyro_rad.training.validation import Plateau
 
@@ -29,7 +30,7 @@ _PARTS, _RUN = "RAD_SVI(model, guide, optim, loss)", "run(rng_key, num_steps, *a
 def check_parts(model: Any, guide: Any, optim: Any, loss: Any, tracking: Any, calibrate: Any) -> None:
     """The arguments of ``RAD_SVI`` itself.
 
-    :raises TypeError: for one that is none of its kind.
+    :raises TypeError: for one that is not of its kind.
     """
     if isinstance(model, AutoGuide) and callable(guide) and not isinstance(guide, (AutoGuide, type)):
         raise TypeError(f"model is {shown(model)} and guide {shown(guide)}: they are swapped. Write {_PARTS}.")
@@ -50,7 +51,12 @@ def check_parts(model: Any, guide: Any, optim: Any, loss: Any, tracking: Any, ca
             f"tracking={shown(tracking)}: a Tracking is expected, such as Tracking(interval=200), or None for none."
         )
     if calibrate is not None and not isinstance(calibrate, bool):
-        raise TypeError(f"calibrate={shown(calibrate)}: True, False or None is expected.")
+        try:
+            parse_bytes(calibrate, "calibrate")
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"calibrate={shown(calibrate)}: True, False or None is expected, or a size such as '2GiB'."
+            ) from error
 
 
 def check_key(key: Any, called: str, *others: Any) -> None:

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -130,12 +129,13 @@ class Fit:
         self.last_good_step = self.step
 
     def _new_steps(self) -> Steps:
-        update = self.svi.stable_update if self.options["stable_update"] else self.svi.update
-        forward = self.options["forward_mode_differentiation"]
-        fixed = isinstance(self.feed, Fixed)
-        return Steps(
-            self.svi, partial(update, forward_mode_differentiation=forward), fixed, self.plans, self.progress.doing
-        )
+        stable, forward = (self.options[name] for name in ("stable_update", "forward_mode_differentiation"))
+
+        def update(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            step = svi.stable_update if stable else svi.update
+            return step(state, *args, forward_mode_differentiation=forward, **kwargs)
+
+        return Steps(self.svi, update, isinstance(self.feed, Fixed), self.plans, self.progress.doing)
 
     def _copy(self) -> Any:
         return jax.tree.map(jnp.copy, self.state)
@@ -336,7 +336,7 @@ class Fit:
         try:
             with self.progress.doing("calibrating"):
                 options = {"batches": more, "draws": CALIBRATION_DRAWS}
-                self.svi._measured = elbo.calibrate(self.svi, self.state, *args, **options, **kwargs)
+                self.svi.plan_by(elbo.calibrate(self.svi, self.state, *args, **options, **kwargs))
         except Exception as error:
             if _jax.is_out_of_memory(error):
                 why = "memory is too short to measure variances (see RAD_ELBO.calibrate)."
@@ -349,7 +349,7 @@ class Fit:
         self.plans = {}
         before = self.steps.plan
         self.steps = self._new_steps()
-        now, _ = elbo.plan_of_update(self.svi, self.state, *args, **kwargs)
+        now, _ = self.svi.loss.plan_of_update(self.svi, self.state, *args, **kwargs)
         sizes = f"{size_text(now.stored_bytes)} of residuals are stored"
         sizes += f", before it were {size_text(before[0].stored_bytes)}" if before is not None else ""
         message = f"Variances were measured again and a new plan was made: {sizes}."
@@ -414,7 +414,7 @@ class Fit:
 
     def _restore(self, snapshot: Snapshot) -> None:
         assert self.store is not None
-        meta, elbo = snapshot.meta, self.svi.loss
+        meta = snapshot.meta
         check_same_run(self.store.folder, meta["fingerprint"], self.fingerprint, bool(self.feed.name))
         *leaves, losses = snapshot.arrays
         self.state = from_host(leaves, self.state)
@@ -425,11 +425,10 @@ class Fit:
         if self.validator is not None:
             self.validator.restore(meta.get("validation"))
         self.plans, self.stopped, self.diagnosed = meta["plans"], meta["stopped"], meta["diagnosed"]
-        if isinstance(elbo, RAD_ELBO) and meta["calibration"] is not None:
-            self.svi._measured = Calibration.from_dict(meta["calibration"])
-            elbo.planner = dataclasses.replace(elbo.planner, calibration=self.svi._measured)
+        if isinstance(self.svi.loss, RAD_ELBO) and meta["calibration"] is not None:
+            self.svi.plan_by(Calibration.from_dict(meta["calibration"]))
         if self.tracker is not None and meta["tracker"] is not None:
-            self.tracker.restore(meta["tracker"])  # it watches the plan of the planner that is there
+            self.tracker.restore(meta["tracker"])  # it watches the plan of the loss that is there
 
     # -- the result ------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import datetime
 import math
@@ -28,7 +27,7 @@ from numpyro_rad.diagnostics.quality import Iterates, fit_quality
 from numpyro_rad.diagnostics.records import Alarm, Convergence, FitRecord, PlanRecord, PlanRow, Track
 from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.fits import on_device, state_of
+from numpyro_rad.fits import on_device, state_of, with_loss
 from numpyro_rad.mistakes import kwargs_checked
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.figures import exact_timeline, timeline
@@ -304,9 +303,7 @@ def _with_exact_step(record: FitRecord, svi: SVI, state: Any, args: tuple, kwarg
 
 def _temporary_bytes(svi: SVI, loss: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
     """Temporary memory of a step as ``run`` compiles it, with another loss."""
-    twin = copy.copy(svi)
-    twin.loss = loss
-    steps = Steps(twin, twin.update, True, {})
+    steps = Steps(with_loss(svi, loss), lambda svi, state, args, kwargs: svi.update(state, *args, **kwargs), True, {})
     steps.compile(state, args, kwargs)
     return steps.temporary_bytes
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.fits import with_loss
 from numpyro_rad.tracing import LOOKS, Parts, shapes, signature, traced_or_constant
 from numpyro_rad.training.batches import words
 
@@ -31,7 +32,8 @@ class Steps:
     """Compiled steps of one run.
 
     :param svi: the ``SVI``.
-    :param update: ``(svi_state, *args, **kwargs) -> (svi_state, loss)``.
+    :param update: ``(svi, svi_state, args, kwargs) -> (svi_state, loss)``, of a copy of the ``SVI`` whose loss has the
+        plan that is compiled in.
     :param fixed: whether arguments are the same for the whole run. If the model looks at their numbers they are then
         compiled in, as ``SVI.run`` does.
     :param plans: saved plans by signature of the arguments, of a run that goes on; new ones are added.
@@ -94,22 +96,23 @@ class Steps:
         return key
 
     def _compile(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
-        with self._doing("tracing"), self._pinned(state, args, kwargs) as pinned:
+        with self._doing("tracing"):
+            pinned = self._pinned(state, args, kwargs)
             try:
-                return self._lowered(state, losses, args, kwargs)
+                return self._lowered(pinned or self._svi, state, losses, args, kwargs)
             except ValueError:
-                if not pinned:
+                if pinned is None:
                     raise
         self.plans[_outline(args, kwargs)] = {}  # the program that is differentiated here is another: planned in place
         with self._doing("tracing"):
-            return self._lowered(state, losses, args, kwargs)
+            return self._lowered(self._svi, state, losses, args, kwargs)
 
-    def _lowered(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _lowered(self, svi: Any, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The compiled step: arguments traced if the model allows that, a loop if the optimizer does."""
 
         def lower(loops: bool, parts: Parts) -> tuple[Parts, Any, Any]:
             arrays = parts.arrays((args, kwargs))
-            step = jax.jit(self._step(parts.merge, loops), donate_argnums=(0, 1))
+            step = jax.jit(self._step(svi, parts.merge, loops), donate_argnums=(0, 1))
             return parts, step, step.lower(state, losses, np.int32(0), np.int32(1), arrays)
 
         def lowered_step(loops: bool) -> tuple[Parts, Any, Any]:
@@ -143,13 +146,13 @@ class Steps:
 
         return call
 
-    def _step(self, merge: Any, loops: bool) -> Any:
+    def _step(self, svi: Any, merge: Any, loops: bool) -> Any:
         def advance(state: Any, losses: Any, start: Any, n: Any, arrays: list[Any]) -> Any:
             args, kwargs = merge(arrays)
 
             def body(i: Any, carry: Any) -> Any:
                 state, losses, _ = carry
-                state, loss = self._update(state, *args, **kwargs)
+                state, loss = self._update(svi, state, args, kwargs)
                 loss = loss.astype(losses.dtype)
                 return state, losses.at[start + i].set(loss), loss
 
@@ -158,32 +161,26 @@ class Steps:
 
         return advance
 
-    @contextlib.contextmanager
-    def _pinned(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[bool]:
-        """Have the ELBO use the plan for these arguments, which is made where there is none."""
-        elbo = self._svi.loss
+    def _pinned(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The ``SVI`` with the plan for these arguments, which is made where there is none; None without a plan."""
+        elbo, plan = self._svi.loss, None
         if not isinstance(elbo, RAD_ELBO) or not jax.tree.leaves(state.optim_state):
-            yield False
-            return
-        outline, before, plan = _outline(args, kwargs), elbo.planner, None
+            return None
+        outline = _outline(args, kwargs)
         if outline not in self.plans:
-            plan = self._planned(state, args, kwargs)
+            plan = self._planned(self._svi, state, args, kwargs)
             self.plans[outline] = plan[0].to_dict()
         saved = self.plans[outline]
-        if saved:
-            elbo.planner = before.pinned(saved)
-        try:
-            if self.plan is None:
-                self.plan = plan or self._planned(state, args, kwargs)
-            yield bool(saved)
-        finally:
-            elbo.planner = before
+        pinned = with_loss(self._svi, elbo.with_plan(saved)) if saved else None
+        if self.plan is None:
+            self.plan = plan or self._planned(pinned or self._svi, state, args, kwargs)
+        return pinned
 
-    def _planned(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
+    def _planned(self, svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
         with warnings.catch_warnings():
             if self.plans:  # the last batch of an epoch is smaller than those of the calibration, which is no mistake
                 warnings.filterwarnings("ignore", "the calibration was made for another program")
-            return self._svi.loss.plan_of_update(self._svi, state, *args, **kwargs)
+            return svi.loss.plan_of_update(svi, state, *args, **kwargs)
 
 
 def _outline(args: tuple, kwargs: dict[str, Any]) -> str:

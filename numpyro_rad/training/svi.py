@@ -9,13 +9,11 @@ more than its own two loops differ by.
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,7 @@ from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import is_result, on_device
-from numpyro_rad.mistakes import check_fit, check_names, check_state
+from numpyro_rad.mistakes import check_fit, check_names, check_state, shown
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.tracing import looks_at_numbers
@@ -52,6 +50,11 @@ _DEFAULT_TRACKING = Tracking()
 
 class RAD_SVI(SVI):
     """Stochastic variational inference in little memory that watches itself: a drop-in for ``numpyro.infer.SVI``.
+
+    An ELBO that is passed in is never changed. What ``init`` and ``run`` measure for it, at the beginning, for a new
+    plan or read from a checkpoint, goes into a copy of it, which is the ``loss`` of this object from then on
+    (:meth:`plan_by`), as ``init`` sets ``constrain_fn``. So ``result.svi.loss`` is the ELBO that a run has used, and
+    objects that were made with one ELBO know nothing of each other.
 
     :param model: as for ``SVI``.
     :param guide: as for ``SVI``.
@@ -86,8 +89,7 @@ class RAD_SVI(SVI):
         check_parts(model, guide, optim, loss, tracking, calibrate)
         super().__init__(model, guide, optim, RAD_ELBO() if loss is None else loss, **static_kwargs)
         self.tracking, self.calibrate, self._optim = tracking, calibrate, optim
-        self._measured: Calibration | None = None  # by this object, so it is measured anew for another fit
-        self._measured_at: tuple = (None, None)  # a calibration, and the start and data that it was measured with
+        self._measured: _Measured | None = None  # by this object, so it is measured anew for another fit
 
     def init(self, rng_key: Any, *args: Any, init_params: Any = None, **kwargs: Any) -> SVIState:
         """The initial state, as in ``SVI``; with ``RAD_ELBO`` it also calibrates, if that is wanted, and plans.
@@ -103,8 +105,22 @@ class RAD_SVI(SVI):
         self._check_optimizer(state, args, kwargs)
         if isinstance(elbo, RAD_ELBO) and jax.tree.leaves(params):
             self._calibrate(state, args, kwargs)
-            elbo.plan_of_update(self, state, *args, **kwargs)
+            self.loss.plan_of_update(self, state, *args, **kwargs)
         return state
+
+    def plan_by(self, calibration: Calibration) -> None:
+        """Plan by what was measured from now on: ``loss`` becomes a copy of it with that calibration.
+
+        ``init`` and ``run`` call this themselves, and measure anew for another start or other data. An ELBO with a
+        calibration of yours, ``RAD_ELBO(calibration=...)``, is left as it is.
+
+        :param calibration: from ``svi.loss.calibrate``.
+        :raises TypeError: if it is no calibration, or ``loss`` is an ELBO of NumPyro.
+        """
+        if not isinstance(self.loss, RAD_ELBO):
+            raise TypeError(f"plan_by: the loss is {shown(self.loss)}, whose gradients have no plan. Pass RAD_ELBO().")
+        self.loss = self.loss.replace(calibration=calibration)
+        self._measured = _Measured(calibration)
 
     def _check_optimizer(self, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> None:
         """Refuse an optimizer that cannot take the steps; warn of one that searches along lines amid codes."""
@@ -152,31 +168,30 @@ class RAD_SVI(SVI):
         elbo = self.loss
         if not isinstance(elbo, RAD_ELBO) or self.calibrate is False:
             return
-        planner = elbo.planner
+        planner, known = elbo.planner, self._measured
         if self.calibrate is None and planner.memory_budget is None and planner.added_variance is None:
             return
-        if planner.calibration is None or planner.calibration is self._measured:
+        if planner.calibration is None or (known is not None and planner.calibration is known.calibration):
             at = checksum(state), words((args, kwargs)), *(data(self, (a, kwargs)) for a in (args, *batches))
-            if self._measured is not None and self._measured is self._measured_at[0] and at == self._measured_at[1]:
+            if planner.calibration is not None and known is not None and at == known.at:
                 return
             if planner.memory_budget is not None:  # what is impossible is said before anything is measured
-                twin = copy.copy(elbo)
-                twin.planner = dataclasses.replace(planner, calibration=None)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", VarianceWarning)
-                    plan, _ = twin.plan_of_update(self, state, *args, **kwargs)
+                    plan, _ = elbo.replace(calibration=None).plan_of_update(self, state, *args, **kwargs)
                 if plan.untouched or (plan.graph.slices is not None and not any(p.encoded for p in plan.walk())):
                     return  # it is met without codes, so there is none to price
             most = None if self.calibrate in (None, True) else self.calibrate
             options = {"batches": batches, "draws": CALIBRATION_DRAWS, "most_bytes": most}
             try:
-                self._measured = elbo.calibrate(self, state, *args, **options, **kwargs)
-                self._measured_at = self._measured, at
+                self.plan_by(elbo.calibrate(self, state, *args, **options, **kwargs))
             except Exception as error:
                 if not (isinstance(error, BudgetError) or _jax.is_out_of_memory(error)):
                     raise
                 why = error if isinstance(error, BudgetError) else "memory is too short for it (see RAD_ELBO.calibrate)"
                 warnings.warn(f"Variances were not measured, plans are made without: {why}", stacklevel=3)
+            else:
+                self._measured = _Measured(self.loss.planner.calibration, at)
 
     def run(
         self,
@@ -320,6 +335,16 @@ class RAD_SVI(SVI):
             stacklevel=3,
         )
         return RAD_SVIRunResult(*super().run(*args, progress_bar=False, **kwargs))
+
+
+class _Measured(NamedTuple):
+    """A calibration that a ``RAD_SVI`` has measured or read.
+
+    :ivar at: the start and the data that it was measured with; None where it is not that of the beginning of a fit.
+    """
+
+    calibration: Calibration
+    at: tuple | None = None
 
 
 def _is_transformed(tree: Any) -> bool:
