@@ -34,7 +34,8 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 from tqdm import tqdm
 
-from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, assessed, explain, fit_record, report
+from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, report
+from numpyro_rad.training import assessed, fit_record
 
 matplotlib.use("Agg")  # the picture goes to a file: no display is needed
 from matplotlib import pyplot as plt

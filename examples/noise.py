@@ -21,7 +21,9 @@ import optax
 from numpyro.infer import init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_rad import RAD_ELBO, RAD_SVI, RAD_SVIRunResult, Tracking, TrackingWarning
+from numpyro_rad import RAD_ELBO, RAD_SVI, Tracking
+from numpyro_rad.errors import TrackingWarning
+from numpyro_rad.training import RAD_SVIRunResult
 
 
 def main(arguments: list[str] | None = None) -> dict[str, RAD_SVIRunResult]:

@@ -17,7 +17,8 @@ from numpyro.infer.autoguide import AutoNormal
 from programs import few, normal
 from zscores import bound
 
-from numpyro_rad import RAD_ELBO, Codec, Keep, NoiseKeys, SampleAxis, SampledRound, StochasticRound, explain
+from numpyro_rad import RAD_ELBO, Keep, NoiseKeys, StochasticRound, explain
+from numpyro_rad.codecs import Codec, SampleAxis, SampledRound
 from numpyro_rad.planning import calibration, strategies
 
 KEY = jax.random.key(4)

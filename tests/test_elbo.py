@@ -37,7 +37,8 @@ from numpyro.primitives import mutable
 from programs import KEY, assert_close, assert_equal_trees, exact, few, flat, is_random, network, program, small_network
 from zscores import assert_unbiased
 
-from numpyro_rad import RAD_ELBO, BudgetError, Keep, NoiseKeys, Planner, StochasticRound, explain
+from numpyro_rad import RAD_ELBO, BudgetError, Keep, NoiseKeys, StochasticRound, explain
+from numpyro_rad.planning import Planner
 
 DRAWS = 2048
 

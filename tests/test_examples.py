@@ -21,7 +21,7 @@ from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 from programs import few
 
-from numpyro_rad import VarianceWarning
+from numpyro_rad.errors import VarianceWarning
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

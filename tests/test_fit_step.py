@@ -13,7 +13,8 @@ from numpyro.contrib.module import flax_module
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_rad import RAD_ELBO, BudgetError, VarianceWarning, rad
+from numpyro_rad import RAD_ELBO, BudgetError, rad
+from numpyro_rad.errors import VarianceWarning
 
 X = np.random.default_rng(0).standard_normal((8192, 8)).astype(np.float32)
 Y = np.sin(X.sum(1)).astype(np.float32)

@@ -30,20 +30,18 @@ from numpyro_rad import (
     Checkpoint,
     Keep,
     Tracking,
-    assessed,
     compare,
     explain,
-    fit_quality,
-    fit_record,
     gradient_variance,
     plan_figure,
     report,
-    shadow,
     to_arviz,
 )
 from numpyro_rad.ad.graph import site_name
+from numpyro_rad.diagnostics import fit_quality, shadow
 from numpyro_rad.diagnostics.records import to_dict
 from numpyro_rad.planning import strategies
+from numpyro_rad.training import assessed, fit_record
 from numpyro_rad.transform import named_leaves
 
 pytestmark = [

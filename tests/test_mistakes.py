@@ -19,7 +19,6 @@ from numpyro_rad import (
     RAD_SVI,
     Checkpoint,
     Keep,
-    Planner,
     StochasticRound,
     Tracking,
     explain,
@@ -27,7 +26,9 @@ from numpyro_rad import (
     rad,
     value_and_grad,
 )
+from numpyro_rad.diagnostics import fit_quality, shadow
 from numpyro_rad.mistakes import is_key, shown
+from numpyro_rad.planning import Planner
 from numpyro_rad.planning.planner import Options
 from numpyro_rad.training.arguments import check_key
 
@@ -352,11 +353,11 @@ def test_explain_of_what_has_no_plan():
 MISSPELT = {
     "gradient_variance": (numpyro_rad.gradient_variance, {"draw": 4}, "draws"),
     "shadow": (
-        lambda svi, _, *args, **kwargs: numpyro_rad.shadow(svi, KEY, 2, *args, **kwargs),
+        lambda svi, _, *args, **kwargs: shadow(svi, KEY, 2, *args, **kwargs),
         {"num_seed": 2},
         "num_seeds",
     ),
-    "fit_quality": (numpyro_rad.fit_quality, {"max_particle": 4}, "max_particles"),
+    "fit_quality": (fit_quality, {"max_particle": 4}, "max_particles"),
     "to_arviz": (numpyro_rad.to_arviz, {"key": KEY, "num_sample": 4}, "num_samples"),
     "advise": (numpyro_rad.advise, {"repeat": 1}, "repeats"),
     "explain": (numpyro_rad.explain, {"argnum": 1}, "argnums"),

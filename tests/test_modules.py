@@ -16,24 +16,19 @@ from programs import few
 from numpyro_rad import (
     RAD_ELBO,
     RAD_SVI,
-    Calibration,
     Checkpoint,
     Keep,
-    RAD_SVIRunResult,
     Tracking,
-    assessed,
     compare,
     explain,
-    fit_quality,
-    fit_record,
     gradient_variance,
     plan_figure,
-    shadow,
-    signal_to_noise,
     to_arviz,
 )
+from numpyro_rad.diagnostics import fit_quality, shadow, signal_to_noise
 from numpyro_rad.diagnostics.monitor import gradient_signal
-from numpyro_rad.planning import strategies
+from numpyro_rad.planning import Calibration, strategies
+from numpyro_rad.training import RAD_SVIRunResult, assessed, fit_record
 from numpyro_rad.transform import named_leaves
 
 KEY = jax.random.key(5)

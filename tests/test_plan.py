@@ -13,18 +13,11 @@ from jax.interpreters import ad, mlir
 from programs import few
 
 import numpyro_rad
-from numpyro_rad import (
-    BudgetError,
-    Keep,
-    RandomProjection,
-    SampleAxis,
-    StochasticRound,
-    explain,
-    rad,
-)
+from numpyro_rad import BudgetError, Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import _jax, plan, schedule
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.sweep import forward
+from numpyro_rad.codecs import RandomProjection, SampleAxis
 from numpyro_rad.planning import costs, problem, solver
 from numpyro_rad.planning.readers import disjoint_groups
 from numpyro_rad.planning.request import PlanRequest, uniform

@@ -19,21 +19,11 @@ from numpyro.infer.autoguide import AutoNormal
 from programs import assert_close, assert_equal_trees, few, network, small_network
 from test_coverage import models as examples
 
-from numpyro_rad import (
-    RAD_ELBO,
-    BudgetError,
-    Keep,
-    Planner,
-    SampleAxis,
-    StochasticRound,
-    explain,
-    grad,
-    rad,
-    value_and_grad,
-)
+from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, grad, rad, value_and_grad
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Offload
-from numpyro_rad.planning import planner
+from numpyro_rad.codecs import SampleAxis
+from numpyro_rad.planning import Planner, planner
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.noise import EqualShares, Flow
 from numpyro_rad.planning.request import PlanRequest, any_of

@@ -20,8 +20,9 @@ from jax.flatten_util import ravel_pytree
 from programs import few
 from zscores import bound, z_scores
 
-from numpyro_rad import Keep, RandomProjection, SampleAxis, StochasticRound, rad
+from numpyro_rad import Keep, StochasticRound, rad
 from numpyro_rad.ad.sweep import forward
+from numpyro_rad.codecs import RandomProjection, SampleAxis
 from numpyro_rad.planning import readers
 
 pytestmark = pytest.mark.usefixtures("double", "encode_all")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from programs import few, normal
 
-from numpyro_rad import Keep, SampledRound, StochasticRound, rad
+from numpyro_rad import Keep, StochasticRound, rad
+from numpyro_rad.codecs import SampledRound
 from numpyro_rad.planning import costs, search, solver
 from numpyro_rad.planning.noise import EqualShares, Flow
 from numpyro_rad.planning.problem import PlanProblem

@@ -18,17 +18,10 @@ from numpyro.infer.autoguide import AutoNormal
 from programs import few, normal
 from zscores import assert_unbiased
 
-from numpyro_rad import (
-    RAD_ELBO,
-    BudgetError,
-    Keep,
-    SampleAxis,
-    StochasticRound,
-    explain,
-    rad,
-)
+from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import loops, sweep
 from numpyro_rad.ad.graph import Scan
+from numpyro_rad.codecs import SampleAxis
 from numpyro_rad.planning import strategies
 
 KEY = jax.random.key(3)

@@ -30,8 +30,8 @@ import jax, jax.numpy as jnp, numpy as np, numpyro, numpyro.distributions as dis
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from numpyro_rad import RAD_ELBO, Keep, RandomProjection, SampleAxis, StochasticRound
-from numpyro_rad import explain
+from numpyro_rad import RAD_ELBO, explain
+from numpyro_rad.codecs import Keep, RandomProjection, SampleAxis, StochasticRound
 from numpyro_rad.planning.costs import CPU
 import dataclasses
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("ad.elimination", "ad.sweep"),
     ("ad.linearize",),
     ("ad.slices",),
-    ("planning", "planning.solver", "planning.noise", "planning.worth", "planning.costs"),
+    ("planning.solver", "planning.noise", "planning.worth", "planning.costs"),
     ("planning.readers", "planning.request", "planning.timing"),
     ("planning.problem",),
     ("planning.assembly",),
@@ -42,20 +42,21 @@ LAYERS = (
     ("planning.ways", "planning.calibration"),
     ("planning.planner",),
     ("planning.explain",),
-    ("planning.figures",),
+    ("planning", "planning.figures"),
     ("transform",),
     ("elbo",),
-    ("diagnostics", "diagnostics.records", "diagnostics.monitor", "diagnostics.convergence", "diagnostics.plates"),
+    ("diagnostics.records", "diagnostics.monitor", "diagnostics.convergence", "diagnostics.plates"),
     ("diagnostics.variance", "diagnostics.quality", "diagnostics.draws"),
     ("diagnostics.posterior",),
     ("diagnostics.tracking",),
+    ("diagnostics",),
     ("report.charts",),
     ("report.verdict", "report.archive", "report.parts"),
     ("report.noise",),
     ("report.sections",),
     ("report.document",),
     ("report",),
-    ("training", "training.batches", "training.checkpoints"),
+    ("training.batches", "training.checkpoints"),
     ("training.steps", "training.optimizers", "training.progress"),
     ("training.results",),
     ("training.fingerprint",),
@@ -63,9 +64,12 @@ LAYERS = (
     ("training.arguments",),
     ("training.advice", "training.loop"),
     ("training.svi",),
+    ("training", "codecs", "errors"),
     ("__init__",),
     ("__main__",),
 )
+PUBLIC = ("numpyro_rad", *(f"numpyro_rad.{p}" for p in "codecs diagnostics errors planning report training".split()))
+
 LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line}
 
 JAX_INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jax.core")
@@ -201,8 +205,16 @@ def test_import_is_silent_and_creates_no_array() -> None:
     assert import_side_effects("numpyro_rad", PACKAGE.parent) == ""
 
 
-def test_public_names_have_docstrings() -> None:
-    assert undocumented(importlib.import_module("numpyro_rad")) == []
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_docstrings(name: str) -> None:
+    assert undocumented(importlib.import_module(name)) == []
+
+
+def test_the_front_door_is_narrow() -> None:
+    assert len(numpyro_rad.__all__) <= 18
+    for name in PUBLIC[1:]:  # what a package has too is the same there
+        package = importlib.import_module(name)
+        assert all(getattr(numpyro_rad, n) is getattr(package, n) for n in {*numpyro_rad.__all__} & {*package.__all__})
 
 
 def plant(folder: Path, files: dict[str, str]) -> Path:

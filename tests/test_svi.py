@@ -17,10 +17,10 @@ from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from programs import few
 
-from numpyro_rad import RAD_ELBO, BudgetError, assessed, fit_record
+from numpyro_rad import RAD_ELBO, BudgetError
 from numpyro_rad.diagnostics.records import FitRecord
 from numpyro_rad.diagnostics.tracking import Tracking
-from numpyro_rad.training import results
+from numpyro_rad.training import assessed, fit_record, results
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.svi import RAD_SVI
 

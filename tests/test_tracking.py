@@ -14,7 +14,8 @@ from programs import assert_equal_trees, normal
 from test_variance import BATCH, SIZE, START, A, B, initialised, linear_guide, linear_model, linear_parts
 from zscores import assert_unbiased
 
-from numpyro_rad import RAD_ELBO, SampleAxis, StochasticRound
+from numpyro_rad import RAD_ELBO, StochasticRound
+from numpyro_rad.codecs import SampleAxis
 from numpyro_rad.diagnostics import tracking
 from numpyro_rad.diagnostics.tracking import Tracker, Tracking, TrackingWarning
 

@@ -17,18 +17,10 @@ from jax.flatten_util import ravel_pytree
 from programs import few
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
-from numpyro_rad import (
-    Codec,
-    Keep,
-    RandomProjection,
-    SampleAxis,
-    SampledRound,
-    StochasticRound,
-    explain,
-    rad,
-)
+from numpyro_rad import Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import control, primitives
 from numpyro_rad.ad.seeds import fold
+from numpyro_rad.codecs import Codec, RandomProjection, SampleAxis, SampledRound
 from numpyro_rad.planning import readers
 
 DRAWS = 4096

@@ -16,7 +16,8 @@ from numpyro.infer.autoguide import AutoNormal
 from programs import few, flat, network, normal
 from zscores import assert_unbiased, bound
 
-from numpyro_rad import RAD_ELBO, NoiseKeys, SampleAxis, StochasticRound
+from numpyro_rad import RAD_ELBO, NoiseKeys, StochasticRound
+from numpyro_rad.codecs import SampleAxis
 from numpyro_rad.diagnostics import records, variance
 from numpyro_rad.diagnostics.variance import gradient_variance, moments_of
 

@@ -36,7 +36,8 @@ from rivals import RIVALS, Kind, Rival
 from run import DEFAULT_FOLDER, Benchmark, common_parser, describe, sensible_rivals
 from workloads import WORKLOADS
 
-from numpyro_rad import RAD_ELBO, Calibration, NoiseKeys, StochasticRound
+from numpyro_rad import RAD_ELBO, NoiseKeys, StochasticRound
+from numpyro_rad.planning import Calibration
 from numpyro_rad.transform import path_seed, randomized, site_leaves
 
 MODES: dict[str, tuple[str, Kind]] = {

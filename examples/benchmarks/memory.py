@@ -34,7 +34,8 @@ from record import log, machine, versions
 from run import DEFAULT_FOLDER
 from workloads import WORKLOADS
 
-from numpyro_rad import RAD_ELBO, RAD_SVI, StochasticRound, fit_quality, gradient_variance, shadow, to_arviz
+from numpyro_rad import RAD_ELBO, RAD_SVI, StochasticRound, gradient_variance, to_arviz
+from numpyro_rad.diagnostics import fit_quality, shadow
 
 KEY = 0
 

@@ -130,15 +130,15 @@ def _rad(make_codec: Callable[[Any], Any] | None) -> Callable[[Workload], Trace_
     """A builder of ``RAD_ELBO`` with one codec everywhere, or with its defaults."""
 
     def elbo(_: Workload) -> Trace_ELBO:
-        import numpyro_rad  # late on purpose: see the module's docstring
+        from numpyro_rad import RAD_ELBO, codecs  # late on purpose: see the module's docstring
 
-        return numpyro_rad.RAD_ELBO() if make_codec is None else numpyro_rad.RAD_ELBO(codec=make_codec(numpyro_rad))
+        return RAD_ELBO() if make_codec is None else RAD_ELBO(codec=make_codec(codecs))
 
     return elbo
 
 
 def _rounding(bits: int) -> Rival:
-    elbo = _rad(lambda rad: rad.StochasticRound(bits=bits))
+    elbo = _rad(lambda codecs: codecs.StochasticRound(bits=bits))
     label = f"ours, {bits} bit" + ("s" if bits > 1 else "")
     return Rival(f"ours_{bits}bit", label, "ours", "randomized", elbo, note=f"StochasticRound(bits={bits})")
 
@@ -208,7 +208,7 @@ _ALL = [
         "RAD 2021 sampling",
         "rad2021",
         "randomized",
-        _rad(lambda rad: rad.SampleAxis(0.1, per="row")),
+        _rad(lambda codecs: codecs.SampleAxis(0.1, per="row")),
         note='SampleAxis(0.1, per="row")',
     ),
     Rival(
@@ -216,10 +216,10 @@ _ALL = [
         "RAD 2021 projection",
         "rad2021",
         "randomized",
-        _rad(lambda rad: rad.RandomProjection(0.1)),
+        _rad(lambda codecs: codecs.RandomProjection(0.1)),
         note="RandomProjection(0.1)",
     ),
-    Rival("ours_exact", "ours, exact", "ours", "exact", _rad(lambda rad: rad.Keep()), note="Keep()"),
+    Rival("ours_exact", "ours, exact", "ours", "exact", _rad(lambda codecs: codecs.Keep()), note="Keep()"),
     _rounding(8),
     _rounding(4),
     _rounding(2),

@@ -282,7 +282,7 @@ class Posterior:
 
 @dataclasses.dataclass(frozen=True)
 class Convergence:
-    """Whether the iterates of a run have converged, see :class:`numpyro_rad.Iterates`.
+    """Whether the iterates of a run have converged, see :class:`numpyro_rad.diagnostics.Iterates`.
 
     :ivar converged: None if too few iterates were recorded.
     :ivar told: the numbers that it goes by and their limits, in words.

@@ -4,6 +4,7 @@
 them down. ``archive`` hands the fit to ArviZ.
 """
 
+from numpyro_rad.report.archive import to_arviz
 from numpyro_rad.report.document import html, load, markdown, save, terminal, write
 
-__all__ = ["html", "load", "markdown", "save", "terminal", "write"]
+__all__ = ["html", "load", "markdown", "save", "terminal", "to_arviz", "write"]

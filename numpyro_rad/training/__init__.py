@@ -1,1 +1,20 @@
 """Running SVI: the loop over steps and batches with looks, callbacks, checkpoints and what is known at its end."""
+
+from numpyro_rad.training.advice import Advice, advise
+from numpyro_rad.training.checkpoints import Checkpoint
+from numpyro_rad.training.loop import Look
+from numpyro_rad.training.results import RAD_SVIRunResult, assessed, fit_record
+from numpyro_rad.training.svi import RAD_SVI
+from numpyro_rad.training.validation import Plateau
+
+__all__ = [
+    "RAD_SVI",
+    "Advice",
+    "Checkpoint",
+    "Look",
+    "Plateau",
+    "RAD_SVIRunResult",
+    "advise",
+    "assessed",
+    "fit_record",
+]

@@ -232,9 +232,9 @@ class RAD_SVI(SVI):
         :param callbacks: functions of a :class:`Look`, called whenever the noise is looked at (every
             ``tracking.interval`` steps, 100 without tracking); one that returns ``True`` ends the run.
         :param stop: ``"converged"`` to stop by the convergence of the iterates
-            (:meth:`numpyro_rad.Iterates.converged`; a run that never does warns, and says how far it was), a
-            :class:`Plateau` to stop by the loss on held-out data, or a function ``(step, losses) -> bool``. It is asked
-            when callbacks are called.
+            (:meth:`numpyro_rad.diagnostics.Iterates.converged`; a run that never does warns, and says how far it was),
+            a :class:`Plateau` to stop by the loss on held-out data, or a function ``(step, losses) -> bool``. It is
+            asked when callbacks are called.
         :param checkpoint: where to save the run, a folder of its own. If there is a checkpoint of it, the run goes on
             from there, to the same bits as if it had never ended; with other data or another optimizer it is refused.
             Batches have to come in the same order again, since they are read from the beginning of the epoch and passed

@@ -1,0 +1,5 @@
+"""Codecs: how a residual is stored, as ``RAD_ELBO(codec=...)``, ``overrides=`` and a plan name it."""
+
+from numpyro_rad.ad.codecs import BitMask, Codec, Keep, RandomProjection, SampleAxis, SampledRound, StochasticRound
+
+__all__ = ["BitMask", "Codec", "Keep", "RandomProjection", "SampleAxis", "SampledRound", "StochasticRound"]
