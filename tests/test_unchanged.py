@@ -12,7 +12,7 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, Tracking, advise, explain, gradient_variance
-from numpyro_rad.planning import plans
+from numpyro_rad.planning import strategies
 
 KEY = jax.random.PRNGKey(3)
 X = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
@@ -31,7 +31,7 @@ def made(elbo, kind=RAD_SVI, **options):
 @pytest.fixture(autouse=True)
 def few_codecs(monkeypatch):
     """Each codec takes a while to compile, and here it does not matter which there are."""
-    monkeypatch.setattr(plans, "LADDER", plans.LADDER[:2])
+    monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:2])
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Choosing plans: which residuals are kept, recomputed or compressed so that the rest fits a memory budget.
 
 ``planner`` takes what users ask for, ``ways`` the way through a program, and ``strategies`` finds a plan: ``problem``
-poses it for ``solver``, at the prices of ``costs`` and with the variances of ``noise``, which ``calibration`` measures, and
-``assembly`` reads the solution. ``explain`` and ``figures`` show what was chosen.
+poses it for ``solver``, at the prices of ``costs`` and with the variances of ``noise``, which ``calibration`` measures,
+and ``assembly`` reads the solution. ``explain`` and ``figures`` show what was chosen.
 """
 
 from numpyro_rad.ad.plan import Plan
