@@ -35,7 +35,7 @@ from numpyro.infer.autoguide import AutoNormal
 from tqdm import tqdm
 
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, report
-from numpyro_rad.training import assessed, fit_record
+from numpyro_rad.training import fit_record
 
 matplotlib.use("Agg")  # the picture goes to a file: no display is needed
 from matplotlib import pyplot as plt
@@ -339,8 +339,8 @@ def write_report(run: Run, dataset: data.Data, options: argparse.Namespace) -> N
     k-hat is left out: for the weights of a neural network it is above 0.7 nearly always.
     """
     batch = jnp.asarray(dataset.x_train[: options.batch_size]), jnp.asarray(dataset.y_train[: options.batch_size])
-    record = fit_record(run.svi, run.state, run.losses, *batch, seconds=sum(run.seconds))
-    report.write(assessed(record, run.svi, run.state, *batch, draws=16, pareto_k=False), options.report)
+    told = {"seconds": sum(run.seconds), "assess": True, "draws": 16, "pareto_k": False}
+    report.write(fit_record(run.svi, run.state, run.losses, *batch, **told), options.report)
 
 
 def log_mean_exp(x: np.ndarray) -> np.ndarray:

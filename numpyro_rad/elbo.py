@@ -89,7 +89,7 @@ class RAD_ELBO(Trace_ELBO):
     :param offload: whether exact values may wait in the memory of the host.
     :param overrides: what to do with some residuals.
     :param calibration: measured prices of codes, from :meth:`calibrate`.
-    :raises TypeError: for a wrong ``base`` or option, and for a number of particles that is none.
+    :raises TypeError: for a wrong ``base``, option or number of particles.
     :raises ValueError: for an option that cannot be read, for two that exclude each other, or for a ``base`` together
         with an argument that belongs on it.
     :raises BudgetError: by the first gradient, if no plan meets the budget; it names the smallest that does.

@@ -41,7 +41,7 @@ from numpyro_rad.ad.graph import site_name
 from numpyro_rad.diagnostics import fit_quality, shadow
 from numpyro_rad.diagnostics.records import to_dict
 from numpyro_rad.planning import strategies
-from numpyro_rad.training import assessed, fit_record
+from numpyro_rad.training import fit_record
 from numpyro_rad.transform import named_leaves
 
 pytestmark = [
@@ -266,7 +266,8 @@ def assesses(fit: Fit) -> None:
     free = jax.tree.leaves(svi.optim.get_params(state.optim_state))  # of a triangle, without its zeros
     assert (own.num_steps, own.num_params) == (STEPS, sum(x.size for x in free))
     assert own.plan.stored_bytes == record.plan.stored_bytes and own.plan.rows == record.plan.rows
-    again = assessed(own, svi, state, *case.args, key=KEY, draws=3, pareto_k=False, **case.kwargs)
+    told = {"assess": True, "key": KEY, "draws": 3, "pareto_k": False}
+    again = fit_record(svi, state, result.losses, *case.args, **told, **case.kwargs)
     assert again.quality.elbo == quality.elbo or case.full
     assert to_dict(again.gradient_variance) == to_dict(record.gradient_variance)
 

@@ -2,6 +2,7 @@
 diagnostic for which memory is short is left out alone; many fits in one process leave nothing behind."""
 
 import contextlib
+import copy
 import gc
 import json
 import subprocess
@@ -177,7 +178,7 @@ def test_diagnostic_without_memory_is_lost_alone(short_fit, monkeypatch, error, 
         owner, value = quick[name]
         monkeypatch.setattr(owner, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(module, function, short(SHORT[error]))
-    record = results.assessed(short_fit.record, short_fit.svi, short_fit, *short_fit.args)
+    record = copy.copy(short_fit).assess(*short_fit.args, svi=short_fit.svi).record
     assert lost in report.html(record)
     assert (record.gradient_variance is None) == (function == "gradient_variance")
     assert (record.quality is None) == (function == "fit_quality")

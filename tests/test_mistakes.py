@@ -248,8 +248,11 @@ class Callback:
         ({"callbacks": Callback}, "callbacks=the class Callback"),
         ({"callbacks": [Callback]}, r"callbacks\[0\] is the class Callback itself\. Make one: Callback"),
         ({"callbacks": ["print"]}, r"callbacks\[0\]='print'"),
-        ({"callbacks": [Callback(), lambda step, loss: 0]}, r"callbacks\[1\].* takes \(step, loss\) and gets one Look"),
-        ({"callbacks": [lambda: 0]}, r"callbacks\[0\].* takes \(\) and gets one Look"),
+        (
+            {"callbacks": [Callback(), lambda step, loss: 0]},
+            r"callbacks\[1\].* takes \(step, loss\) and gets one Callb",
+        ),
+        ({"callbacks": [lambda: 0]}, r"callbacks\[0\].* takes \(\) and gets one CallbackInfo"),
         ({"stop": lambda look: True}, r"stop=.* takes \(look\) and gets step and losses"),
         ({"checkpoint": True}, "checkpoint=True: the name of a folder"),
         ({"checkpoint": 100}, "checkpoint=100: the name of a folder"),

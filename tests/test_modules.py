@@ -11,6 +11,7 @@ import optax
 import pytest
 from modules import MUTABLE, TREES, line
 from numpyro.infer import SVI, Trace_ELBO
+from numpyro_rad.diagnostics.monitor import gradient_signal
 from programs import few
 
 from numpyro_rad import (
@@ -26,9 +27,8 @@ from numpyro_rad import (
     to_arviz,
 )
 from numpyro_rad.diagnostics import fit_quality, shadow, signal_to_noise
-from numpyro_rad.diagnostics.monitor import gradient_signal
 from numpyro_rad.planning import Calibration, strategies
-from numpyro_rad.training import RAD_SVIRunResult, assessed, fit_record
+from numpyro_rad.training import RAD_SVIRunResult, fit_record
 from numpyro_rad.transform import named_leaves
 
 KEY = jax.random.key(5)
@@ -179,8 +179,8 @@ def test_everything_takes_mutable_state(name, few_codecs, tmp_path):
     result.assess(draws=2)
     assert result.record.quality is not None and result.record.gradient_variance is not None
     assert result.record.num_params and "ELBO" in result.report(format="markdown")
-    record = fit_record(svi, result, result.losses, *args)
-    assert assessed(record, svi, result.state, *args, draws=2, pareto_k=False).quality is not None
+    record = fit_record(svi, result.state, result.losses, *args, assess=True, draws=2, pareto_k=False)
+    assert record.quality is not None
     for fit in (result, result.state, {**result.params, **result.state.mutable_state}):
         data = to_arviz(svi, fit, *args, key=KEY, num_samples=2, chunk_size=2)
         assert np.isfinite(data["sample_stats"]["lp"].values).all()
@@ -244,5 +244,5 @@ def test_what_is_not_enough_is_told():
     with pytest.raises(ValueError, match="gradient_variance: this SVI has not been initialised"):
         gradient_variance(SVI(local, local_guide, optax.adam(1e-3), RAD_ELBO()), state, *args)
     forgetful = pickle.loads(pickle.dumps(svi.run(KEY, 1, *args, progress_bar=False)))
-    with pytest.raises(ValueError, match=r"copied or unpickled.*assessed"):
+    with pytest.raises(ValueError, match=r"copied or unpickled.*svi=svi"):
         forgetful.assess(*args)

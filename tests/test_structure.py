@@ -45,7 +45,7 @@ LAYERS = (
     ("planning", "planning.figures"),
     ("transform",),
     ("elbo",),
-    ("diagnostics.records", "diagnostics.monitor", "diagnostics.convergence", "diagnostics.plates"),
+    ("diagnostics.records", "diagnostics.signal", "diagnostics.convergence", "diagnostics.plates"),
     ("diagnostics.variance", "diagnostics.quality", "diagnostics.draws"),
     ("diagnostics.posterior",),
     ("diagnostics.tracking",),

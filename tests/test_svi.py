@@ -20,7 +20,7 @@ from programs import few
 from numpyro_rad import RAD_ELBO, BudgetError
 from numpyro_rad.diagnostics.records import FitRecord
 from numpyro_rad.diagnostics.tracking import Tracking
-from numpyro_rad.training import assessed, fit_record, results
+from numpyro_rad.training import fit_record, results
 from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.svi import RAD_SVI
 
@@ -475,7 +475,7 @@ def test_a_loop_of_ones_own_has_a_record():
         losses.append(loss)
     record = fit_record(svi, state, losses, X, Y, seconds=1.5)
     assert (record.num_steps, record.num_params, record.plan) == (3, 6, None)
-    bad = assessed(record, svi, state, X, np.full_like(Y, np.nan), draws=2, pareto_k=False)
+    bad = fit_record(svi, state, losses, X, np.full_like(Y, np.nan), assess=True, draws=2, pareto_k=False)
     assert bad.gradient_variance is None and "w_auto_loc" in bad.alarms[0].message  # named, and the rest is there
     assert bad.quality is not None
 

@@ -433,7 +433,7 @@ def test_a_gradient_without_noise():
         ({"max_draws": 0}, "max_draws=0"),
         ({"relative_error": 0.0}, "relative_error=0.0 is not positive"),
         ({"blocks": "layer"}, "blocks='layer' is neither"),
-        ({"costs": "all"}, "costs='all' is none of"),
+        ({"costs": "all"}, "costs='all' is not one of"),
         ({"batches": [(A[:-1], B[:-1])]}, r"batches\[0\] has other shapes"),
         ({"batches": [A]}, r"batches\[0\] is not a tuple"),
     ],

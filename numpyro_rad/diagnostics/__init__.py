@@ -4,9 +4,9 @@ All of it is written down in the plain data of ``records``, from which reports a
 """
 
 from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates
-from numpyro_rad.diagnostics.monitor import gradient_signal, nonfinite_gradients, signal_to_noise
 from numpyro_rad.diagnostics.quality import Shadow, fit_quality, shadow
 from numpyro_rad.diagnostics.records import Alarm, FitQuality, FitRecord, GradientVariance, Track, Validation
+from numpyro_rad.diagnostics.signal import gradient_signal, nonfinite_gradients, signal_to_noise
 from numpyro_rad.diagnostics.tracking import Tracker, Tracking
 from numpyro_rad.diagnostics.variance import gradient_variance
 

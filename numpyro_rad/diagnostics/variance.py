@@ -113,7 +113,7 @@ def gradient_variance(
     if not (blocks in ("site", "parameter") or callable(blocks)):
         raise ValueError(f"blocks={blocks!r} is neither 'site', 'parameter' nor a function from a name to a block's.")
     if costs not in (False, True, "randomized"):
-        raise ValueError(f"costs={costs!r} is none of True, False and 'randomized'.")
+        raise ValueError(f"costs={costs!r} is not one of True, False and 'randomized'.")
     svi_state = state_of(svi, svi_state, "gradient_variance")
     sampler = _Sampler(svi, svi_state, [args, *batches], kwargs, key)
     moments = _Moments(sampler.block_names(blocks), sampler.sizes)

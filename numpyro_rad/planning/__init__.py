@@ -7,7 +7,8 @@ and ``assembly`` reads the solution. ``explain`` and ``figures`` show what was c
 
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.planning.calibration import Calibration
+from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.explain import Comparison, Explanation
 from numpyro_rad.planning.planner import Planner, Residual
 
-__all__ = ["Calibration", "Comparison", "Explanation", "Plan", "Planner", "Residual"]
+__all__ = ["Calibration", "Comparison", "CostModel", "Explanation", "Plan", "Planner", "Residual"]

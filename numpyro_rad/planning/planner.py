@@ -191,14 +191,16 @@ class Planner:
             if self.plan is not None:
                 raise ValueError("plan= and slices= exclude each other: a saved plan knows its slices.")
         if self.calibration is not None and not hasattr(self.calibration, "variance_model"):
-            raise TypeError(f"calibration={self.calibration!r} is none. Pass what RAD_ELBO.calibrate returned.")
+            raise TypeError(
+                f"calibration={shown(self.calibration)} is not a Calibration. Pass what RAD_ELBO.calibrate returned."
+            )
         if self.costs is not None and not isinstance(self.costs, CostModel):
             raise TypeError(
                 f"costs={shown(self.costs)} is not a CostModel. Pass one of numpyro_rad.planning.costs, such as H100, "
                 "or one that dataclasses.replace made of it."
             )
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is none of {', '.join(OBJECTIVES)}.")
+            raise ValueError(f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}.")
         if self.exact and (self.codec is not None or self.added_variance is not None or self.plan is not None):
             raise ValueError("exact=True goes with memory_budget= alone: exact gradients add no variance.")
         if not isinstance(self.overrides, Mapping):

@@ -2,19 +2,18 @@
 
 from numpyro_rad.training.advice import Advice, advise
 from numpyro_rad.training.checkpoints import Checkpoint
-from numpyro_rad.training.loop import Look
-from numpyro_rad.training.results import RAD_SVIRunResult, assessed, fit_record
+from numpyro_rad.training.loop import CallbackInfo
+from numpyro_rad.training.results import RAD_SVIRunResult, fit_record
 from numpyro_rad.training.svi import RAD_SVI
 from numpyro_rad.training.validation import Plateau
 
 __all__ = [
     "RAD_SVI",
     "Advice",
+    "CallbackInfo",
     "Checkpoint",
-    "Look",
     "Plateau",
     "RAD_SVIRunResult",
     "advise",
-    "assessed",
     "fit_record",
 ]

@@ -90,7 +90,7 @@ def advise(
     :param kwargs: keyword arguments of model and guide.
     :return: the options and a recommendation: the one of least memory that takes at most 1.1 times the time and adds at
         most 5 % to the variance, if it is at least 1.5 times smaller than the exact step.
-    :raises TypeError: if ``svi`` or ``svi_state`` are not what they should be, or a budget is none.
+    :raises TypeError: if ``svi`` or ``svi_state`` are not what they should be, or a budget cannot be read.
     :raises ValueError: before ``svi.init``, for a negative ``repeats`` and where there is no parameter.
 
     Example::

@@ -30,7 +30,7 @@ _PARTS, _RUN = "RAD_SVI(model, guide, optim, loss)", "run(rng_key, num_steps, *a
 def check_parts(model: Any, guide: Any, optim: Any, loss: Any, tracking: Any, calibrate: Any) -> None:
     """The arguments of ``RAD_SVI`` itself.
 
-    :raises TypeError: for one that is not of its kind.
+    :raises TypeError: for one of the wrong type.
     """
     if isinstance(model, AutoGuide) and callable(guide) and not isinstance(guide, (AutoGuide, type)):
         raise TypeError(f"model is {shown(model)} and guide {shown(guide)}: they are swapped. Write {_PARTS}.")
@@ -64,7 +64,7 @@ def check_key(key: Any, called: str, *others: Any) -> None:
 
     :param called: what the caller should have written.
     :param others: the arguments behind it, among which the key may be.
-    :raises TypeError: if ``key`` is none.
+    :raises TypeError: if ``key`` is not one.
     """
     if is_key(key):
         return
@@ -85,7 +85,7 @@ def check_run(
 ) -> None:
     """The arguments of ``RAD_SVI.run`` that are not the model's.
 
-    :raises TypeError: for one that is none of its kind.
+    :raises TypeError: for one of the wrong type.
     :raises ValueError: for fewer than one step, or a rule to stop by that does not exist.
     """
     check_key(rng_key, _RUN, num_steps, *args)
@@ -119,7 +119,7 @@ def checked_callbacks(callbacks: Any) -> tuple[Callable, ...]:
 
     :raises TypeError: if they are no functions of one argument.
     """
-    expected = "a list of functions of a Look is expected"
+    expected = "a list of functions of a CallbackInfo is expected"
     if (
         isinstance(callbacks, (str, bytes, Mapping))
         or not hasattr(callbacks, "__iter__")
@@ -133,8 +133,8 @@ def checked_callbacks(callbacks: Any) -> tuple[Callable, ...]:
         if isinstance(callback, type):
             raise TypeError(f"{where} is {shown(callback)} itself. Make one: {callback.__name__}(...).")
         if not callable(callback):
-            raise TypeError(f"{where}={shown(callback)}: {expected}, such as lambda look: print(look.step, look.loss).")
-        _check_call(where, callback, 1, "one Look", "lambda look: f(look.step, look.loss)")
+            raise TypeError(f"{where}={shown(callback)}: {expected}, such as lambda info: print(info.step, info.loss).")
+        _check_call(where, callback, 1, "one CallbackInfo", "lambda info: f(info.step, info.loss)")
     return callbacks
 
 

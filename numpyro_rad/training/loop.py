@@ -61,7 +61,7 @@ Stop = str | Plateau | Callable[[int, np.ndarray], bool]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Look:
+class CallbackInfo:
     """What a callback of ``RAD_SVI.run`` gets.
 
     :ivar step: steps taken.
@@ -306,7 +306,7 @@ class Fit:
         if callbacks:
             track = None if self.tracker is None else self.tracker.track
             noticed = track, tuple(self.alarms), self.held_out
-            seen = Look(self.step, self._copy(), float(self.losses[-1]), self.losses, *noticed)
+            seen = CallbackInfo(self.step, self._copy(), float(self.losses[-1]), self.losses, *noticed)
             with self.progress.doing("callbacks"):
                 answers = [callback(seen) for callback in callbacks]
             if any(answer is True for answer in answers):

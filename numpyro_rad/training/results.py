@@ -103,17 +103,19 @@ class RAD_SVIRunResult(SVIRunResult):
             return report.write(self.record, path)
         formats = {"html": report.html, "markdown": report.markdown, "terminal": report.terminal}
         if format not in formats:
-            raise ValueError(f"format={format!r} is none of {', '.join(formats)}.")
+            raise ValueError(f"format={format!r} is not one of {', '.join(formats)}.")
         return formats[format](self.record)
 
     @kwargs_checked
     def assess(
-        self, *args: Any, key: Any = None, draws: int = 32, pareto_k: bool = True, **kwargs: Any
+        self, *args: Any, svi: Any = None, key: Any = None, draws: int = 32, pareto_k: bool = True, **kwargs: Any
     ) -> RAD_SVIRunResult:
         """Measure what takes draws of its own, for the report: the gradient's noise, the fit's quality, its posterior.
 
         :param args: arguments of model and guide for the quality, those of the full data; without any, those of the
-            last step, of which the noise is measured in any case.
+            last step, of which the noise is measured in any case, if they are known.
+        :param svi: for a result that was copied or unpickled, which leaves its SVI and arguments out: the SVI of the
+            fit, initialised.
         :param key: JAX PRNG key, by default derived from that of the state.
         :param draws: replicates of three or four gradients each, for the noise.
         :param pareto_k: whether to compute k-hat, from a thousand evaluations of the log densities.
@@ -125,16 +127,19 @@ class RAD_SVIRunResult(SVIRunResult):
 
             svi.run(key, 10_000, x, y).assess(x, y).report("fit.html")
         """
+        given = args, kwargs
         if not (args or kwargs):
             args, kwargs = self.args, self.kwargs
-        if self.svi is None:
+        of = self.svi if svi is None else svi
+        if of is None:
             raise ValueError(
-                "assess: this result was copied or unpickled, which leaves its SVI out. Use assessed(result.record, "
-                "svi, result, x, y), with the SVI initialised."
+                "assess: this result was copied or unpickled, which leaves its SVI out. Pass one that is initialised: "
+                "result.assess(x, y, svi=svi)."
             )
         options = {"key": key, "draws": draws, "pareto_k": pareto_k, "iterates": self.iterates}
-        steps = self.args, self.kwargs  # whose noise the record is of, whatever the quality is measured on
-        self.record = _assessed(self.record, self.svi, self, args, kwargs, steps, **options)
+        # whose noise the record is of, whatever the quality is measured on
+        steps = (self.args, self.kwargs) if self.svi is not None else given
+        self.record = _assessed(self.record, of, self, args, kwargs, steps, **options)
         return self
 
     def save(self, path: str | os.PathLike) -> None:
@@ -177,27 +182,43 @@ def _alarms_text(alarms: tuple[Alarm, ...]) -> str:
 
 @kwargs_checked
 def fit_record(
-    svi: SVI, svi_state: Any, losses: Any, *args: Any, seconds: float = math.nan, **kwargs: Any
+    svi: SVI,
+    fit: Any,
+    losses: Any,
+    *args: Any,
+    seconds: float = math.nan,
+    assess: bool = False,
+    key: Any = None,
+    draws: int = 32,
+    pareto_k: bool = True,
+    iterates: Iterates | None = None,
+    **kwargs: Any,
 ) -> FitRecord:
     """The record of a fit whose loop is your own, for :mod:`numpyro_rad.report`.
 
     :param svi: an initialised ``SVI`` with any ELBO.
-    :param svi_state: its last state, or the result of its run.
+    :param fit: its last state, or the result of its run.
     :param losses: of all steps, shape (steps,).
     :param args: arguments of model and guide, as in ``svi.update``.
     :param seconds: wall time of the fit.
+    :param assess: whether to measure what takes draws of its own: the gradient's noise by source, the quality of the
+        fit and its posterior, as :meth:`RAD_SVIRunResult.assess` does. The arguments are then those of the full data.
+    :param key: JAX PRNG key of these draws, by default derived from that of the state.
+    :param draws: replicates of three or four gradients each, for the noise.
+    :param pareto_k: whether to compute k-hat, from a thousand evaluations of the log densities.
+    :param iterates: what is remembered of the iterates, for R-hat and MCSE.
     :param kwargs: keyword arguments of model and guide.
-    :return: the record; :func:`assessed` adds what takes draws of its own.
+    :return: the record; what does not exist for this fit is left out, with a word in the alarms.
 
     Example::
 
-        report.write(assessed(fit_record(svi, state, losses, x, y), svi, state, x, y), "fit.html")
+        report.write(fit_record(svi, state, losses, x, y, assess=True), "fit.html")
     """
-    svi_state = state_of(svi, svi_state, "fit_record")
+    svi_state = state_of(svi, fit, "fit_record")
     params = svi.optim.get_params(svi_state.optim_state)
     plan = svi.loss.plan_of_update(svi, svi_state, *args, **kwargs) if isinstance(svi.loss, RAD_ELBO) else None
     losses = np.asarray(losses)
-    return FitRecord(
+    record = FitRecord(
         title=title(svi),
         created=now(),
         versions=versions(),
@@ -208,33 +229,8 @@ def fit_record(
         losses=losses,
         plan=None if plan is None else plan_record(*plan, None),
     )
-
-
-@kwargs_checked
-def assessed(
-    record: FitRecord,
-    svi: SVI,
-    fit: Any,
-    *args: Any,
-    key: Any = None,
-    draws: int = 32,
-    pareto_k: bool = True,
-    iterates: Iterates | None = None,
-    **kwargs: Any,
-) -> FitRecord:
-    """A record with the gradient's noise by source, the quality of the fit and its posterior, at the end of it.
-
-    :param record: of the fit.
-    :param svi: what was fitted.
-    :param fit: its result or its last state.
-    :param args: arguments of model and guide, for the quality those of the full data.
-    :param key: JAX PRNG key, by default derived from that of the state.
-    :param draws: replicates of three or four gradients each, for the noise.
-    :param pareto_k: whether to compute k-hat, from a thousand evaluations of the log densities.
-    :param iterates: what is remembered of the iterates.
-    :param kwargs: keyword arguments of model and guide.
-    :return: the record; what does not exist for this fit is left out, with a word in the alarms.
-    """
+    if not assess:
+        return record
     options = {"key": key, "draws": draws, "pareto_k": pareto_k, "iterates": iterates}
     return _assessed(record, svi, fit, args, kwargs, (args, kwargs), **options)
 
@@ -252,8 +248,12 @@ def _assessed(
     pareto_k: bool,
     iterates: Iterates | None,
 ) -> FitRecord:
-    """:func:`assessed`, with the arguments of the steps, whose noise is measured, apart from those for the quality."""
-    state = state_of(svi, fit, "assessed")
+    """A record with the gradient's noise by source, the quality of the fit and its posterior, at the end of it.
+
+    :param args: arguments of model and guide for the quality and the posterior, those of the full data.
+    :param steps: arguments of the steps, whose noise is measured.
+    """
+    state = state_of(svi, fit, "assess")
     key = jax.random.fold_in(state.rng_key, _ASSESS_TAG) if key is None else key
     measures = {
         "gradient_variance": lambda: gradient_variance(svi, state, *steps[0], key=key, draws=draws, **steps[1]),

@@ -39,7 +39,7 @@ from numpyro_rad.training.arguments import (
 from numpyro_rad.training.batches import Batches, Fixed, Varying, words
 from numpyro_rad.training.checkpoints import Checkpoint, Snapshot, Store
 from numpyro_rad.training.fingerprint import checksum, data
-from numpyro_rad.training.loop import CALIBRATION_DRAWS, Fit, Look, Stop
+from numpyro_rad.training.loop import CALIBRATION_DRAWS, CallbackInfo, Fit, Stop
 from numpyro_rad.training.optimizers import evaluations
 from numpyro_rad.training.progress import Progress
 from numpyro_rad.training.results import RAD_SVIRunResult
@@ -204,7 +204,7 @@ class RAD_SVI(SVI):
         init_state: Any = None,
         init_params: Any = None,
         batches: Any = None,
-        callbacks: Sequence[Callable[[Look], Any]] = (),
+        callbacks: Sequence[Callable[[CallbackInfo], Any]] = (),
         stop: Stop | None = None,
         checkpoint: Checkpoint | str | Path | None = None,
         validate: Any = None,
@@ -229,8 +229,8 @@ class RAD_SVI(SVI):
             ``epoch -> iterable``. A batch is a tuple (arguments), a dictionary (keyword arguments) or one array, of
             NumPy or JAX; an iterator that ends, ends the run. Batches are read ahead on a thread. They may differ in
             size, not in structure, dtype or number of axes. Whole numbers and strings in them are compiled in.
-        :param callbacks: functions of a :class:`Look`, called whenever the noise is looked at (every
-            ``tracking.interval`` steps, 100 without tracking); one that returns ``True`` ends the run.
+        :param callbacks: functions of a :class:`numpyro_rad.training.CallbackInfo`, called whenever the noise is looked
+            at (every ``tracking.interval`` steps, 100 without tracking); one that returns ``True`` ends the run.
         :param stop: ``"converged"`` to stop by the convergence of the iterates
             (:meth:`numpyro_rad.diagnostics.Iterates.converged`; a run that never does warns, and says how far it was),
             a :class:`Plateau` to stop by the loss on held-out data, or a function ``(step, losses) -> bool``. It is
@@ -249,7 +249,7 @@ class RAD_SVI(SVI):
             the number means.
         :param kwargs: keyword arguments of model and guide.
         :return: result with the fields ``params``, ``state`` and ``losses``.
-        :raises TypeError: for an argument that is none of its kind.
+        :raises TypeError: for an argument of the wrong type.
         :raises ValueError: for fewer than one step, for batches that change or of which there are none, and for
             held-out data that the guide has no parameters for.
         :raises BudgetError: if no plan meets the budget.

@@ -12,7 +12,7 @@ from numpyro.infer.autoguide import AutoNormal
 from programs import few
 from zscores import assert_unbiased
 
-from numpyro_rad.diagnostics.monitor import GradientSignalState, gradient_signal, nonfinite_gradients, signal_to_noise
+from numpyro_rad.diagnostics.signal import GradientSignalState, gradient_signal, nonfinite_gradients, signal_to_noise
 
 SEEDS = 32
 
