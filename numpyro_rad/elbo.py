@@ -29,6 +29,7 @@ from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_
 from numpyro_rad.mistakes import is_key, kwargs_checked, misspelt, names_checked, shown
 from numpyro_rad.planning import strategies
 from numpyro_rad.planning.calibration import Calibration, Calibrator
+from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.planner import Planner, Rule, parse_bytes
 from numpyro_rad.tracing import taking_arrays
 from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves
@@ -89,6 +90,7 @@ class RAD_ELBO(Trace_ELBO):
     :param offload: whether exact values may wait in the memory of the host.
     :param overrides: what to do with some residuals.
     :param calibration: measured prices of codes, from :meth:`calibrate`.
+    :param costs: what work costs on the device that the program shall run on.
     :raises TypeError: for a wrong ``base``, option or number of particles.
     :raises ValueError: for an option that cannot be read, for two that exclude each other, or for a ``base`` together
         with an argument that belongs on it.
@@ -124,6 +126,7 @@ class RAD_ELBO(Trace_ELBO):
         offload: bool = False,
         overrides: Mapping[Rule, Codec] = {},
         calibration: Any = None,
+        costs: CostModel | None = None,
     ) -> None:
         planner = Planner(  # complains now rather than in the first step
             codec=codec,
@@ -136,6 +139,7 @@ class RAD_ELBO(Trace_ELBO):
             offload=offload,
             overrides=overrides,
             calibration=calibration,
+            costs=costs,
         )
         self._hold(_base_of(base, num_particles, vectorize_particles, multi_sample_guide, sum_sites), planner)
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 from modules import MUTABLE, TREES, line
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro_rad.diagnostics.monitor import gradient_signal
+from numpyro_rad.diagnostics.signal import gradient_signal
 from programs import few
 
 from numpyro_rad import (
