@@ -11,7 +11,6 @@ import optax
 import pytest
 from modules import MUTABLE, TREES, line
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro_rad.diagnostics.signal import gradient_signal
 from programs import few
 
 from numpyro_rad import (
@@ -27,6 +26,7 @@ from numpyro_rad import (
     to_arviz,
 )
 from numpyro_rad.diagnostics import fit_quality, shadow, signal_to_noise
+from numpyro_rad.diagnostics.signal import gradient_signal
 from numpyro_rad.planning import Calibration, strategies
 from numpyro_rad.training import RAD_SVIRunResult, fit_record
 from numpyro_rad.transform import named_leaves

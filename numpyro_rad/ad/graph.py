@@ -125,7 +125,7 @@ class Edge:
         return tuple(t.aval.size for t in self.inputs)
 
 
-class Parts(NamedTuple):
+class LoopOperands(NamedTuple):
     """How the operands of a loop begin: with so many constants, then so many that it carries on; slices follow."""
 
     n_consts: int
@@ -186,8 +186,8 @@ class Scan(ControlFlow):
     length: int
     reverse: bool
     unroll: int | bool
-    primal: Parts
-    tangent: Parts
+    primal: LoopOperands
+    tangent: LoopOperands
 
     @property
     def body(self) -> Graph:

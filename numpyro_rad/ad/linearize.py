@@ -26,7 +26,7 @@ from numpyro_rad.ad.graph import (
     Edge,
     Equation,
     Graph,
-    Parts,
+    LoopOperands,
     Scan,
     Value,
 )
@@ -301,7 +301,7 @@ def _scan(equation: Any, number: int, operands: Sequence[Atom], flags: Sequence[
     """A loop, given which of its operands are tangents."""
     body, n_consts, n_carry = _jax.scan_parts(equation)
     ins, outs = tangents.scan_tangents(equation, flags)
-    consts, carry, _ = Parts(n_consts, n_carry).of(ins)
+    consts, carry, _ = LoopOperands(n_consts, n_carry).of(ins)
     return Scan(
         number,
         (split_body(body, ins, outs),),
@@ -310,8 +310,8 @@ def _scan(equation: Any, number: int, operands: Sequence[Atom], flags: Sequence[
         equation.params["length"],
         equation.params["reverse"],
         equation.params["unroll"],
-        Parts(consts.count(False), carry.count(False)),
-        Parts(consts.count(True), carry.count(True)),
+        LoopOperands(consts.count(False), carry.count(False)),
+        LoopOperands(consts.count(True), carry.count(True)),
     )
 
 
