@@ -8,6 +8,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -215,6 +216,15 @@ def test_the_front_door_is_narrow() -> None:
     for name in PUBLIC[1:]:  # what a package has too is the same there
         package = importlib.import_module(name)
         assert all(getattr(numpyro_rad, n) is getattr(package, n) for n in {*numpyro_rad.__all__} & {*package.__all__})
+
+
+def test_the_page_about_the_house_knows_every_room() -> None:
+    page = PACKAGE.parent / "docs" / "how_it_is_built.md"
+    named = set(re.findall(r"\w+", page.read_text(encoding="utf-8")))
+    rooms = {module.rpartition(".")[2] for module in LEVEL if module.partition(".")[0] in ("ad", "planning")}
+    assert rooms - named == set()
+    files = re.findall(r"`(\w+/\w+\.py|\w+\.py)`", page.read_text(encoding="utf-8"))
+    assert len(files) > 8 and [f for f in files if not ((PACKAGE / f).exists() or (PACKAGE.parent / f).exists())] == []
 
 
 def plant(folder: Path, files: dict[str, str]) -> Path:
