@@ -10,10 +10,10 @@ import pytest
 from jax import lax
 from programs import normal
 
-from numpyro_rad import RAD_ELBO, Keep, Planner, explain, rad
+from numpyro_rad import RAD_ELBO, Keep, explain, rad
 from numpyro_rad.ad import primitives
 from numpyro_rad.ad.work import NOTHING, Entries, Multiplications, OneOf, Together
-from numpyro_rad.planning import costs
+from numpyro_rad.planning import Planner, costs
 from numpyro_rad.planning.costs import A100, CPU, H100, H200, V5E, for_device
 
 X, W = normal(64, 32), normal(32, 32, seed=1)
