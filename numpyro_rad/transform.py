@@ -50,10 +50,6 @@ class Recent:
             del self._found[next(iter(self._found))]
         return found
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._found.clear()
-
 
 TEMPORARY_BYTES = Recent(256)
 """What the compiler said of programs and plans. A program is traced again by each function that looks at it, to explain

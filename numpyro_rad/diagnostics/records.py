@@ -70,7 +70,7 @@ class GradientVariance:
     :ivar noise_scale: total variance / squared norm (McCandlish et al. 2018), in gradients of this size.
     :ivar draws: independent replicates, of up to four gradients each.
     :ivar seconds: for "exact" and "randomized", seconds of one gradient; empty if not measured.
-    :ivar temporary_bytes: for the same, temporary memory of one compiled gradient.
+    :ivar temporary_bytes: for the same, temporary memory of one compiled gradient, if the compiler says it.
     :ivar efficiency: for the same, 1 / (variance x seconds) relative to "exact"; empty if not measured.
     :ivar memory_efficiency: the same with bytes in the place of seconds.
     """
@@ -125,12 +125,12 @@ class GradientVariance:
         ]
         lines += [f"{self.rho_text}.", f"{self.signal_text}. {self.draws} draws."]
         for name, seconds in self.seconds.items():
-            line = f"{name}: {seconds_text(seconds)} and {size_text(self.temporary_bytes[name])} for one gradient"
+            size = f" and {size_text(self.temporary_bytes[name])}" if name in self.temporary_bytes else ""
+            line = f"{name}: {seconds_text(seconds)}{size} for one gradient"
             if name in self.efficiency:
-                line += (
-                    f"; relative to exact, 1 / (variance x seconds) is {self.efficiency[name]:.3g} and "
-                    f"1 / (variance x bytes) {self.memory_efficiency[name]:.3g}"
-                )
+                line += f"; relative to exact, 1 / (variance x seconds) is {self.efficiency[name]:.3g}"
+            if name in self.memory_efficiency:
+                line += f" and 1 / (variance x bytes) {self.memory_efficiency[name]:.3g}"
             lines.append(line)
         return "\n".join(lines)
 
