@@ -125,7 +125,7 @@ class RAD_ELBO(Trace_ELBO):
         objective: str = "balanced",
         offload: bool = False,
         overrides: Mapping[Rule, Codec] = {},
-        calibration: Any = None,
+        calibration: Calibration | None = None,
         costs: CostModel | None = None,
     ) -> None:
         planner = Planner(  # complains now rather than in the first step

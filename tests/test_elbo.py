@@ -645,6 +645,7 @@ def test_compiled_step_needs_less_memory():
     "options, error, message",
     [
         ({"codec": "4 bits"}, TypeError, r"codec='4 bits' is not a codec.*StochasticRound"),
+        ({"calibration": 3}, TypeError, r"calibration=3 is not a Calibration\. Pass what RAD_ELBO\.calibrate returned"),
         ({"codec": StochasticRound}, TypeError, "not a codec"),
         ({"memory_budget": "lots"}, ValueError, "memory_budget='lots' cannot be read.*MiB"),
         ({"memory_budget": "5 MiBs"}, ValueError, "cannot be read"),

@@ -24,6 +24,7 @@ from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
 from numpyro_rad.ad.plan import Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
 from numpyro_rad.planning import costs, strategies, ways, worth
+from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.noise import EqualShares, Flow
 from numpyro_rad.planning.request import OBJECTIVES, Codecs, PlanRequest, any_of, forced, uniform
@@ -103,7 +104,7 @@ class Options(TypedDict, total=False):
     objective: str
     offload: bool
     overrides: Mapping[Rule, Codec]
-    calibration: Any
+    calibration: Calibration | None
     costs: CostModel | None
 
 
@@ -150,14 +151,14 @@ class Planner:
     objective: str = "balanced"
     offload: bool = False
     overrides: Mapping[Rule, Codec] = dataclasses.field(default_factory=dict)
-    calibration: Any = None
+    calibration: Calibration | None = None
     costs: CostModel | None = None
 
     def __post_init__(self) -> None:
         if self.codec is not None and not isinstance(self.codec, Codec):
             raise TypeError(
-                f"codec={self.codec!r} is not a codec. Pass an instance such as StochasticRound(bits=4), "
-                "SampleAxis(keep=0.1), RandomProjection(keep=0.1), or Keep() for exact gradients."
+                f"codec={self.codec!r} is not a codec. Pass an instance of one in numpyro_rad.codecs, such as "
+                "StochasticRound(bits=4), or Keep() for exact gradients."
             )
         asked = [
             name for name in ("codec", "memory_budget", "added_variance", "plan") if getattr(self, name) is not None
@@ -190,7 +191,7 @@ class Planner:
                 raise ValueError(f"slices={self.slices}: there is at least 1 slice, which is the whole.")
             if self.plan is not None:
                 raise ValueError("plan= and slices= exclude each other: a saved plan knows its slices.")
-        if self.calibration is not None and not hasattr(self.calibration, "variance_model"):
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise TypeError(
                 f"calibration={shown(self.calibration)} is not a Calibration. Pass what RAD_ELBO.calibrate returned."
             )
