@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import ControlFlow, Equation, Graph, Path, Scan, Value
@@ -45,7 +44,7 @@ class Cuts:
     :ivar chain: segments of the program itself.
     """
 
-    loops: Mapping[Scan, tuple[int, ...]] = MappingProxyType({})
+    loops: Mapping[Scan, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     chain: Chain | None = None
 
     def __bool__(self) -> bool:
