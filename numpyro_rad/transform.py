@@ -22,14 +22,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph, site_name
-from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
 from numpyro_rad.mistakes import options_of
-from numpyro_rad.planning.planner import Options, Planner
-from numpyro_rad.planning.strategies import untouched_plan
-from numpyro_rad.planning.ways import Way
+from numpyro_rad.planning.planner import Options, Planned, Planner
 from numpyro_rad.tracing import Parts, traced_or_constant
 
 
@@ -82,33 +79,15 @@ class Program:
     def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, planner: Planner, names: Sequence[str]) -> None:
         self._jaxpr, self._out_tree, self._planner, self._names = jaxpr, out_tree, planner, names
         self._made_bytes = _jax.made_bytes(jaxpr)
-        self._ways: dict[tuple[bool, ...], Way] = {}
-        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._planned: dict[tuple[bool, ...], Planned] = {}
 
-    def graph(self, active: tuple[bool, ...]) -> Graph:
-        """The linearized graph for the differentiated ones among the operands."""
-        return self._way(active).graph
-
-    def plan(self, active: tuple[bool, ...]) -> Plan:
-        """The plan for the differentiated ones among the operands."""
-        if active not in self._plans:
-            way = self._way(active)
-            names = dict(zip(way.graph.tangent_inputs, self._names_of(active), strict=True))
-            self._plans[active] = self._planner.along(way, names)
-        return self._plans[active]
-
-    def _way(self, active: tuple[bool, ...]) -> Way:
-        if active not in self._ways:
-            if self._planner.leaves_alone(self._made_bytes):
-                graph = linearize(self._jaxpr, active)
-                self._ways[active] = Way(graph, plan=untouched_plan(graph))
-            else:
-                taken = partial(self._temporary_bytes, active)
-                self._ways[active] = self._planner.way(self._jaxpr, active, self._names_of(active), taken)
-        return self._ways[active]
-
-    def _names_of(self, active: tuple[bool, ...]) -> list[str]:
-        return [name for name, on in zip(self._names, active, strict=True) if on]
+    def planned(self, active: tuple[bool, ...]) -> Planned:
+        """Its graph and plan for the differentiated ones among the operands."""
+        if active not in self._planned:
+            names = [name for name, on in zip(self._names, active, strict=True) if on]
+            taken = partial(self._temporary_bytes, active)
+            self._planned[active] = self._planner.planned(self._jaxpr, active, names, taken)
+        return self._planned[active]
 
     def _temporary_bytes(self, active: tuple[bool, ...], plan: Plan) -> int | None:
         """Temporary memory of the gradient with a plan, compiled by itself; None where the compiler does not say."""
@@ -129,7 +108,7 @@ class Program:
         linearized."""
         if self._planner.leaves_alone(self._made_bytes):
             return None
-        plan = self.plan(active)
+        plan = self.planned(active).plan
         return None if plan.untouched else plan
 
     def _forward(
@@ -328,12 +307,12 @@ class Closure:
     @property
     def graph(self) -> Graph:
         """The linearized graph of the program."""
-        return self.program.graph(self.active)
+        return self.program.planned(self.active).graph
 
     @property
     def plan(self) -> Plan:
         """The plan of the program."""
-        return self.program.plan(self.active)
+        return self.program.planned(self.active).plan
 
 
 def _floats(x: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import numbers
 import re
@@ -21,6 +22,7 @@ import jax
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
+from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
 from numpyro_rad.planning import costs, strategies, ways, worth
@@ -247,15 +249,24 @@ class Planner:
         free = all(option is None for option in chosen) and self.slices in (None, 1)
         return free and not (self.exact or self.offload or self.overrides)
 
-    def way(
+    def planned(
         self, jaxpr: _jax.Jaxpr, active: Sequence[bool], names: Sequence[str], taken: Callable[[Plan], int | None]
-    ) -> Way:
-        """How to go through a program. A calibration, which is made for one graph, has no part in it.
+    ) -> Planned:
+        """A program, linearized and, once that is asked for, planned.
 
         :param active: which of its inputs are differentiated.
         :param names: the site or argument that each of them belongs to.
         :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
         """
+        if self.leaves_alone(_jax.made_bytes(jaxpr)):
+            graph = linearize(jaxpr, active)
+            return Planned(self, Way(graph, plan=strategies.untouched_plan(graph)), names)
+        return Planned(self, self._way(jaxpr, active, names, taken), names)
+
+    def _way(
+        self, jaxpr: _jax.Jaxpr, active: Sequence[bool], names: Sequence[str], taken: Callable[[Plan], int | None]
+    ) -> Way:
+        """How to go through a program. A calibration, which is made for one graph, has no part in it."""
         number = self.slices if self.plan is None else self.plan.get("slices", 1)
         budget = self._budget_bytes
         if number is not None or budget is None:
@@ -276,9 +287,9 @@ class Planner:
         :param names: for each tangent input the site or argument that it belongs to.
         :raises BudgetError: if no plan meets the budget.
         """
-        return self.along(Way(graph, self._budget_bytes), names)
+        return self._along(Way(graph, self._budget_bytes), names)
 
-    def along(self, way: Way, names: Mapping[Value, str] | None = None) -> Plan:
+    def _along(self, way: Way, names: Mapping[Value, str] | None = None) -> Plan:
         """The plan for a way through a program; see :meth:`__call__`."""
         graph = way.graph
         as_known = self.calibration is None and not (self.overrides or self.offload)
@@ -354,6 +365,26 @@ class Planner:
             return general(path, value, repeat) if codec is None else forced(codec, value)
 
         return codecs
+
+
+class Planned:
+    """A program as a planner takes it.
+
+    The graph is known before the plan: a calibration is made for the one and priced in the other.
+
+    :ivar graph: the linearized graph of the program, with the part in slices that shall be.
+    """
+
+    def __init__(self, planner: Planner, way: Way, names: Sequence[str]) -> None:
+        self._planner, self._way, self._names, self.graph = planner, way, names, way.graph
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The plan of the program.
+
+        :raises BudgetError: if no plan meets the budget.
+        """
+        return self._planner._along(self._way, dict(zip(self.graph.tangent_inputs, self._names, strict=True)))
 
 
 def _fits(rule: Rule, residual: Residual) -> bool:
