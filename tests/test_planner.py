@@ -496,13 +496,13 @@ def with_extras(x, y, scale, key, batch_size=None):
 @pytest.fixture
 def programs_planned(monkeypatch):
     """Fingerprints of all programs that are planned from here on."""
-    seen, along = [], Planner.along
+    seen, along = [], Planner._along
 
     def spy(self, way, names=None):
         seen.append(way.graph.fingerprint())
         return along(self, way, names)
 
-    monkeypatch.setattr(Planner, "along", spy)
+    monkeypatch.setattr(Planner, "_along", spy)
     return seen
 
 

@@ -202,7 +202,7 @@ class Planner:
                 f"costs={shown(self.costs)} is not a CostModel. Pass one of numpyro_rad.planning.costs, such as H100, "
                 "or one that dataclasses.replace made of it."
             )
-        if self.objective not in OBJECTIVES:
+        if self.objective not in tuple(OBJECTIVES):  # what is passed may not be hashable
             raise ValueError(f"objective={self.objective!r} is not one of {', '.join(OBJECTIVES)}.")
         if self.exact and (self.codec is not None or self.added_variance is not None or self.plan is not None):
             raise ValueError("exact=True goes with memory_budget= alone: exact gradients add no variance.")
