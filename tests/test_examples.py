@@ -271,7 +271,7 @@ def test_benchmark_from_run_to_page(
     assert figures.markdown_table(report) in page.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("encode_all")
 def test_budget_curves_from_run_to_page(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -318,7 +318,7 @@ def test_budget_curves_from_run_to_page(
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("axis", few(["depth", "batch", "particles", "loop length"], slow=4))
+@pytest.mark.parametrize("axis", few(["depth", "batch", "particles", "loop length"], slow=0))
 def test_growth_from_run_to_page(
     benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, axis: str
 ) -> None:
@@ -361,7 +361,7 @@ def test_match_from_run_to_page(
     assert f"| {tiny.title} | accumulation | " in figures.markdown_table(report)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
     memory, figures = (benchmarks(module) for module in ("memory", "figures"))
     output, page = tmp_path / "memory.json", tmp_path / "page.md"

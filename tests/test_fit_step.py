@@ -51,7 +51,7 @@ def step_bytes(svi, state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "share"), [(deep, 0.8), (normalized, 0.6)])
+@pytest.mark.parametrize(("model", "share"), [(deep, 0.8), pytest.param(normalized, 0.6, marks=pytest.mark.exhaustive)])
 def test_the_whole_step_fits(model, share):
     elbo = RAD_ELBO()
     svi, state = prepared(elbo, model)

@@ -275,7 +275,7 @@ def test_a_budget_that_nothing_meets_is_told_by_init():
         svi.run(jax.random.key(0), 5, x, y, progress_bar=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_plans_by_price_are_calibrated_once_for_each_fit():
     x, y = wave(4096, 8)
     svi = RAD_SVI(
