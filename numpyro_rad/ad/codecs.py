@@ -123,9 +123,7 @@ class Codec:
     _needs, _least_axes = "real floating-point arrays (float16, bfloat16, float32, float64)", 0
 
 
-class _Exact(Codec):
-    exact = True
-
+class _Noiseless(Codec):
     def variance(self, x):
         return jnp.zeros((), jnp.float32)
 
@@ -133,9 +131,8 @@ class _Exact(Codec):
         return 0.0
 
 
-@dataclass(frozen=True)
-class Keep(_Exact):
-    """The array itself: exact, no saving, any dtype (PRNG keys too)."""
+class _Whole(_Noiseless):
+    """The array itself."""
 
     def encode(self, seed, x):
         return (x,)
@@ -145,6 +142,13 @@ class Keep(_Exact):
 
     def stored_bytes(self, shape, dtype):
         return math.prod(shape) * _itemsize(dtype)
+
+
+@dataclass(frozen=True)
+class Keep(_Whole):
+    """The array itself: exact, no saving, any dtype (PRNG keys too)."""
+
+    exact = True
 
     def supports(self, shape, dtype):
         return True
@@ -171,32 +175,18 @@ class Offload(Keep):
 
 
 @dataclass(frozen=True)
-class PassThrough(Codec):
+class PassThrough(_Whole):
     """The array itself in the place of a code, to see what a code would do there."""
-
-    def encode(self, seed, x):
-        return (x,)
-
-    def decode(self, seed, code, like):
-        return code[0]
-
-    def stored_bytes(self, shape, dtype):
-        return math.prod(shape) * _itemsize(dtype)
-
-    def variance(self, x):
-        return jnp.zeros((), jnp.float32)
-
-    def relative_variance(self, shape):
-        return 0.0
 
     def __str__(self):
         return "pass through"
 
 
 @dataclass(frozen=True)
-class BitMask(_Exact):
+class BitMask(_Noiseless):
     """Booleans, eight to a byte: exact. Holds the two-valued derivatives of relu, max, select."""
 
+    exact = True
     _needs = "boolean arrays"
 
     def encode(self, seed, x):

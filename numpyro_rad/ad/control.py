@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_rad.ad import _jax, loops
-from numpyro_rad.ad.graph import Atom, Cond, Constant, ControlFlow, ControlFlowEdge, Graph, Scan, Value
+from numpyro_rad.ad.edges import filled
+from numpyro_rad.ad.graph import Cond, ControlFlow, ControlFlowEdge, Graph, Scan, Value, read
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import fold
 
@@ -131,7 +132,7 @@ def pull(
     :param cotangents: of its outputs; None for zero.
     """
     node = edge.node
-    arriving = [_filled(c, v) for c, v in zip(cotangents, edge.outputs, strict=True)]
+    arriving = [filled(c, v) for c, v in zip(cotangents, edge.outputs, strict=True)]
     if isinstance(node, Scan):
         pulled = _pull_scan(forward, backward, plan, node, env, tapes, arriving, seed)
     else:
@@ -142,14 +143,6 @@ def pull(
         if tangent is not None and cotangent is not None:
             sums[tangent] = sums[tangent] + cotangent if tangent in sums else cotangent
     return [sums.get(t) for t in edge.inputs]
-
-
-def _filled(cotangent: Any | None, tangent: Value) -> Any:
-    return jnp.zeros(tangent.aval.shape, tangent.aval.dtype) if cotangent is None else cotangent
-
-
-def _read(env: dict[Value, Any], atom: Atom) -> Any:
-    return atom.value if isinstance(atom, Constant) else env[atom]
 
 
 def _pull_scan(
@@ -166,7 +159,7 @@ def _pull_scan(
     lengths = plan.segments.get(node, ())
     body, carried = node.body, set(node.carry)
     pairs = zip(body.inputs, node.operands, strict=True)
-    known = {v: _read(env, outer) for v, outer in pairs if v in child.reads or (lengths and v not in carried)}
+    known = {v: read(env, outer) for v, outer in pairs if v in child.reads or (lengths and v not in carried)}
     consts, _, sliced = node.primal.of(body.inputs)
     whole = {v: a for v, a in known.items() if v not in set(sliced)}
     slices = [known.get(v) for v in sliced]  # None where nothing reads it
@@ -178,13 +171,13 @@ def _pull_scan(
             (cotangents, sums), (tape, (index, xs), ys) = carry, x
             reads = {**whole, **{v: x for v, x in zip(sliced, xs, strict=True) if x is not None}}
             pulled = backward(child, fold(seed, index), tape, reads, [*cotangents, *ys])
-            pulled = [_filled(p, t) for p, t in zip(pulled, body.tangent_inputs, strict=True)]
+            pulled = [filled(p, t) for p, t in zip(pulled, body.tangent_inputs, strict=True)]
             of_consts, of_carry, of_slices = node.tangent.of(pulled)
             return (list(of_carry), [a + b for a, b in zip(sums, of_consts, strict=True)]), list(of_slices)
 
         return lax.scan(step, carry, (tape, steps, ys), reverse=not node.reverse, unroll=node.unroll)
 
-    zeros = [_filled(None, t) for t in node.tangent.of(body.tangent_inputs)[0]]
+    zeros = [filled(None, t) for t in node.tangent.of(body.tangent_inputs)[0]]
     n_carry = node.tangent.n_carry
     begin = (cotangents[:n_carry], zeros)
     steps, ys = (jnp.arange(node.length, dtype=jnp.uint32), slices), cotangents[n_carry:]
@@ -218,10 +211,10 @@ def _pull_cond(
         outer = dict(zip(child.graph.inputs, node.operands, strict=True))
 
         def run(tapes: Any, cotangents: list[Any]) -> list[Any]:
-            reads = {v: _read(env, outer[v]) for v in child.graph.inputs if v in child.reads}
+            reads = {v: read(env, outer[v]) for v in child.graph.inputs if v in child.reads}
             pulled = backward(child, seed, tapes[number], reads, cotangents)
-            return [_filled(p, t) for p, t in zip(pulled, child.graph.tangent_inputs, strict=True)]
+            return [filled(p, t) for p, t in zip(pulled, child.graph.tangent_inputs, strict=True)]
 
         return run
 
-    return lax.switch(_read(env, node.index), [branch(i) for i in range(len(plans))], tapes, cotangents)
+    return lax.switch(read(env, node.index), [branch(i) for i in range(len(plans))], tapes, cotangents)

@@ -29,22 +29,7 @@ import jax.numpy as jnp
 
 from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.coefficients import Coefficients, LinearForm, Term, weigh
-from numpyro_rad.ad.graph import Constant, ControlFlowEdge, Edge, Value
-
-__all__ = [
-    "Contraction",
-    "ControlFlowEdge",
-    "Diagonal",
-    "Edge",
-    "Opaque",
-    "Operands",
-    "Pointwise",
-    "Rearrangement",
-    "Unknown",
-    "WeightedSum",
-    "composed",
-    "linear_edge",
-]
+from numpyro_rad.ad.graph import Constant, Edge, Value
 
 
 def composed(edge: Edge, cotangent: Term, coefficients: Coefficients) -> list[Term]:
@@ -263,7 +248,7 @@ class Opaque(Edge):
             return self._results(residuals, tangents, True, _jax.run_again)
 
         _, pullback = jax.vjp(moved, *self._zeros())
-        return list(pullback([_filled(c, t) for c, t in zip(cotangents, self.outputs, strict=True)]))
+        return list(pullback([filled(c, t) for c, t in zip(cotangents, self.outputs, strict=True)]))
 
     def _results(
         self,
@@ -276,8 +261,9 @@ class Opaque(Edge):
         return [r for r, moves in zip(found, self.moves, strict=True) if moves == moving]
 
     def _zeros(self) -> list[Any]:
-        return [jnp.zeros(t.aval.shape, t.aval.dtype) for t in self.inputs]
+        return [filled(None, t) for t in self.inputs]
 
 
-def _filled(cotangent: Any | None, tangent: Value) -> Any:
+def filled(cotangent: Any | None, tangent: Value) -> Any:
+    """A cotangent of a tangent, zeros where there is none."""
     return jnp.zeros(tangent.aval.shape, tangent.aval.dtype) if cotangent is None else cotangent

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.coefficients import ONE, Coefficients, LinearForm, Term
-from numpyro_rad.ad.edges import Diagonal, Edge, WeightedSum, composed
-from numpyro_rad.ad.graph import Atom, Equation, Graph, Value
+from numpyro_rad.ad.edges import Diagonal, WeightedSum, composed
+from numpyro_rad.ad.graph import Atom, Edge, Equation, Graph, Value
 
 
 class Forms:

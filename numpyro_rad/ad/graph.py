@@ -49,6 +49,11 @@ class Constant:
 Atom = Value | Constant
 
 
+def read(env: Mapping[Value, Any], atom: Atom) -> Any:
+    """The array that an operand stands for."""
+    return atom.value if isinstance(atom, Constant) else env[atom]
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Equation:
     """One step of the primal program. ``run`` maps operand arrays to a list of output arrays.

@@ -19,7 +19,7 @@ import jax
 
 from numpyro_rad.ad import _jax, control
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.graph import Atom, Constant, ControlFlow, ControlFlowEdge, Edge, Equation, Value
+from numpyro_rad.ad.graph import ControlFlow, ControlFlowEdge, Edge, Equation, Value, read
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.recompute import Draw, Needs, draw_for, recompute_equations, recompute_leaves
 from numpyro_rad.ad.schedule import backward_stages, forward_stages, is_ordered, leading_to_expensive
@@ -103,7 +103,7 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any], quiet: bool = False) -> 
             encoded.update(zip(pending, jax.tree.unflatten(tree, codes[: tree.num_leaves]), strict=True))
             pending.clear()
         for equation in stage:
-            arrays = [_read(local, a) for a in equation.inputs]
+            arrays = [read(local, a) for a in equation.inputs]
             if equation.node is None:
                 outs = equation.run(*arrays)
             else:
@@ -113,7 +113,7 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any], quiet: bool = False) -> 
             for value, array in zip(equation.outputs, outs, strict=True):
                 local[value] = env[value] = array
                 store(value, array)
-    outs = [_read(env, a) for a in graph.outputs]
+    outs = [read(env, a) for a in graph.outputs]
     tape = Tape(
         tuple(kept[v] for v in plan.kept if v not in again),
         tuple(encoded[v] for v in plan.encoded if v not in again),
@@ -128,14 +128,10 @@ def _codes(plan: Plan, seed: Any, value: Value, array: Any) -> tuple[Any, ...]:
     return tuple(_encode(entry.codec, _seed_of(plan, seed, value, i), array) for i in range(len(entry.readers)))
 
 
-def _read(env: dict[Value, Any], atom: Atom) -> Any:
-    return atom.value if isinstance(atom, Constant) else env[atom]
-
-
 def _run_equations(equations: Iterable[Equation], env: dict[Value, Any]) -> None:
     """Run equations, adding to ``env`` what is not there yet."""
     for equation in equations:
-        outs = equation.run(*[_read(env, a) for a in equation.inputs])
+        outs = equation.run(*[read(env, a) for a in equation.inputs])
         for value, array in zip(equation.outputs, outs, strict=True):
             env.setdefault(value, array)
 
@@ -264,18 +260,18 @@ class _Stage:
         for value, code in zip(self._kept, self.arrays["kept"], strict=True):
             self.env[value] = _decoded(self._plan, seed, value, code)
         _run_equations(self._again, self.env)
-        self._decoded: dict[Draw, Any] = {}
+        self._estimates: dict[Draw, Any] = {}
 
     def residual(self, edge: Edge, residual: Value, linear: bool) -> Any:
         """What an edge reads in the place of a residual."""
         if not linear or not self._plan.estimated(residual):
             return self.env[residual]
         carrier, group = draw = draw_for(self._plan, edge, residual)
-        if draw not in self._decoded:
+        if draw not in self._estimates:
             like = jax.ShapeDtypeStruct(carrier.aval.shape, carrier.aval.dtype)
             seed = _seed_of(self._plan, self._seed, carrier, group)
-            self._decoded[draw] = self._plan.encoded[carrier].codec.decode(seed, self._codes[draw], like)
-        return self._rearranged(residual, carrier, self._decoded[draw])
+            self._estimates[draw] = self._plan.encoded[carrier].codec.decode(seed, self._codes[draw], like)
+        return self._rearranged(residual, carrier, self._estimates[draw])
 
     def _rearranged(self, residual: Value, carrier: Value, array: Any) -> Any:
         """``residual`` from an estimate of its carrier."""
