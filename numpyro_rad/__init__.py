@@ -13,10 +13,11 @@ from numpyro_rad.ad.codecs import Keep, StochasticRound
 from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.diagnostics.variance import gradient_variance
-from numpyro_rad.elbo import RAD_ELBO, NoiseKeys
+from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.planning.explain import compare, explain
 from numpyro_rad.planning.figures import plan_figure
 from numpyro_rad.report.archive import to_arviz
+from numpyro_rad.subsampling import NoiseKeys
 from numpyro_rad.training.advice import advise
 from numpyro_rad.training.checkpoints import Checkpoint
 from numpyro_rad.training.svi import RAD_SVI

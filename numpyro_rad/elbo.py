@@ -9,53 +9,31 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from numpyro.handlers import seed
-from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.elbo import ELBO
-from numpyro.primitives import Messenger
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
-from numpyro_rad.ad.plan import BudgetError, Plan
+from numpyro_rad.ad.plan import Plan
 from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_state, with_loss
 from numpyro_rad.mistakes import is_key, kwargs_checked, misspelt, names_checked, shown
-from numpyro_rad.planning import strategies
-from numpyro_rad.planning.calibration import Calibration, Calibrator
+from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.planner import Planner, Rule, parse_bytes
-from numpyro_rad.tracing import taking_arrays
-from numpyro_rad.transform import Closure, named_leaves, path_seed, randomized, site_leaves
+from numpyro_rad.subsampling import NoiseKeys, PlateWatch, with_minibatch_key
+from numpyro_rad.transform import Closure, path_seed, randomized, site_leaves
+from numpyro_rad.tuning import calibrated, fitting_budget
 from numpyro_rad.wording import arguments_text, call_text
 
 _OWN = ("num_particles", "vectorize_particles", "multi_sample_guide", "sum_sites")  # arguments of Trace_ELBO
 
 _PATH_TAG = 0x52414421  # folded into the loss's key: the stream of the path randomness
-
-_CALIBRATION_TAG = 0x52414422  # folded into the state's key: the draws of a calibration
-
-
-class NoiseKeys(NamedTuple):
-    """Keys of the three sources of noise in a gradient of SVI; any of them can be held fixed while others are redrawn.
-
-    All are JAX PRNG keys, typed or raw, and independent of one another. A pytree, so ``jax.vmap`` maps over it.
-
-    :ivar guide: noise of the guide's samples, and whatever else model and guide draw (dropout, ...).
-    :ivar minibatch: indices that ``numpyro.plate(..., subsample_size=...)`` draws; None to draw them from the guide's
-        key, as ``loss`` does. The program is then that of ``loss`` too, so plans and calibrations for it stay valid.
-    :ivar path: the codes of the residuals; the value of the loss does not depend on it.
-    """
-
-    guide: Any
-    minibatch: Any
-    path: Any
 
 
 class RAD_ELBO(Trace_ELBO):
@@ -322,38 +300,10 @@ class RAD_ELBO(Trace_ELBO):
         if draws < 2:
             raise ValueError(f"draws={draws}: a variance takes at least 2 gradients. Try 3.")
         svi_state = state_of(svi, svi_state, "calibrate")
-        constrain: Any = svi.constrain_fn
-        free = svi.optim.get_params(svi_state.optim_state)
-        constrained, pull = jax.vjp(constrain, free)
-        mutable = svi_state.mutable_state
-        options = {**kwargs, **svi.static_kwargs}
-        leaves, treedef = jax.tree.flatten(constrained)
-        names = [name for name, _ in named_leaves(constrained)]
-
-        taken = self._closure(svi_state.rng_key, constrained, svi.model, svi.guide, args, options, mutable)
-        stream = jax.random.fold_in(svi_state.rng_key, _CALIBRATION_TAG)
+        constrained, options = svi.get_params(svi_state), {**kwargs, **svi.static_kwargs}
+        operands = (svi_state.rng_key, constrained, svi.model, svi.guide, args, options, svi_state.mutable_state)
         limit = None if most_bytes is None else parse_bytes(most_bytes)
-        calibrator = Calibrator(taken.graph, strategies.LADDER, limit)
-        for i, key in enumerate(jax.random.split(stream, draws)):
-            sign_key, loss_key, row_key = jax.random.split(key, 3)
-            _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))
-
-            def unconstrained(gradient: list[Any]) -> Any:
-                found = dict(zip(taken.leaves, gradient, strict=True))
-                every = [found[i] if i in found else jnp.zeros_like(x) for i, x in enumerate(leaves)]
-                return pull(treedef.unflatten(every))
-
-            batch = (args, *batches)[i % (1 + len(batches))]
-            operands = taken.operands_at(constrained, loss_key, mutable, batch, options)
-            signs = jax.tree.leaves(signs)
-            gradient = calibrator.add(row_key, operands, [signs[i] for i in taken.leaves], unconstrained)
-            bad = [names[i] for i, g in zip(taken.leaves, gradient, strict=True) if not bool(jnp.isfinite(g).all())]
-            if bad:
-                raise ValueError(
-                    f"calibrate: the gradient in {', '.join(bad)} is not finite in draw {i + 1} of {draws}: there is "
-                    "no variance to measure. Look at the loss (svi.evaluate), the data and the initial values."
-                )
-        return calibrator.result()
+        return calibrated(self._closure(*operands), svi, svi_state, (args, *batches), options, draws, limit)
 
     @kwargs_checked
     def fit_step(self, svi: SVI, svi_state: Any, total: int | str, *args: Any, **kwargs: Any) -> int:
@@ -376,26 +326,13 @@ class RAD_ELBO(Trace_ELBO):
             budget = svi.loss.fit_step(svi, state, "8GiB", x, y)
             svi.loss = svi.loss.replace(memory_budget=budget)  # before the first compiled svi.update
         """
-        svi_state, limit = state_of(svi, svi_state, "fit_step"), parse_bytes(total, "total")
-        budget, smallest = limit, math.inf
-        for _ in range(8):
+        svi_state = state_of(svi, svi_state, "fit_step")
+
+        def with_budget(budget: int) -> SVI:
             elbo = self.replace(memory_budget=budget, codec=None, added_variance=None, plan=None)
-            try:
-                step = _step_bytes(with_loss(svi, elbo), svi_state, args, kwargs)
-            except BudgetError:
-                break
-            if step <= limit:
-                return budget
-            smallest = min(smallest, step)
-            plan, _ = elbo.plan_of_update(svi, svi_state, *args, **kwargs)
-            less = max(step - limit, plan.peak_bytes // 20)  # not all of what is too much need be residuals
-            budget = max(plan.peak_bytes - less, plan.peak_bytes // 4)
-        raise BudgetError(
-            f"total={total!r}: no plan makes one svi.update fit; the smallest that was found takes {smallest} bytes in "
-            "all. Parameters, optimizer state and data alone may take most of it: try a smaller minibatch or fewer "
-            "particles.",
-            int(min(smallest, 2**62)),
-        )
+            return with_loss(svi, elbo)
+
+        return fitting_budget(total, with_budget, svi_state, args, kwargs)
 
     def _closure(
         self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict, mutable: Any = None
@@ -438,25 +375,6 @@ class RAD_ELBO(Trace_ELBO):
             if not _jax.is_traced(value):
                 return value
         return randomized(run, self.planner, seed, site_leaves(param_map))
-
-
-def _step_bytes(svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> int:
-    """Bytes that a whole compiled ``svi.update`` takes, its arguments and results included."""
-
-    def update(svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # a new function, traced for a new plan
-        return svi.update(svi_state, *args, **kwargs)
-
-    run, arrays = taking_arrays(update, args, kwargs, svi_state)
-    sizes = _jax.compiled_bytes(run.lower(arrays, svi_state).compile())
-    if sizes is None:
-        raise NotImplementedError(
-            f"fit_step: the compiler of the backend '{jax.default_backend()}' does not say what memory a step takes. "
-            "Choose memory_budget yourself."
-        )
-    held = sizes.arguments + sizes.results - sizes.shared
-    if not arrays:  # what the model looks at is a constant of the program
-        held += sum(x.nbytes for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "nbytes"))
-    return held + sizes.temporary
 
 
 def _check_operands(rng_key: Any, param_map: Any, model: Any, guide: Any) -> None:
@@ -528,7 +446,7 @@ def loss_by_keys(
     """
     base = elbo.base if isinstance(elbo, RAD_ELBO) else elbo
     if keys.minibatch is not None:
-        base, model, guide = _with_minibatch_key(base, keys.minibatch, model, guide)
+        base, model, guide = with_minibatch_key(base, keys.minibatch, model, guide)
     exact: Any = base.loss
     if jax.tree.leaves(mutable):
         param_map, exact = {**param_map, **jax.lax.stop_gradient(mutable)}, partial(_loss_and_state, base)
@@ -549,9 +467,9 @@ def draws_minibatches(svi: SVI, param_map: Any, mutable: Any, args: tuple, kwarg
 
     Plates in the body of a ``numpyro.contrib.control_flow.scan`` do not count: they draw from the guide's key.
     """
-    watch = _PlateWatch()
+    watch = PlateWatch()
     base = svi.loss.base if isinstance(svi.loss, RAD_ELBO) else svi.loss
-    both = partial(watch.run, svi.model), partial(watch.run, svi.guide)
+    both = watch.watched(svi.model), watch.watched(svi.guide)
 
     def loss(params: Any) -> Any:
         keys = NoiseKeys(jax.random.key(0), None, None)
@@ -561,67 +479,7 @@ def draws_minibatches(svi: SVI, param_map: Any, mutable: Any, args: tuple, kwarg
     return watch.found
 
 
-class _PlateWatch(Messenger):
-    """Notices plates that draw a minibatch."""
-
-    found = False
-
-    def run(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        with self:
-            return fn(*args, **kwargs)
-
-    def process_message(self, msg: Any) -> None:
-        if msg["type"] == "plate":
-            size, subsample_size = msg["args"]
-            self.found = self.found or subsample_size not in (None, size)
-
-
 def _loss_and_state(base: ELBO, *operands: Any, **options: Any) -> Any:
     """The base's loss and mutable state, of which only the former is differentiated."""
     result = base.loss_with_mutable_state(*operands, **options)
     return {**result, "mutable_state": jax.lax.stop_gradient(result["mutable_state"])}
-
-
-def _signs(key: Any, tree: Any) -> Any:
-    """Independent random signs in the shape of a pytree."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
-
-
-class _PlateSeeded:
-    """A model or guide whose plates draw from a key of their own.
-
-    It is a callable rather than a handler around one so that the key may change from particle to particle.
-    """
-
-    def __init__(self, fn: Any, key: Any) -> None:
-        self.fn, self.key = fn, key
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return seed(self.fn, self.key, hide_types=["sample", "prng_key", "control_flow"])(*args, **kwargs)
-
-
-def _with_minibatch_key(base: ELBO, key: Any, model: Any, guide: Any) -> tuple[ELBO, Any, Any]:
-    """``base``, model and guide such that plates draw from ``key``, each particle with its own share of it."""
-    wrapped = _PlateSeeded(model, key), _PlateSeeded(guide, key)
-
-    def set_key(key: Any) -> None:
-        for number, fn in enumerate(wrapped):  # a plate of the guide and another of the model are independent
-            fn.key = jax.random.fold_in(key, number)
-
-    set_key(key)
-    if isinstance(base, RenyiELBO):  # its particles share a minibatch, by definition of the bound
-        return base, *wrapped
-    vectorize = base.vectorize_particles_fn
-
-    def vectorize_with_keys(particle: Any, keys: Any) -> Any:
-        def of_pair(pair: tuple[Any, Any]) -> Any:
-            set_key(pair[1])
-            return particle(pair[0])
-
-        return vectorize(of_pair, (keys, jax.random.split(key, len(keys))))
-
-    base = copy.copy(base)
-    base.vectorize_particles_fn = vectorize_with_keys
-    return base, *wrapped

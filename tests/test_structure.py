@@ -45,7 +45,8 @@ LAYERS = (
     ("planning.planner",),
     ("planning.explain",),
     ("planning", "planning.figures"),
-    ("transform",),
+    ("transform", "subsampling"),
+    ("tuning",),
     ("elbo",),
     ("diagnostics.records", "diagnostics.signal", "diagnostics.convergence", "diagnostics.plates"),
     ("diagnostics.variance", "diagnostics.quality", "diagnostics.draws"),
@@ -79,6 +80,8 @@ MAY_USE_JAX_INTERNALS = {"ad._jax"}
 MAY_IMPORT_NUMPYRO = {
     "fits",
     "elbo",
+    "subsampling",
+    "tuning",
     "diagnostics.variance",
     "diagnostics.plates",
     "diagnostics.quality",

@@ -27,9 +27,10 @@ import numpy as np
 from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.records import Alarm, Track, from_dict, to_dict
 from numpyro_rad.diagnostics.variance import GUIDE, NORM, PATH, Gradient, reduce_gradients
-from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, training_keys
+from numpyro_rad.elbo import RAD_ELBO, training_keys
 from numpyro_rad.fits import state_of
 from numpyro_rad.mistakes import check_initialised, fields_checked
+from numpyro_rad.subsampling import NoiseKeys
 from numpyro_rad.transform import named_leaves
 
 _TAG = 0x52414424  # folded into the state's key: the draws of a look

@@ -36,10 +36,11 @@ from scipy.special import stdtrit
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVariance
-from numpyro_rad.elbo import RAD_ELBO, NoiseKeys, draws_minibatches, loss_by_keys
+from numpyro_rad.elbo import RAD_ELBO, draws_minibatches, loss_by_keys
 from numpyro_rad.fits import state_of
 from numpyro_rad.mistakes import check_initialised, kwargs_checked
 from numpyro_rad.planning.planner import VarianceWarning
+from numpyro_rad.subsampling import NoiseKeys
 from numpyro_rad.tracing import Compiled
 from numpyro_rad.transform import named_leaves, site_leaves
 

@@ -19,8 +19,9 @@ from numpyro.infer.autoguide import AutoContinuous
 
 from numpyro_rad.diagnostics.quality import loss_of_one_particle
 from numpyro_rad.diagnostics.records import Validation, from_dict, to_dict
-from numpyro_rad.elbo import NoiseKeys, loss_by_keys
+from numpyro_rad.elbo import loss_by_keys
 from numpyro_rad.fits import on_device
+from numpyro_rad.subsampling import NoiseKeys
 from numpyro_rad.tracing import Compiled
 from numpyro_rad.training.fingerprint import checksum
 
