@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 # Most of the time of the tests goes to the compiler, and they do not measure time: machine code need not be polished.
@@ -13,15 +14,17 @@ import jax
 import pytest
 
 import numpyro_rad.ad.schedule
-import numpyro_rad.planning.ways
-import numpyro_rad.planning.worth
 from numpyro_rad.planning import costs
+from numpyro_rad.planning.costs import CostModel
 
-# The small models of the tests stand for large ones, which are not left to JAX.
-UNTOUCHED_BYTES = numpyro_rad.planning.worth.UNTOUCHED_BYTES
-numpyro_rad.planning.worth.UNTOUCHED_BYTES = 0
-# Their budgets are met by codes, recomputation and segments: those of slices have tests of their own.
-numpyro_rad.planning.ways.MOST_SLICES = 1
+
+def of_tests(of_the_device: Callable[[], CostModel] = costs.default) -> CostModel:
+    """Prices as they are, but for small models that stand for large ones: these are not left to JAX, and their budgets
+    are met by codes, recomputation and segments. Slices have tests of their own."""
+    return dataclasses.replace(of_the_device(), untouched_bytes=0, most_slices=1)
+
+
+costs.default = of_tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,10 +85,10 @@ def ctrl_c():
 
 
 @pytest.fixture(autouse=True)
-def as_users_see_it(monkeypatch, request):
+def as_users_see_it(request):
     """Tests that are marked ``untouched`` see what users of small models see."""
     if request.node.get_closest_marker("untouched") is not None:
-        monkeypatch.setattr(numpyro_rad.planning.worth, "UNTOUCHED_BYTES", UNTOUCHED_BYTES)
+        request.getfixturevalue("priced")(untouched_bytes=CostModel.untouched_bytes)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from test_random_programs import ARGS, INDEX, loss, seeded
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform, value_and_grad
 from numpyro_rad.ad import _jax, axes, primitives
-from numpyro_rad.planning import ways
+from numpyro_rad.planning.costs import CostModel
 
 ROWS, INPUTS, HIDDEN, CLASSES = 12, 5, 6, 3
 
@@ -324,10 +324,9 @@ def test_codes_outside_of_slices_are_unbiased():
 
 
 @pytest.fixture
-def of_themselves(monkeypatch, priced):
+def of_themselves(priced):
     """Slices as users of large models get them; in other tests budgets are met by codes."""
-    monkeypatch.setattr(ways, "MOST_SLICES", 64)
-    priced(slice_start=0.0)
+    priced(slice_start=0.0, most_slices=CostModel.most_slices)
 
 
 def budgeted(budget, **options):

@@ -153,13 +153,13 @@ def test_whoever_chooses_gets_a_plan(options):
     assert not MODELS["network"]().explain(RAD_ELBO(**options)).untouched
 
 
-def test_large_programs_are_planned(monkeypatch):
+def test_large_programs_are_planned(priced):
     """A program counts by its residuals, of which the linearized one has fewer than it computes numbers."""
     p = MODELS["network"]()
     whole = p.explain(RAD_ELBO())
     assert whole.stored_bytes == whole.exact_bytes > 0
     for limit, untouched in ((whole.stored_bytes + 1, True), (whole.stored_bytes, False)):
-        monkeypatch.setattr(worth, "UNTOUCHED_BYTES", limit)
+        priced(untouched_bytes=limit)
         assert p.explain(RAD_ELBO()).untouched == untouched
 
 

@@ -42,6 +42,9 @@ class CostModel:
     :ivar slice_start: what it takes to start an operation once more, inside of a loop over slices.
     :ivar least_encoded_bytes: residuals below this size (over all iterations of the loops around them) are not worth
         the variance of a code.
+    :ivar untouched_bytes: a program with fewer bytes of residuals is left to JAX's own reverse mode, unless an option
+        says what to store: there is little to gain, and whatever else is done takes time to run and to compile.
+    :ivar most_slices: slices that are tried of themselves, at most.
     """
 
     name: str
@@ -59,6 +62,8 @@ class CostModel:
     hold_from_bytes: int = 2**25
     slice_start: float
     least_encoded_bytes: int = 8192
+    untouched_bytes: int = 2**24
+    most_slices: int = 64
 
     def __post_init__(self) -> None:
         missing = [kind for kind in COST_CLASSES if kind not in self.entry]

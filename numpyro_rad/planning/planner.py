@@ -25,7 +25,7 @@ from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan, carrier_of, kept_bytes
 from numpyro_rad.mistakes import fields_checked, shown
-from numpyro_rad.planning import costs, strategies, ways, worth
+from numpyro_rad.planning import costs, strategies, ways
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.noise import EqualShares, Flow
@@ -231,7 +231,7 @@ class Planner:
         """Whether a program that computes so many bytes, or stores so many residuals, is left to JAX: where it is
         small, and a budget if there is one is ample."""
         ample = self._budget_bytes is None or 2 * n_bytes <= self._budget_bytes
-        return self._may_leave and ample and n_bytes < worth.UNTOUCHED_BYTES
+        return self._may_leave and ample and n_bytes < self.prices.untouched_bytes
 
     @property
     def prices(self) -> CostModel:

@@ -104,10 +104,17 @@ class PlanProblem:
     :ivar offloadable: what may wait on the host.
     """
 
-    def __init__(self, graph: Graph, request: PlanRequest, cuts: Cuts = NO_CUTS) -> None:
+    def __init__(
+        self, graph: Graph, request: PlanRequest, cuts: Cuts = NO_CUTS, like: PlanProblem | None = None
+    ) -> None:
+        """Pose the problem.
+
+        :param like: a problem of the same graph and request: what does not depend on the cuts is taken from it.
+        """
         self.graph, self.cuts, self._request = graph, cuts, request
-        self.timing = Timing(graph, request.costs)
-        self._flow = request.flow or Flow(graph, EqualShares(graph))
+        self.timing = Timing(graph, request.costs) if like is None else like.timing
+        self._flow = (request.flow or Flow(graph, EqualShares(graph))) if like is None else like._flow
+        self._known_readers = {} if like is None else like.readers
         self._time_weight, self._variance_weight = request.weights
         self.residuals: list[Demanded] = []
         self.number: dict[Value, int] = {}
@@ -124,12 +131,16 @@ class PlanProblem:
                 self._ask(Demanded(self.number[value]))
             self._add_boundary(0, self._price(self.timing.making(cuts.chain.again)))
 
+    def cut(self, cuts: Cuts) -> PlanProblem:
+        """The same problem, of the program cut into segments."""
+        return PlanProblem(self.graph, self._request, cuts, like=self)
+
     # -- posed
 
     def _add(self, graph: Graph, repeat: int, held: int, path: Path) -> None:
         for equation in graph.equations:
             self._add_equation(graph, equation, repeat, held)
-        readers = self.readers[graph] = Readers.of(graph)
+        readers = self.readers[graph] = self._known_readers.get(graph) or Readers.of(graph)
         for value in readers.stored:
             name, choices = (*path, value.number), ()
             if value not in readers.exact:

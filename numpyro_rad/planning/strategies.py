@@ -96,7 +96,7 @@ def solved_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> tupl
     # Where one pass over a loop costs more than to run it twice, or does not fit, segments are tried as well.
     if solution is None or solution.cost > whole.least_again():
         for cuts in (*_cut_loops(whole), *_cut_chains(whole, solution)):
-            solve(PlanProblem(graph, request, cuts))
+            solve(whole.cut(cuts))
     if best is not None:
         return best
     smallest = min(too_large, key=lambda plan: plan.stored_bytes)

@@ -29,9 +29,6 @@ from numpyro_rad.planning.problem import PlanProblem
 from numpyro_rad.planning.request import PlanRequest, any_of
 from numpyro_rad.planning.timing import Timing
 
-MOST_SLICES = 64
-"""Slices that are tried of themselves, at most."""
-
 SLACK = 1.1
 """A compiled gradient may take so many times the budget before another way is tried."""
 
@@ -122,7 +119,7 @@ class Search:
         """
         # among several devices a slice of a sharded axis would be fetched from all of them, and the compiler would
         # have to know how the operands are sharded
-        if MOST_SLICES == 1 or jax.device_count() > 1:
+        if self._costs.most_slices == 1 or jax.device_count() > 1:
             return Way(self._whole, self._budget)
         if may_be_untouched:
             plan = strategies.untouched_plan(self._whole)
@@ -157,7 +154,8 @@ class Search:
         if slices is None:
             return self._priced(way.graph, int(self._budget / excess))[1] if excess < math.inf else None
         assert part is not None
-        graph = self._fewest(part, max(2 * slices.number, _power_of_two(min(excess, MOST_SLICES) * slices.number)))
+        times = min(excess, self._costs.most_slices)
+        graph = self._fewest(part, max(2 * slices.number, _power_of_two(times * slices.number)))
         more = graph is not None and graph.slices is not None and graph.slices.number > slices.number
         return self._priced(graph, self._budget)[1] if graph is not None and more else None
 
@@ -178,7 +176,7 @@ class Search:
     def _fewest(self, part: Part, number: int = 2) -> Graph | None:
         """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
         codes of it."""
-        most, coded = MOST_UNROLLED if part.slow_in_loops else MOST_SLICES, None
+        most, coded = MOST_UNROLLED if part.slow_in_loops else self._costs.most_slices, None
         while number <= most:
             graph = _cut(part, number, self._has_tangent, self._active, self._costs)
             assert graph.slices is not None

@@ -9,19 +9,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.wording import size_text
 
 SMALL_BYTES = 2**23
 """A step that takes less temporary memory than this (8 MiB) is not worth any trouble."""
 
-UNTOUCHED_BYTES = 2**24
-"""A program with fewer bytes of residuals (16 MiB) is left to JAX's own reverse mode, unless an option says what to
-store: there is little to gain, and whatever else is done takes time to run and to compile."""
-
 UNTOUCHED = (
-    f"Left to JAX's own reverse mode: without options where residuals take less than {size_text(UNTOUCHED_BYTES)}, "
-    "with memory_budget= where all that the gradient takes fits. To store less, choose a memory_budget= (a smaller "
-    "one), codec=, added_variance= or exact=True."
+    "Left to JAX's own reverse mode: without options where residuals take less than "
+    f"{size_text(CostModel.untouched_bytes)}, with memory_budget= where all that the gradient takes fits. To store "
+    "less, choose a memory_budget= (a smaller one), codec=, added_variance= or exact=True."
 )
 
 _WORTH_IT = 1.5  # times less memory than Trace_ELBO
