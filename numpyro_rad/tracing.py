@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
-from numpyro_rad.types import PyTree
+from numpyro_rad.annotations import Kwargs, PyTree
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def traced_or_constant(attempt: Callable[[Parts], T], tree: PyTree, may_be_const
     return attempt(Parts(tree, traced=False))
 
 
-def shapes(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any], may_be_constant: bool = True) -> PyTree:
+def shapes(f: Callable[..., PyTree], args: tuple, kwargs: Kwargs, may_be_constant: bool = True) -> PyTree:
     """Shapes and dtypes of ``f(*args, **kwargs)``; see :func:`traced_or_constant`."""
 
     def attempt(parts: Parts) -> PyTree:
@@ -79,7 +79,7 @@ def shapes(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any], may_be
     return traced_or_constant(attempt, (args, kwargs), may_be_constant)
 
 
-def looks_at_numbers(f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any]) -> bool:
+def looks_at_numbers(f: Callable[..., PyTree], args: tuple, kwargs: Kwargs) -> bool:
     """Whether ``f(*args, **kwargs)`` needs the numbers in its arrays, which are no operands of a program then."""
     try:
         shapes(f, args, kwargs, may_be_constant=False)
@@ -102,11 +102,11 @@ class Compiled:
         self._constant: dict[Hashable, tuple[list, Callable[..., PyTree], Parts]] = {}
         self._looking: set[Hashable] = set()  # signatures of arguments whose numbers are looked at
 
-    def knows(self, args: tuple, kwargs: dict[str, Any], *like: PyTree) -> bool:
+    def knows(self, args: tuple, kwargs: Kwargs, *like: PyTree) -> bool:
         """Whether :meth:`of` traces nothing."""
         return self._key(args, kwargs, like) in self._known
 
-    def of(self, args: tuple, kwargs: dict[str, Any], *like: PyTree) -> tuple[Callable[..., PyTree], Parts]:
+    def of(self, args: tuple, kwargs: Kwargs, *like: PyTree) -> tuple[Callable[..., PyTree], Parts]:
         """The function of arrays and operands, and the parts of arguments that say which arrays.
 
         :param like: operands, of which only shapes and dtypes matter.
@@ -137,12 +137,12 @@ class Compiled:
         return run, parts
 
     @staticmethod
-    def _key(args: tuple, kwargs: dict[str, Any], like: tuple) -> Hashable:
+    def _key(args: tuple, kwargs: Kwargs, like: tuple) -> Hashable:
         return signature((args, kwargs)), jax.tree.structure(like)
 
 
 def taking_arrays(
-    f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any], *like: PyTree
+    f: Callable[..., PyTree], args: tuple, kwargs: Kwargs, *like: PyTree
 ) -> tuple[Callable[..., PyTree], list[jax.Array]]:
     """``f(*operands, args, kwargs)`` under ``jax.jit``, as a function of arrays and operands; and these arrays, none
     where ``f`` looks at their numbers.
@@ -153,9 +153,7 @@ def taking_arrays(
     return run, parts.arrays((args, kwargs))
 
 
-def with_arguments(
-    f: Callable[..., PyTree], args: tuple, kwargs: dict[str, Any], *like: PyTree
-) -> Callable[..., PyTree]:
+def with_arguments(f: Callable[..., PyTree], args: tuple, kwargs: Kwargs, *like: PyTree) -> Callable[..., PyTree]:
     """``f(*operands, args, kwargs)`` compiled, as a function of the operands; see :func:`taking_arrays`."""
     run, arrays = taking_arrays(f, args, kwargs, *like)
     return partial(run, arrays)

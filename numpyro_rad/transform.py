@@ -26,10 +26,10 @@ from numpyro_rad.ad.graph import Graph, site_name
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
+from numpyro_rad.annotations import Key, Kwargs, Params, PyTree
 from numpyro_rad.mistakes import options_of
 from numpyro_rad.planning.planner import Options, Planned, Planner
 from numpyro_rad.tracing import Parts, traced_or_constant
-from numpyro_rad.types import Key, Params, PyTree
 
 T = TypeVar("T")
 
@@ -245,7 +245,7 @@ def rad(f: Callable, **options: Unpack[Options]) -> Callable:
 
 
 def _planned(
-    f: Callable[..., PyTree], planner: Planner, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int]
+    f: Callable[..., PyTree], planner: Planner, args: tuple, kwargs: Kwargs, argnums: int | Sequence[int]
 ) -> tuple[Plan, list[str]]:
     """Plan of ``f`` for differentiation with respect to ``argnums``, and the names of the differentiated arrays."""
     positions = [range(len(args))[i] for i in ((argnums,) if isinstance(argnums, int) else argnums)]

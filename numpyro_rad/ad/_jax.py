@@ -37,7 +37,7 @@ from jax.extend import core as jex_core
 from jax.interpreters import ad
 from jax.typing import ArrayLike, DTypeLike
 
-from numpyro_rad.types import Key, PyTree
+from numpyro_rad.annotations import Key, PyTree
 
 Literal = jex_core.Literal
 Primitive = jex_core.Primitive

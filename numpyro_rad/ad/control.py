@@ -18,7 +18,7 @@ from numpyro_rad.ad.edges import filled
 from numpyro_rad.ad.graph import Cond, ControlFlow, ControlFlowEdge, Graph, Scan, Value, read
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import fold
-from numpyro_rad.types import PyTree
+from numpyro_rad.annotations import PyTree
 
 Forward = Callable[[Plan, jax.Array, Sequence[jax.Array], bool], tuple[list[jax.Array], PyTree]]
 """``sweep.forward``."""

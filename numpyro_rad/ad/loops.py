@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_rad.types import PyTree
+from numpyro_rad.annotations import PyTree
 
 Run = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 """From a carry and stacked steps to the carry after them and stacked outputs."""

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from numpyro_rad.types import Key
+from numpyro_rad.annotations import Key
 
 Word = TypeVar("Word", jax.Array, np.uint32)
 

@@ -24,7 +24,7 @@ from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.recompute import Draw, Needs, draw_for, recompute_equations, recompute_leaves
 from numpyro_rad.ad.schedule import backward_stages, forward_stages, is_ordered, leading_to_expensive
 from numpyro_rad.ad.seeds import fold
-from numpyro_rad.types import PyTree
+from numpyro_rad.annotations import PyTree
 
 
 class Tape(NamedTuple):

@@ -30,9 +30,9 @@ from numpyro_rad.ad.graph import Graph, Path, Value
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.ad.seeds import signs
 from numpyro_rad.ad.sweep import Tape, backward, forward
+from numpyro_rad.annotations import Key, PyTree
 from numpyro_rad.planning import strategies
 from numpyro_rad.planning.noise import EqualShares, VarianceModel, effects_of
-from numpyro_rad.types import Key, PyTree
 
 MOST_ENTRIES = 65536
 """Of larger residuals, all iterations of the loops around them counted, a part of so many entries is looked at."""

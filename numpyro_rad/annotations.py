@@ -1,8 +1,7 @@
-"""What annotations mean by a key, by parameters and by a pytree."""
+"""What annotations mean by a key, by arguments, by parameters and by a pytree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,5 +12,8 @@ Key = jax.Array
 PyTree = Any
 """Containers of JAX, nested in any way, of arrays and of whatever else is said."""
 
-Params = Mapping[str, PyTree]
+Params = dict[str, PyTree]
 """Parameters of model and guide by name: arrays, or pytrees of arrays such as the weights of a network."""
+
+Kwargs = dict[str, Any]
+"""Keyword arguments of a model and its guide: pytrees, and whatever else they take."""
