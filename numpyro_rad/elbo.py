@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.elbo import ELBO
+from numpyro.infer.svi import SVIRunResult
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.plan import Plan
-from numpyro_rad.fits import is_result, on_device, params_of, state_of, watched_state, with_loss
+from numpyro_rad.annotations import Key, Kwargs, Params, PyTree
+from numpyro_rad.fits import Fit, is_result, on_device, params_of, state_of, watched_state, with_loss
 from numpyro_rad.mistakes import is_key, kwargs_checked, misspelt, names_checked, shown
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.costs import CostModel
@@ -172,14 +174,14 @@ class RAD_ELBO(Trace_ELBO):
             )
         object.__setattr__(self, name, value)
 
-    def loss(self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+    def loss(self, rng_key: Key, param_map: Params, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         """Negative ELBO as the base returns it; ``rng_key`` seeds the paths too."""
         _check_object(self)
         path_key = jax.random.fold_in(rng_key, _PATH_TAG)
         return self._randomized(path_key, self.base.loss, rng_key, param_map, model, guide, args, kwargs)
 
     def loss_with_mutable_state(
-        self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
+        self, rng_key: Key, param_map: Params, model: Callable, guide: Callable, *args: Any, **kwargs: Any
     ) -> Any:
         """Negative ELBO and mutable state, as the base returns them; ``rng_key`` seeds the paths too."""
         _check_object(self)
@@ -188,7 +190,9 @@ class RAD_ELBO(Trace_ELBO):
             path_key, partial(_loss_and_state, self.base), rng_key, param_map, model, guide, args, kwargs
         )
 
-    def loss_with_keys(self, keys: NoiseKeys, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+    def loss_with_keys(
+        self, keys: NoiseKeys, param_map: Params, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
         """The loss with a key of its own for each source of noise, for instance to tell their variances apart.
 
         :param keys: keys of guide, minibatch and path noise. Particles draw their own minibatches as under the base
@@ -205,8 +209,14 @@ class RAD_ELBO(Trace_ELBO):
         return loss_by_keys(self, keys, param_map, None, model, guide, args, kwargs)
 
     def plan(
-        self, rng_key: Any, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
-    ) -> tuple[Plan, list]:
+        self,
+        rng_key: Key,
+        param_map: Mapping[str, PyTree] | SVIRunResult,
+        model: Callable,
+        guide: Callable,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Plan, list[str]]:
         """The plan for gradients with respect to ``param_map``, and the sites of its arrays in order.
 
         :param param_map: the constrained parameters, or the result of ``svi.run``. Mutable state among them is not
@@ -229,7 +239,7 @@ class RAD_ELBO(Trace_ELBO):
             taken = self._closure(rng_key, params, model, guide, args, kwargs, held)
         return taken.plan, taken.labels
 
-    def plan_of_update(self, svi: SVI, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[Plan, list]:
+    def plan_of_update(self, svi: SVI, svi_state: Fit, *args: Any, **kwargs: Any) -> tuple[Plan, list[str]]:
         """The plan of one ``svi.update``, and the sites of the arrays that it differentiates in order.
 
         :param svi: the ``SVI`` that this ELBO is the loss of.
@@ -263,7 +273,7 @@ class RAD_ELBO(Trace_ELBO):
     def calibrate(
         self,
         svi: SVI,
-        svi_state: Any,
+        svi_state: Fit,
         *args: Any,
         batches: Sequence[tuple] = (),
         draws: int = 3,
@@ -306,7 +316,7 @@ class RAD_ELBO(Trace_ELBO):
         return calibrated(self._closure(*operands), svi, svi_state, (args, *batches), options, draws, limit)
 
     @kwargs_checked
-    def fit_step(self, svi: SVI, svi_state: Any, total: int | str, *args: Any, **kwargs: Any) -> int:
+    def fit_step(self, svi: SVI, svi_state: Fit, total: int | str, *args: Any, **kwargs: Any) -> int:
         """The ``memory_budget`` with which one whole ``svi.update`` fits into so much memory.
 
         Arguments (parameters, optimizer state, data), results and everything temporary count, as the compiler says
@@ -335,7 +345,14 @@ class RAD_ELBO(Trace_ELBO):
         return fitting_budget(total, with_budget, svi_state, args, kwargs)
 
     def _closure(
-        self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: tuple, kwargs: dict, mutable: Any = None
+        self,
+        rng_key: Key,
+        param_map: Params,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: Kwargs,
+        mutable: Params | None = None,
     ) -> Closure:
         """The program of the loss of ``(param_map, rng_key, mutable, args, kwargs)`` as ``jax.jit(svi.update)`` would
         see it.
@@ -343,24 +360,24 @@ class RAD_ELBO(Trace_ELBO):
         :param mutable: the mutable state, if there is any apart from ``param_map``.
         """
 
-        def loss(params: Any, rng_key: Any, mutable: Any, args: tuple, kwargs: dict) -> Any:
+        def loss(params: Params, rng_key: Key, mutable: Params | None, args: tuple, kwargs: Kwargs) -> Any:
             if not jax.tree.leaves(mutable):
                 return self.base.loss(rng_key, params, model, guide, *args, **kwargs)
-            return _loss_and_state(self.base, rng_key, {**params, **mutable}, model, guide, *args, **kwargs)
+            return _loss_and_state(self.base, rng_key, {**params, **(mutable or {})}, model, guide, *args, **kwargs)
 
         labels = [site for site, _ in site_leaves(param_map)]
         return Closure(loss, param_map, self.planner, rng_key, mutable, args, kwargs, labels=labels)
 
     def _randomized(
         self,
-        path_key: Any,
-        exact: Any,
-        rng_key: Any,
-        param_map: Any,
-        model: Any,
-        guide: Any,
+        path_key: Key,
+        exact: Callable,
+        rng_key: Key,
+        param_map: Params,
+        model: Callable,
+        guide: Callable,
         args: tuple,
-        kwargs: dict,
+        kwargs: Kwargs,
     ) -> Any:
         if any(_jax.is_forward_mode(x) for x in jax.tree.leaves(param_map)):
             raise NotImplementedError(
@@ -437,7 +454,14 @@ def _check_particles(base: ELBO) -> None:
 
 
 def loss_by_keys(
-    elbo: ELBO, keys: NoiseKeys, param_map: Any, mutable: Any, model: Any, guide: Any, args: tuple, kwargs: dict
+    elbo: ELBO,
+    keys: NoiseKeys,
+    param_map: Params,
+    mutable: Params | None,
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: Kwargs,
 ) -> Any:
     """The loss of any ELBO, as ``svi.update`` takes it, with a key of its own for each source of noise.
 
@@ -449,7 +473,7 @@ def loss_by_keys(
         base, model, guide = with_minibatch_key(base, keys.minibatch, model, guide)
     exact: Any = base.loss
     if jax.tree.leaves(mutable):
-        param_map, exact = {**param_map, **jax.lax.stop_gradient(mutable)}, partial(_loss_and_state, base)
+        param_map, exact = {**param_map, **jax.lax.stop_gradient(mutable or {})}, partial(_loss_and_state, base)
     if isinstance(elbo, RAD_ELBO):
         result = elbo._randomized(keys.path, exact, keys.guide, param_map, model, guide, args, kwargs)
     else:
@@ -457,12 +481,12 @@ def loss_by_keys(
     return result["loss"] if jax.tree.leaves(mutable) else result
 
 
-def training_keys(rng_key: Any) -> NoiseKeys:
+def training_keys(rng_key: Key) -> NoiseKeys:
     """The keys with which :func:`loss_by_keys` does what ``loss`` does under one key."""
     return NoiseKeys(rng_key, None, jax.random.fold_in(rng_key, _PATH_TAG))
 
 
-def draws_minibatches(svi: SVI, param_map: Any, mutable: Any, args: tuple, kwargs: dict) -> bool:
+def draws_minibatches(svi: SVI, param_map: Params, mutable: Params | None, args: tuple, kwargs: Kwargs) -> bool:
     """Whether a plate of model or guide draws a minibatch.
 
     Plates in the body of a ``numpyro.contrib.control_flow.scan`` do not count: they draw from the guide's key.
@@ -471,8 +495,8 @@ def draws_minibatches(svi: SVI, param_map: Any, mutable: Any, args: tuple, kwarg
     base = svi.loss.base if isinstance(svi.loss, RAD_ELBO) else svi.loss
     both = watch.watched(svi.model), watch.watched(svi.guide)
 
-    def loss(params: Any) -> Any:
-        keys = NoiseKeys(jax.random.key(0), None, None)
+    def loss(params: Params) -> Any:
+        keys = training_keys(jax.random.key(0))
         return loss_by_keys(base, keys, params, mutable, *both, args, kwargs)
 
     jax.eval_shape(loss, param_map)

@@ -9,17 +9,23 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.infer import ELBO, SVI
+from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro.primitives import Messenger
 
+from numpyro_rad.annotations import Params, PyTree
 from numpyro_rad.mistakes import check_fit
 
+Fit = SVIRunResult | SVIState | Mapping[str, PyTree]
+"""What a user has of a fit: the result of a run, its state, or the parameters alone."""
 
-def values_of(svi: Any, fit: Any, where: str) -> dict[str, Any]:
+
+def values_of(svi: SVI, fit: Fit, where: str) -> dict[str, PyTree]:
     """Constrained parameters and mutable state, by name.
 
     :param svi: the ``SVI`` of the fit.
@@ -37,14 +43,14 @@ def values_of(svi: Any, fit: Any, where: str) -> dict[str, Any]:
     return {**params, **(mutable or {})}
 
 
-def params_of(fit: Any) -> tuple[dict[str, Any], Any]:
+def params_of(fit: Mapping[str, PyTree] | SVIRunResult) -> tuple[dict[str, PyTree], PyTree]:
     """Constrained parameters and mutable state (None if there is none of its own) of parameters or a result."""
     if isinstance(fit, Mapping):
         return on_device(dict(fit)), None
     return on_device((fit.params, getattr(fit.state, "mutable_state", None)))  # a result may hold averaged parameters
 
 
-def state_of(svi: Any, fit: Any, where: str) -> Any:
+def state_of(svi: SVI, fit: Fit, where: str) -> SVIState:
     """The ``SVIState`` of a result, or a state as it is.
 
     :raises TypeError: for parameters alone, which have no key and no optimizer, and for what is no fit.
@@ -61,7 +67,7 @@ def state_of(svi: Any, fit: Any, where: str) -> Any:
 
 
 @contextlib.contextmanager
-def watched_state(values: Mapping[str, Any], where: str) -> Iterator[set[str]]:
+def watched_state(values: Params, where: str) -> Iterator[set[str]]:
     """The names of the mutable sites that model and guide ask for meanwhile.
 
     :param values: parameters and mutable state that they are given.
@@ -88,27 +94,27 @@ class _MutableSites(Messenger):
         super().__init__()
         self.names: set[str] = set()
 
-    def process_message(self, msg: Any) -> None:
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "mutable":
             self.names.add(msg["name"])
 
 
-def with_loss(svi: Any, loss: Any) -> Any:
+def with_loss(svi: SVI, loss: ELBO) -> SVI:
     """A copy of an ``SVI`` with another loss; the state of the one is a state of the other."""
     other = copy.copy(svi)
     other.loss = loss
     return other
 
 
-def is_result(fit: Any) -> bool:
+def is_result(fit: object) -> TypeGuard[SVIRunResult]:
     """Whether it is what ``SVI.run`` returned."""
     return hasattr(fit, "params") and hasattr(fit, "state")
 
 
-def on_device(tree: Any) -> Any:
+def on_device(tree: PyTree) -> PyTree:
     """A pytree whose NumPy arrays are JAX arrays; those that JAX has no dtype for stay."""
 
-    def placed(x: Any) -> Any:
+    def placed(x: PyTree) -> PyTree:
         return jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biufcV" else x
 
     return jax.tree.map(placed, tree)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from numpyro_rad.annotations import Kwargs
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 T = TypeVar("T")
@@ -46,7 +48,7 @@ def shown(x: Any) -> str:
     return f"{'an' if vowel else 'a'} {name}{entries}"
 
 
-def _is_named(x: Any) -> bool:
+def _is_named(x: object) -> bool:
     return hasattr(x, "_fields")
 
 
@@ -128,7 +130,7 @@ def names_checked(f: F, known: Iterable[str] = ()) -> F:
     return checked  # type: ignore[return-value]
 
 
-def check_names(method: Callable, fns: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_names(method: Callable[..., Any], fns: tuple[Callable[..., Any], ...], kwargs: Kwargs) -> None:
     """Keyword arguments for model and guide that are misspelt options.
 
     :param method: whose options they may have been meant for.
@@ -143,7 +145,7 @@ def check_names(method: Callable, fns: tuple[Any, ...], kwargs: dict[str, Any]) 
             raise TypeError(f"{called} has no option {name}=, and {shown(refusing)} does not take it. {question}")
 
 
-def _takes(fn: Any, name: str) -> bool:
+def _takes(fn: Callable[..., Any], name: str) -> bool:
     """Whether a keyword argument can be handed to it, as far as one can see."""
     try:
         parameters = inspect.signature(fn, follow_wrapped=False).parameters

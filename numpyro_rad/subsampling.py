@@ -17,6 +17,8 @@ from numpyro.infer import RenyiELBO
 from numpyro.infer.elbo import ELBO
 from numpyro.primitives import Messenger
 
+from numpyro_rad.annotations import Key
+
 
 class NoiseKeys(NamedTuple):
     """Keys of the three sources of noise in a gradient of SVI; any of them can be held fixed while others are redrawn.
@@ -29,16 +31,16 @@ class NoiseKeys(NamedTuple):
     :ivar path: the codes of the residuals; the value of the loss does not depend on it.
     """
 
-    guide: Any
-    minibatch: Any
-    path: Any
+    guide: Key
+    minibatch: Key | None
+    path: Key
 
 
-def with_minibatch_key(base: ELBO, key: Any, model: Callable, guide: Callable) -> tuple[ELBO, Callable, Callable]:
+def with_minibatch_key(base: ELBO, key: Key, model: Callable, guide: Callable) -> tuple[ELBO, Callable, Callable]:
     """An ELBO, model and guide such that plates draw from ``key``, each particle with its own share of it."""
     wrapped = _PlateSeeded(model, key), _PlateSeeded(guide, key)
 
-    def set_key(key: Any) -> None:
+    def set_key(key: Key) -> None:
         for number, fn in enumerate(wrapped):  # a plate of the guide and another of the model are independent
             fn.key = jax.random.fold_in(key, number)
 
@@ -47,8 +49,8 @@ def with_minibatch_key(base: ELBO, key: Any, model: Callable, guide: Callable) -
         return base, *wrapped
     vectorize = base.vectorize_particles_fn
 
-    def vectorize_with_keys(particle: Callable, keys: Any) -> Any:
-        def of_pair(pair: tuple[Any, Any]) -> Any:
+    def vectorize_with_keys(particle: Callable, keys: Key) -> Any:
+        def of_pair(pair: tuple[Key, Key]) -> Any:
             set_key(pair[1])
             return particle(pair[0])
 
@@ -65,7 +67,7 @@ class _PlateSeeded:
     It is a callable rather than a handler around one so that the key may change from particle to particle.
     """
 
-    def __init__(self, fn: Callable, key: Any) -> None:
+    def __init__(self, fn: Callable, key: Key) -> None:
         self.fn, self.key = fn, key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,11 +8,13 @@ here, so that all decide alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
+
+from numpyro_rad.annotations import Kwargs, PyTree
 
 T = TypeVar("T")
 
@@ -27,7 +29,7 @@ class Parts:
     :param traced: whether arrays are a part of their own; otherwise all arguments are kept here.
     """
 
-    def __init__(self, tree: Any, traced: bool = True) -> None:
+    def __init__(self, tree: PyTree, traced: bool = True) -> None:
         leaves, self._treedef = jax.tree.flatten(tree)
         self._is_array = [traced and hasattr(x, "dtype") for x in leaves]
         self._rest = [None if on else x for x, on in zip(leaves, self._is_array, strict=True)]
@@ -37,18 +39,18 @@ class Parts:
         """Whether there are arrays as a part of their own."""
         return any(self._is_array)
 
-    def arrays(self, tree: Any) -> list[Any]:
+    def arrays(self, tree: PyTree) -> list[jax.Array]:
         """The arrays among arguments of this structure."""
         return [x for x, on in zip(jax.tree.leaves(tree), self._is_array, strict=True) if on]
 
-    def merge(self, arrays: Any) -> Any:
+    def merge(self, arrays: Iterable[jax.Array]) -> PyTree:
         """The arguments with these arrays."""
         given = iter(arrays)
         pairs = zip(self._rest, self._is_array, strict=True)
         return self._treedef.unflatten([next(given) if on else x for x, on in pairs])
 
 
-def traced_or_constant(attempt: Callable[[Parts], T], tree: Any, may_be_constant: bool = True) -> T:
+def traced_or_constant(attempt: Callable[[Parts], T], tree: PyTree, may_be_constant: bool = True) -> T:
     """What ``attempt`` returns for arguments whose arrays are traced or, if it looks at their numbers, are constants.
 
     :param attempt: traces something; it gets the parts of the arguments.
@@ -64,11 +66,11 @@ def traced_or_constant(attempt: Callable[[Parts], T], tree: Any, may_be_constant
     return attempt(Parts(tree, traced=False))
 
 
-def shapes(f: Callable, args: tuple, kwargs: dict[str, Any], may_be_constant: bool = True) -> Any:
+def shapes(f: Callable[..., PyTree], args: tuple, kwargs: Kwargs, may_be_constant: bool = True) -> PyTree:
     """Shapes and dtypes of ``f(*args, **kwargs)``; see :func:`traced_or_constant`."""
 
-    def attempt(parts: Parts) -> Any:
-        def call(arrays: list[Any]) -> Any:
+    def attempt(parts: Parts) -> PyTree:
+        def call(arrays: list[jax.Array]) -> PyTree:
             args, kwargs = parts.merge(arrays)
             return f(*args, **kwargs)
 
@@ -77,7 +79,7 @@ def shapes(f: Callable, args: tuple, kwargs: dict[str, Any], may_be_constant: bo
     return traced_or_constant(attempt, (args, kwargs), may_be_constant)
 
 
-def looks_at_numbers(f: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+def looks_at_numbers(f: Callable[..., PyTree], args: tuple, kwargs: Kwargs) -> bool:
     """Whether ``f(*args, **kwargs)`` needs the numbers in its arrays, which are no operands of a program then."""
     try:
         shapes(f, args, kwargs, may_be_constant=False)
@@ -94,17 +96,17 @@ class Compiled:
     :param f: a function of arrays, and last of the arguments and keyword arguments of a model.
     """
 
-    def __init__(self, f: Callable) -> None:
+    def __init__(self, f: Callable[..., PyTree]) -> None:
         self._f = f
-        self._known: dict[Any, tuple[Any, Parts]] = {}
-        self._constant: dict[tuple[int, ...], tuple[Any, Any, Parts]] = {}
-        self._looking: set[Any] = set()  # signatures of arguments whose numbers are looked at
+        self._known: dict[Hashable, tuple[Callable[..., PyTree], Parts]] = {}
+        self._constant: dict[Hashable, tuple[list, Callable[..., PyTree], Parts]] = {}
+        self._looking: set[Hashable] = set()  # signatures of arguments whose numbers are looked at
 
-    def knows(self, args: tuple, kwargs: dict[str, Any], *like: Any) -> bool:
+    def knows(self, args: tuple, kwargs: Kwargs, *like: PyTree) -> bool:
         """Whether :meth:`of` traces nothing."""
         return self._key(args, kwargs, like) in self._known
 
-    def of(self, args: tuple, kwargs: dict[str, Any], *like: Any) -> tuple[Any, Parts]:
+    def of(self, args: tuple, kwargs: Kwargs, *like: PyTree) -> tuple[Callable[..., PyTree], Parts]:
         """The function of arrays and operands, and the parts of arguments that say which arrays.
 
         :param like: operands, of which only shapes and dtypes matter.
@@ -122,24 +124,26 @@ class Compiled:
             return found
         return self._known[key]
 
-    def _of_these(self, tree: Any, like: tuple) -> tuple[Any, Parts]:
+    def _of_these(self, tree: PyTree, like: tuple) -> tuple[Callable[..., PyTree], Parts]:
         leaves = jax.tree.leaves(tree)
         name = *map(id, leaves), jax.tree.structure((tree, like))
         if name not in self._constant:
             self._constant[name] = leaves, *self._traced(Parts(tree, traced=False), tree, like)  # ids stay in use
         return self._constant[name][1:]
 
-    def _traced(self, parts: Parts, tree: Any, like: tuple) -> tuple[Any, Parts]:
+    def _traced(self, parts: Parts, tree: PyTree, like: tuple) -> tuple[Callable[..., PyTree], Parts]:
         run = jax.jit(lambda arrays, *operands: self._f(*operands, *parts.merge(arrays)))
         run.eval_shape(parts.arrays(tree), *like)  # complains now rather than when it is called
         return run, parts
 
     @staticmethod
-    def _key(args: tuple, kwargs: dict[str, Any], like: tuple) -> Any:
+    def _key(args: tuple, kwargs: Kwargs, like: tuple) -> Hashable:
         return signature((args, kwargs)), jax.tree.structure(like)
 
 
-def taking_arrays(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> tuple[Any, list[Any]]:
+def taking_arrays(
+    f: Callable[..., PyTree], args: tuple, kwargs: Kwargs, *like: PyTree
+) -> tuple[Callable[..., PyTree], list[jax.Array]]:
     """``f(*operands, args, kwargs)`` under ``jax.jit``, as a function of arrays and operands; and these arrays, none
     where ``f`` looks at their numbers.
 
@@ -149,19 +153,19 @@ def taking_arrays(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) 
     return run, parts.arrays((args, kwargs))
 
 
-def with_arguments(f: Callable, args: tuple, kwargs: dict[str, Any], *like: Any) -> Callable:
+def with_arguments(f: Callable[..., PyTree], args: tuple, kwargs: Kwargs, *like: PyTree) -> Callable[..., PyTree]:
     """``f(*operands, args, kwargs)`` compiled, as a function of the operands; see :func:`taking_arrays`."""
     run, arrays = taking_arrays(f, args, kwargs, *like)
     return partial(run, arrays)
 
 
-def signature(tree: Any) -> Any:
+def signature(tree: PyTree) -> Hashable:
     """What a compiled function of arguments depends on: structure, shapes, and the values of what is no array."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else _hashable(x) for x in leaves)
 
 
-def _hashable(x: Any) -> Any:
+def _hashable(x: object) -> Hashable:
     try:
         hash(x)
     except TypeError:

@@ -14,32 +14,37 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Generic, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.typing import ArrayLike
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph, site_name
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import seed_words
 from numpyro_rad.ad.sweep import backward, forward
+from numpyro_rad.annotations import Key, Kwargs, Params, PyTree
 from numpyro_rad.mistakes import options_of
 from numpyro_rad.planning.planner import Options, Planned, Planner
 from numpyro_rad.tracing import Parts, traced_or_constant
 
+T = TypeVar("T")
 
-class Recent:
+
+class Recent(Generic[T]):
     """What was found for the keys that were asked for last.
 
     :param most: so many are remembered.
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._found = most, {}
+        self._most = most
+        self._found: dict[str, T] = {}
 
-    def of(self, key: str, find: Callable[[], Any]) -> Any:
+    def of(self, key: str, find: Callable[[], T]) -> T:
         """What was found for a key, or is found now."""
         found = self._found.pop(key) if key in self._found else find()
         self._found[key] = found  # last in the order of the dictionary
@@ -48,7 +53,7 @@ class Recent:
         return found
 
 
-TEMPORARY_BYTES = Recent(256)
+TEMPORARY_BYTES: Recent[int | None] = Recent(256)
 """What the compiler said of programs and plans. A program is traced again by each function that looks at it, to explain
 it, to compile a step, for the next fit, so that it has no owner but the process. Each answer takes a compilation; one
 that was forgotten takes another."""
@@ -63,8 +68,8 @@ class Program:
 
     @classmethod
     def trace(
-        cls, f: Callable, args: Sequence[Any], planner: Planner, names: Mapping[int, str] | None = None
-    ) -> tuple[Program, list[Any]]:
+        cls, f: Callable[..., PyTree], args: Sequence[PyTree], planner: Planner, names: Mapping[int, str] | None = None
+    ) -> tuple[Program, list[jax.Array]]:
         """The program of ``f``, and what ``f`` closes over.
 
         :param f: a function of arrays; whatever else it needs it closes over.
@@ -92,7 +97,7 @@ class Program:
     def _temporary_bytes(self, active: tuple[bool, ...], plan: Plan) -> int | None:
         """Temporary memory of the gradient with a plan, compiled by itself; None where the compiler does not say."""
 
-        def gradient(seed: Any, *operands: Any) -> tuple[list[Any], list[Any]]:
+        def gradient(seed: jax.Array, *operands: jax.Array) -> tuple[list[jax.Array], Sequence[jax.Array | None]]:
             sweeps = None if plan.untouched else plan
             outs, stored = self._forward(sweeps, active, seed, operands)
             return outs, self._backward(sweeps, stored, [jnp.ones_like(o) if _floats(o) else None for o in outs])
@@ -112,8 +117,8 @@ class Program:
         return None if plan.untouched else plan
 
     def _forward(
-        self, plan: Plan | None, active: tuple[bool, ...], seed: Any, operands: Sequence[Any]
-    ) -> tuple[list[Any], _Stored]:
+        self, plan: Plan | None, active: tuple[bool, ...], seed: jax.Array, operands: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], _Stored]:
         """Values of the program, and what the backward sweep needs."""
         if plan is None:
             outs, pullback = _jax.vjp(self._jaxpr, active, operands)
@@ -122,7 +127,9 @@ class Program:
         reads = [a for v, a in zip(plan.graph.inputs, operands, strict=True) if v in plan.reads]
         return _jax.as_arrays(outs), _Stored((seed, tape, reads), active)
 
-    def _backward(self, plan: Plan | None, stored: _Stored, arriving: Sequence[Any]) -> list[Any]:
+    def _backward(
+        self, plan: Plan | None, stored: _Stored, arriving: Sequence[jax.Array | None]
+    ) -> Sequence[jax.Array | None]:
         """Cotangents of the differentiated operands.
 
         :param arriving: cotangents of the values; None for zero.
@@ -133,19 +140,21 @@ class Program:
         reads = dict(zip([v for v in plan.graph.inputs if v in plan.reads], arrays, strict=True))
         return backward(plan, seed, tape, reads, arriving)
 
-    def __call__(self, seed: Any, *operands: Any) -> Any:
+    def __call__(self, seed: jax.Array, *operands: jax.Array) -> PyTree:
         """The function's value at ``operands``, with a derivative whose randomness comes from ``seed``."""
 
-        def value(seed: Any, *operands: Any) -> list[Any]:
+        def value(seed: jax.Array, *operands: jax.Array) -> list[jax.Array]:
             return _jax.as_arrays(_jax.evaluate(self._jaxpr, operands))
 
-        def sweep_forward(seed: Any, *operands: Any) -> tuple[list[Any], _Stored]:
+        def sweep_forward(seed: CustomVJPPrimal, *operands: CustomVJPPrimal) -> tuple[list[jax.Array], _Stored]:
             active = tuple(
                 bool(o.perturbed) and jnp.issubdtype(jax.typeof(o.value).dtype, jnp.inexact) for o in operands
             )
             return self._forward(self._sweeps(active), active, seed.value, [o.value for o in operands])
 
-        def sweep_backward(stored: _Stored, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        def sweep_backward(
+            stored: _Stored, cotangents: Sequence[jax.Array | SymbolicZero]
+        ) -> tuple[ArrayLike | None, ...]:
             arriving = [None if isinstance(c, SymbolicZero) else c for c in cotangents]
             pulled = iter(self._backward(self._sweeps(stored.active), stored, arriving))
             gradients = [next(pulled) if on else None for on in stored.active]
@@ -157,7 +166,9 @@ class Program:
         return jax.tree.unflatten(self._out_tree, run(seed, *operands))
 
 
-def randomized(f: Callable, planner: Planner, seed: Any, labels: Iterable[tuple[str, Any]] = ()) -> Any:
+def randomized(
+    f: Callable[[], PyTree], planner: Planner, seed: jax.Array, labels: Iterable[tuple[str, jax.Array]] = ()
+) -> PyTree:
     """The value of ``f()``, with a derivative in all that it closes over whose randomness comes from ``seed``.
 
     :param labels: what to call some of the arrays that ``f`` closes over, and these.
@@ -166,7 +177,7 @@ def randomized(f: Callable, planner: Planner, seed: Any, labels: Iterable[tuple[
     return program(seed, *operands)
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, jax.Array]]:
     """The leaves of a pytree with their paths in words, no two of them the same."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     short = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
@@ -175,7 +186,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
 
 
-def site_leaves(params: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def site_leaves(params: Params) -> list[tuple[str, jax.Array]]:
     """The leaves of parameters, each with the site that it belongs to: a parameter may be a pytree, of a network's
     weights for instance."""
     paths, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -186,14 +197,14 @@ def site_leaves(params: Mapping[str, Any]) -> list[tuple[str, Any]]:
 class _Stored:
     """What ``custom_vjp`` carries from one sweep to the other: arrays, and which operands were differentiated."""
 
-    def __init__(self, arrays: Any, active: tuple[bool, ...]) -> None:
+    def __init__(self, arrays: PyTree, active: tuple[bool, ...]) -> None:
         self.arrays, self.active = arrays, active
 
-    def tree_flatten(self) -> tuple[tuple[Any], tuple[bool, ...]]:
+    def tree_flatten(self) -> tuple[tuple[PyTree], tuple[bool, ...]]:
         return (self.arrays,), self.active
 
     @classmethod
-    def tree_unflatten(cls, active: tuple[bool, ...], children: Any) -> _Stored:
+    def tree_unflatten(cls, active: tuple[bool, ...], children: tuple[PyTree]) -> _Stored:
         return cls(children[0], active)
 
 
@@ -224,7 +235,7 @@ def rad(f: Callable, **options: Unpack[Options]) -> Callable:
     planner = Planner(**options)
 
     @functools.wraps(f)
-    def with_key(key: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def with_key(key: Key, /, *args: Any, **kwargs: Any) -> PyTree:
         labels = named_leaves({**{str(i): arg for i, arg in enumerate(args)}, **kwargs})
         return randomized(lambda: f(*args, **kwargs), planner, path_seed(key), labels)
 
@@ -234,12 +245,12 @@ def rad(f: Callable, **options: Unpack[Options]) -> Callable:
 
 
 def _planned(
-    f: Callable, planner: Planner, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int]
+    f: Callable[..., PyTree], planner: Planner, args: tuple, kwargs: Kwargs, argnums: int | Sequence[int]
 ) -> tuple[Plan, list[str]]:
     """Plan of ``f`` for differentiation with respect to ``argnums``, and the names of the differentiated arrays."""
     positions = [range(len(args))[i] for i in ((argnums,) if isinstance(argnums, int) else argnums)]
 
-    def of_chosen(chosen: dict[int, Any]) -> Any:
+    def of_chosen(chosen: dict[int, PyTree]) -> PyTree:
         return f(*(chosen.get(i, a) for i, a in enumerate(args)), **kwargs)
 
     taken = Closure(of_chosen, {i: args[i] for i in positions}, planner)
@@ -257,7 +268,12 @@ class Closure:
     """
 
     def __init__(
-        self, f: Callable, tree: Any, planner: Planner, *others: Any, labels: Sequence[str] | None = None
+        self,
+        f: Callable[..., PyTree],
+        tree: PyTree,
+        planner: Planner,
+        *others: PyTree,
+        labels: Sequence[str] | None = None,
     ) -> None:
         """Trace ``f(tree, *others)``.
 
@@ -277,12 +293,12 @@ class Closure:
         self.leaves = [at for (at, _), on in zip(self._origins, moves, strict=True) if on and at is not None]
         self.labels = [self._labels[at] for at in self.leaves]
 
-    def _trace(self, parts: Parts, tree: Any, others: tuple) -> tuple[Program, list[tuple[int | None, Any]]]:
+    def _trace(self, parts: Parts, tree: PyTree, others: tuple) -> tuple[Program, list[tuple[int | None, Any]]]:
         """The program, and where each of its operands is from: its place among leaves and arrays, or the operand."""
         leaves, treedef = jax.tree.flatten(tree)
         found: list[tuple[Program, list[tuple[int | None, Any]]]] = []
 
-        def body(*arrays: Any) -> None:
+        def body(*arrays: jax.Array) -> None:
             moving = arrays[: len(leaves)]
             whole, rest = treedef.unflatten(moving), parts.merge(arrays[len(leaves) :])
             called = {id(x): label for x, label in zip(moving, self._labels, strict=True)}
@@ -293,11 +309,11 @@ class Closure:
         jax.eval_shape(body, *leaves, *parts.arrays(others))
         return found[0]
 
-    def _operands(self, origins: list[tuple[int | None, Any]], tree: Any, others: tuple) -> list[Any]:
+    def _operands(self, origins: list[tuple[int | None, Any]], tree: PyTree, others: tuple) -> list[jax.Array]:
         values = [*jax.tree.leaves(tree), *self._parts.arrays(others)]
         return [value if at is None else values[at] for at, value in origins]
 
-    def operands_at(self, tree: Any, *others: Any) -> list[Any]:
+    def operands_at(self, tree: PyTree, *others: PyTree) -> list[jax.Array]:
         """The operands at another ``tree`` and other ``others`` of the same structure, shapes and dtypes."""
         origins = self._origins
         if others and not self._parts.has_arrays:  # these are constants, of another program of the same graph
@@ -315,11 +331,11 @@ class Closure:
         return self.program.planned(self.active).plan
 
 
-def _floats(x: Any) -> bool:
+def _floats(x: ArrayLike) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
-def path_seed(key: Any) -> Any:
+def path_seed(key: Key) -> jax.Array:
     """The codecs' seed from a user's key.
 
     :raises TypeError: if ``key`` is not one JAX PRNG key.
@@ -355,7 +371,7 @@ def value_and_grad(
     with_key = rad(f, **options)
 
     @functools.wraps(f)
-    def checked(key: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def checked(key: Key, /, *args: Any, **kwargs: Any) -> PyTree:
         out = with_key(key, *args, **kwargs)
         value = out[0] if has_aux else out
         if not (hasattr(value, "shape") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)):
@@ -390,7 +406,7 @@ def grad(
     both = value_and_grad(f, argnums, has_aux, **options)
 
     @functools.wraps(f)
-    def gradient(key: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def gradient(key: Key, /, *args: Any, **kwargs: Any) -> PyTree:
         value, result = both(key, *args, **kwargs)
         return (result, value[1]) if has_aux else result
 

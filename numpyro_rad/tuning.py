@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from numpyro.infer import SVI
+from numpyro.infer.svi import SVIState
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError
+from numpyro_rad.annotations import Key, Kwargs, PyTree
 from numpyro_rad.planning import strategies
 from numpyro_rad.planning.calibration import Calibration, Calibrator
 from numpyro_rad.planning.planner import parse_bytes
@@ -29,9 +30,9 @@ _TRIES = 8  # steps that are compiled to fit one, at most
 def calibrated(
     taken: Closure,
     svi: SVI,
-    svi_state: Any,
+    svi_state: SVIState,
     batches: Sequence[tuple],
-    kwargs: dict[str, Any],
+    kwargs: Kwargs,
     draws: int,
     most: int | None,
 ) -> Calibration:
@@ -49,7 +50,7 @@ def calibrated(
     leaves, treedef = jax.tree.flatten(constrained)
     names = [name for name, _ in named_leaves(constrained)]
 
-    def unconstrained(gradient: list[Any]) -> Any:
+    def unconstrained(gradient: list[jax.Array]) -> PyTree:
         found = dict(zip(taken.leaves, gradient, strict=True))
         every = [found[i] if i in found else jnp.zeros_like(x) for i, x in enumerate(leaves)]
         return pull(treedef.unflatten(every))
@@ -71,7 +72,7 @@ def calibrated(
 
 
 def fitting_budget(
-    total: int | str, with_budget: Callable[[int], SVI], svi_state: Any, args: tuple, kwargs: dict[str, Any]
+    total: int | str, with_budget: Callable[[int], SVI], svi_state: SVIState, args: tuple, kwargs: Kwargs
 ) -> int:
     """The memory budget with which one whole ``svi.update`` takes no more than ``total``.
 
@@ -102,10 +103,10 @@ def fitting_budget(
     )
 
 
-def _step_bytes(svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+def _step_bytes(svi: SVI, svi_state: SVIState, args: tuple, kwargs: Kwargs) -> int:
     """Bytes that a whole compiled ``svi.update`` takes, its arguments and results included."""
 
-    def update(svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # a new function, traced for a new plan
+    def update(svi_state: SVIState, args: tuple, kwargs: Kwargs) -> PyTree:  # a new function, for a new plan
         return svi.update(svi_state, *args, **kwargs)
 
     run, arrays = taking_arrays(update, args, kwargs, svi_state)
@@ -121,7 +122,7 @@ def _step_bytes(svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -
     return held + sizes.temporary
 
 
-def _signs(key: Any, tree: Any) -> Any:
+def _signs(key: Key, tree: PyTree) -> PyTree:
     """Independent random signs in the shape of a pytree."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))

@@ -14,26 +14,87 @@ import importlib.util
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import source_info_util  # no public way to read an equation's source line
-from jax._src.core import InternalMutableArrayEffect, NamedAxisEffect  # no public way to tell effects apart
+from jax._src.core import (
+    InternalMutableArrayEffect,
+    JaxprEqnContext,
+    NamedAxisEffect,
+)  # no public way to tell effects apart
 from jax._src.effects import JaxprInputEffect
 from jax._src.interpreters.partial_eval import convert_constvars_jaxpr
 from jax._src.lax.lax import _convert_element_type  # no public way to make an array of weak type
 from jax._src.state.types import AbstractRef
+from jax.core import ShapedArray as Aval
 from jax.extend import core as jex_core
 from jax.interpreters import ad
+from jax.typing import ArrayLike, DTypeLike
+
+from numpyro_rad.annotations import Key, PyTree
 
 Literal = jex_core.Literal
-Jaxpr = Any  # a jaxpr with its constants: ``ClosedJaxpr`` up to JAX 0.11, ``Jaxpr`` from 0.12 on
-JaxprEquation = Any
+Primitive = jex_core.Primitive
+
+
+class Variable(Protocol):
+    """A variable of a program, or a literal."""
+
+    @property
+    def aval(self) -> Aval: ...
+
+
+class JaxprEquation(Protocol):
+    """An equation of a program."""
+
+    @property
+    def primitive(self) -> Primitive: ...
+    @property
+    def params(self) -> dict[str, Any]: ...
+    @property
+    def invars(self) -> Sequence[Variable]: ...
+    @property
+    def outvars(self) -> Sequence[Variable]: ...
+    @property
+    def effects(self) -> Collection[object]: ...
+    @property
+    def source_info(self) -> source_info_util.SourceInfo: ...
+    @property
+    def ctx(self) -> JaxprEqnContext: ...
+    def replace(self, *, params: dict[str, Any]) -> JaxprEquation: ...
+
+
+class OpenJaxpr(Protocol):
+    """What a program is besides its constants."""
+
+    @property
+    def constvars(self) -> Sequence[Variable]: ...
+    @property
+    def invars(self) -> Sequence[Variable]: ...
+    @property
+    def outvars(self) -> Sequence[Variable]: ...
+    @property
+    def eqns(self) -> Sequence[JaxprEquation]: ...
+    @property
+    def effects(self) -> Collection[object]: ...
+
+
+class Jaxpr(Protocol):
+    """A program with its constants: ``ClosedJaxpr`` up to JAX 0.11, ``Jaxpr`` from 0.12 on."""
+
+    @property
+    def jaxpr(self) -> OpenJaxpr: ...
+    @property
+    def consts(self) -> Sequence[ArrayLike]: ...
+
+
+A = TypeVar("A", bound=ArrayLike)
 
 _VERSION = tuple(int(n) for n in jax.__version__.split(".")[:2])
 _ADDRESS = re.compile(r"0x[0-9a-f]+")  # of an object in memory
@@ -60,7 +121,7 @@ def has_host_memory() -> bool:
     return device.platform != "cpu" and "pinned_host" in {memory.kind for memory in device.addressable_memories()}
 
 
-def trace(f: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
+def trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Jaxpr, list[jax.Array], PyTree]:
     """The program of ``f`` at ``args``, what it closes over, and the pytree of its output shapes.
 
     What ``f`` closes over, tracers of outer transformations included, are the first inputs of the program; the program
@@ -70,7 +131,7 @@ def trace(f: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
     return closed(convert_constvars_jaxpr(jaxpr.jaxpr)), list(jaxpr.consts), shapes
 
 
-def digest(f: Callable, *args: Any) -> str:
+def digest(f: Callable[..., PyTree], *args: PyTree) -> str:
     """A hash of the program of ``f``, constants included: the same in every process.
 
     Compiled text and printed jaxprs are not, since their parts are named and shared by what is cached. Nor is the order
@@ -81,21 +142,21 @@ def digest(f: Callable, *args: Any) -> str:
     return _digest(jaxpr, [_hash(*_array_words(c)) for c in constants])
 
 
-def _digest(jaxpr: Any, known: Sequence[str] = ()) -> str:
+def _digest(jaxpr: Jaxpr, known: Sequence[str] = ()) -> str:
     """Hash of what the outputs of a program are computed from, whatever the order of its equations and sums.
 
     :param known: hashes of its first inputs.
     """
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    constants = [_hash(*_array_words(c)) for c in getattr(jaxpr, "consts", ())]
-    names: dict[Any, str] = dict(zip(inner.constvars, constants, strict=False))
+    inner = jaxpr.jaxpr
+    constants = [_hash(*_array_words(c)) for c in jaxpr.consts]
+    names: dict[Variable, str] = dict(zip(inner.constvars, constants, strict=False))
     for number, v in enumerate(inner.invars):
         names[v] = known[number] if number < len(known) else f"{number}:{v.aval}"
 
-    def name(x: Any) -> str:
+    def name(x: Variable | Literal) -> str:
         return f"={x.val}:{x.aval}" if isinstance(x, Literal) else names[x]
 
-    summands: dict[Any, list[str]] = {}
+    summands: dict[Variable, list[str]] = {}
     for equation in inner.eqns:
         if equation.primitive.name in ("add", "add_any"):
             (out,) = equation.outvars
@@ -119,7 +180,7 @@ def _hash(*words: str) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
-def _array_words(x: Any) -> tuple[str, ...]:
+def _array_words(x: ArrayLike) -> tuple[str, ...]:
     array = np.asarray(to_raw(x))
     return str(array.dtype), str(array.shape), hashlib.sha256(array.tobytes()).hexdigest()
 
@@ -135,10 +196,10 @@ def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
     tangent_avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a, on in zip(avals, active, strict=True) if on]
     has_tangent: list[bool] = []
 
-    def program(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    def program(primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         moving = [p for p, on in zip(primals, active, strict=True) if on]
 
-        def of_active(*moving: Any) -> list[Any]:
+        def of_active(*moving: jax.Array) -> list[jax.Array]:
             fresh = iter(moving)
             return run([next(fresh) if on else p for p, on in zip(primals, active, strict=True)])
 
@@ -146,26 +207,30 @@ def jvp_jaxpr(jaxpr: Jaxpr, active: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
         has_tangent[:] = [t.dtype != jax.dtypes.float0 for t in out_tangents]
         return outs, [t for t, on in zip(out_tangents, has_tangent, strict=True) if on]
 
-    return jax.make_jaxpr(program)(_structs(avals), tangent_avals), has_tangent
+    return closed(jax.make_jaxpr(program)(_structs(avals), tangent_avals)), has_tangent
 
 
-def _runner(jaxpr: Jaxpr) -> Callable[[Sequence[Any]], list[Any]]:
+def _runner(jaxpr: Jaxpr) -> Callable[[Sequence[ArrayLike]], list[jax.Array]]:
     """A program as a function that JAX can differentiate."""
     return jax.jit(partial(evaluate, jaxpr)) if has_references(jaxpr) else partial(evaluate, jaxpr)
 
 
-def vjp(jaxpr: Jaxpr, active: Sequence[bool], args: Sequence[Any]) -> tuple[list[Any], Any]:
+def vjp(
+    jaxpr: Jaxpr, active: Sequence[bool], args: Sequence[jax.Array]
+) -> tuple[list[jax.Array], Callable[[list], tuple]]:
     """Results of a program and its pullback to the active arguments, as JAX's own reverse mode makes it; a pytree."""
     run = _runner(jaxpr)
 
-    def of_active(*moving: Any) -> list[Any]:
+    def of_active(*moving: jax.Array) -> list[jax.Array]:
         fresh = iter(moving)
         return as_arrays(run([next(fresh) if on else x for x, on in zip(args, active, strict=True)]))
 
     return jax.vjp(of_active, *(x for x, on in zip(args, active, strict=True) if on))
 
 
-def pull_back(pullback: Any, cotangents: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+def pull_back(
+    pullback: Callable[[list], tuple], cotangents: Sequence[jax.Array | None], avals: Sequence[Aval]
+) -> list[jax.Array]:
     """Cotangents of the active arguments of :func:`vjp`.
 
     :param cotangents: of the results; None for zero.
@@ -179,7 +244,7 @@ _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_pas
 """Options of XLA's compilers for CPUs and GPUs: buffers are as always, and machine code is not polished."""
 
 
-def temporary_bytes(f: Callable, avals: Sequence[Any]) -> int | None:
+def temporary_bytes(f: Callable[..., PyTree], avals: Sequence[Aval | jax.ShapeDtypeStruct]) -> int | None:
     """Temporary memory of ``f`` compiled for operands of these types; None where the compiler does not say."""
     options = _QUICKLY if jax.default_backend() in ("cpu", "gpu") else None
     sizes = compiled_bytes(jax.jit(f).lower(*_structs(avals)).compile(compiler_options=options))
@@ -201,7 +266,7 @@ class CompiledBytes(NamedTuple):
     shared: int
 
 
-def compiled_bytes(compiled: Any) -> CompiledBytes | None:
+def compiled_bytes(compiled: jax.stages.Compiled) -> CompiledBytes | None:
     """Memory of what ``jax.jit(f).lower(...).compile()`` returned; None where the compiler does not say."""
     sizes = compiled.memory_analysis()
     if sizes is None:
@@ -225,18 +290,18 @@ def made_bytes(jaxpr: Jaxpr) -> int:
     return total
 
 
-def as_arrays(results: Sequence[Any]) -> list[Any]:
+def as_arrays(results: Sequence[ArrayLike]) -> list[jax.Array]:
     """Results of a program, of which a constant one is a literal until here."""
     return [r if isinstance(r, jax.Array) else jnp.asarray(r) for r in results]
 
 
-def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+def evaluate(jaxpr: Jaxpr, args: Sequence[ArrayLike]) -> list[jax.Array]:
     """Run a program, each equation under its own context and source line."""
     open_jaxpr = jaxpr.jaxpr
-    env: dict[Any, Any] = dict(zip(open_jaxpr.invars, args, strict=True))
+    env: dict[Variable, Any] = dict(zip(open_jaxpr.invars, args, strict=True))
     env.update(zip(open_jaxpr.constvars, jaxpr.consts, strict=True))
 
-    def read(atom: Any) -> Any:
+    def read(atom: Variable) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for equation in open_jaxpr.eqns:
@@ -245,7 +310,7 @@ def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     return [read(a) for a in open_jaxpr.outvars]
 
 
-def bind(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
+def bind(equation: JaxprEquation, args: Sequence[ArrayLike]) -> list[jax.Array]:
     """Evaluate one equation on ``args`` under its own context and source line; always a list."""
     primitive = equation.primitive
     with context(equation):
@@ -262,26 +327,28 @@ def context(equation: JaxprEquation) -> Iterator[None]:
         yield
 
 
-def literal(atom: Any) -> np.ndarray:
+def literal(atom: Literal) -> np.ndarray:
     """The value of a literal, with its type."""
-    return np.asarray(atom.val, atom.aval.dtype)
+    return np.asarray(atom.val, atom.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def retrace(run: Callable[[Sequence[Any]], list[Any]], jaxpr: Jaxpr) -> Jaxpr:
+def retrace(run: Callable[[Sequence[jax.Array]], Sequence[jax.Array]], jaxpr: Jaxpr) -> Jaxpr:
     """The program of ``run`` at inputs like those of ``jaxpr``."""
     return program(run, [v.aval for v in jaxpr.jaxpr.invars])
 
 
-def program(run: Callable[[Sequence[Any]], list[Any]], avals: Sequence[Any]) -> Jaxpr:
+def program(
+    run: Callable[[Sequence[jax.Array]], Sequence[jax.Array]], avals: Sequence[Aval | jax.ShapeDtypeStruct]
+) -> Jaxpr:
     """The program of ``run`` at inputs of these types."""
-    return jax.make_jaxpr(lambda *args: run(args))(*_structs(avals))
+    return closed(jax.make_jaxpr(lambda *args: run(args))(*_structs(avals)))
 
 
-def _structs(avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+def _structs(avals: Sequence[Aval | jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in avals]
 
 
-def run_again(equation: JaxprEquation, args: Sequence[Any]) -> list[Any]:
+def run_again(equation: JaxprEquation, args: Sequence[ArrayLike]) -> list[jax.Array]:
     """Evaluate an equation a second time, to differentiate it.
 
     Of ``jax.checkpoint`` that is its body: the call itself would run a third time, and so often would it print.
@@ -353,7 +420,7 @@ def _check_references(jaxpr: Jaxpr) -> None:
 
 def closed(jaxpr: Any) -> Jaxpr:
     """A jaxpr that carries its constants, whatever an equation's parameter holds."""
-    return jaxpr if hasattr(jaxpr, "consts") else jex_core.ClosedJaxpr(jaxpr, ())  # pyright: ignore[reportPrivateImportUsage]
+    return jaxpr if hasattr(jaxpr, "consts") else jex_core.ClosedJaxpr(jaxpr, ())  # pyright: ignore
 
 
 def inner_jaxprs(equation: JaxprEquation) -> list[Jaxpr]:
@@ -375,13 +442,15 @@ def cond_branches(equation: JaxprEquation) -> list[Jaxpr]:
     return [closed(b) for b in equation.params["branches"]]
 
 
-def linear_transpose(f: Callable, avals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+def linear_transpose(
+    f: Callable[..., list[jax.Array]], avals: Sequence[Aval], cotangents: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
     """Cotangents of the inputs of a linear ``f`` (flat inputs, list output)."""
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
     return jax.linear_transpose(f, *structs)(list(cotangents))
 
 
-def is_traced(tree: Any) -> bool:
+def is_traced(tree: PyTree) -> bool:
     """Whether some array of ``tree`` is being traced by a transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -392,7 +461,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return exhausted or isinstance(error, MemoryError)
 
 
-def is_forward_mode(x: Any) -> bool:
+def is_forward_mode(x: object) -> bool:
     """Whether ``x`` is being differentiated in forward mode at this very level."""
     return isinstance(x, ad.JVPTracer)
 
@@ -402,7 +471,7 @@ def is_forward_mode(x: Any) -> bool:
 _BARRIERS_ARE_DROPPED = _VERSION < (0, 11)
 
 
-def barrier(first: Sequence[Any], then: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def barrier(first: Sequence[jax.Array], then: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     """Both lists unchanged, but what is computed from either waits until all of ``first`` is there."""
     avals = [jax.typeof(v) for v in then]
     raw = [to_raw(v) for v in then]
@@ -412,7 +481,7 @@ def barrier(first: Sequence[Any], then: Sequence[Any]) -> tuple[list[Any], list[
     return done, [from_raw(r, a) for r, a in zip(raw, avals, strict=True)]
 
 
-def _tied(first: Sequence[Any], then: Sequence[Any]) -> list[Any]:
+def _tied(first: Sequence[jax.Array], then: Sequence[jax.Array]) -> list[jax.Array]:
     """``then``, each array combined bit by bit with a zero that the compiler can only find out from ``first``."""
     words = [_bits(x.reshape(-1)[0]).astype(jnp.uint32) for x in first if x.size and _has_bits(x)]
     if not words:
@@ -423,32 +492,34 @@ def _tied(first: Sequence[Any], then: Sequence[Any]) -> list[Any]:
 
 
 @jax.custom_jvp
-def _combined(x: Any, zero: Any) -> Any:
+def _combined(x: jax.Array, zero: jax.Array) -> jax.Array:
     return _from_bits(_bits(x) ^ zero.astype(_bits(x).dtype), x.dtype)
 
 
 @_combined.defjvp
-def _combined_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _combined_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     return _combined(*primals), tangents[0]  # bits have no derivative of their own: the identity has
 
 
-def _has_bits(x: Any) -> bool:
+def _has_bits(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
 
 
-def _bits(x: Any) -> Any:
+def _bits(x: jax.Array) -> jax.Array:
     if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jnp.uint8) if x.dtype == bool else x
     return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
-def _from_bits(bits: Any, dtype: Any) -> Any:
+def _from_bits(bits: jax.Array, dtype: DTypeLike) -> jax.Array:
     if jnp.issubdtype(dtype, jnp.bool_):
         return bits != 0
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
 
 
-def as_weak_as(x: Any, aval: Any) -> Any:
+def as_weak_as(x: jax.Array, aval: Aval) -> ArrayLike:
     """``x`` of a weak type if ``aval`` is one: the gradient in a number of Python yields to other dtypes as it does."""
     return _convert_element_type(x, weak_type=True) if getattr(aval, "weak_type", False) else x
 
@@ -457,7 +528,7 @@ def is_typed_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def key_like(key: Any, like: Any) -> Any:
+def key_like(key: Key, like: Key) -> Key:
     """``key`` as a typed key or as raw words, as ``like`` is one: programs that take keys differ by that."""
     if is_typed_key(key) == is_typed_key(like):
         return key
@@ -466,12 +537,12 @@ def key_like(key: Any, like: Any) -> Any:
     )
 
 
-def array_type(shape: tuple[int, ...], dtype: Any) -> Any:
+def array_type(shape: tuple[int, ...], dtype: DTypeLike) -> Aval:
     """The type that JAX gives an array in a jaxpr."""
-    return jax.core.ShapedArray(shape, dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    return Aval(shape, dtype)
 
 
-def aval_bytes(aval: Any) -> int:
+def aval_bytes(aval: Aval) -> int:
     """Bytes of an array of this type; typed keys count their raw words."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
@@ -507,12 +578,12 @@ def distribution(equation: JaxprEquation) -> str:
     return ""
 
 
-def to_raw(x: Any) -> Any:
+def to_raw(x: A) -> A | jax.Array:
     """Typed keys as their raw words, anything else as it is: what a tape may hold."""
     return jax.random.key_data(x) if is_typed_key(x) else x
 
 
-def from_raw(raw: Any, aval: Any) -> Any:
+def from_raw(raw: jax.Array, aval: Aval) -> jax.Array:
     """Inverse of :func:`to_raw` for a value of type ``aval``."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(raw, impl=aval.dtype._impl)

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -49,15 +50,15 @@ def rule_of(name: str) -> Callable[[_jax.JaxprEquation], Signature | None] | Non
     return _elementwise if primitives.of(name).elementwise else _RULES.get(name)
 
 
-def _shape(v: Any) -> tuple[int, ...]:
+def _shape(v: _jax.Variable) -> tuple[int, ...]:
     return tuple(getattr(v.aval, "shape", ()))
 
 
-def _unknown(v: Any) -> Labels:
+def _unknown(v: _jax.Variable) -> Labels:
     return (None,) * len(_shape(v))
 
 
-def _numbered(v: Any, without: Sequence[int] = ()) -> Labels:
+def _numbered(v: _jax.Variable, without: Sequence[int] = ()) -> Labels:
     return tuple(None if i in without else i for i in range(len(_shape(v))))
 
 
@@ -66,7 +67,7 @@ def _elementwise(equation: _jax.JaxprEquation) -> Signature | None:
     if any(len(_shape(v)) not in (len(shape), 0) for v in equation.invars):
         return None
 
-    def labels(v: Any) -> Labels:  # an axis of one entry may be repeated
+    def labels(v: _jax.Variable) -> Labels:  # an axis of one entry may be repeated
         return tuple(i if n == m else None for i, (n, m) in enumerate(zip(_shape(v), shape, strict=False)))
 
     return [labels(v) for v in equation.invars], [_numbered(v) for v in equation.outvars]
@@ -92,7 +93,7 @@ def _along(name: str) -> Callable[[_jax.JaxprEquation], Signature]:
 def _trailing(n_axes: int) -> Callable[[_jax.JaxprEquation], Signature]:
     """All but the last axes are a batch."""
 
-    def labels(v: Any) -> Labels:
+    def labels(v: _jax.Variable) -> Labels:
         return tuple(i if i < len(_shape(v)) - n_axes else None for i in range(len(_shape(v))))
 
     def rule(equation: _jax.JaxprEquation) -> Signature:
@@ -105,7 +106,7 @@ def _leading(equation: _jax.JaxprEquation) -> Signature:
     """The axes of the first operand come first in results, which may have more."""
     rank = min(len(_shape(v)) for v in (equation.invars[0], *equation.outvars))
 
-    def labels(v: Any) -> Labels:
+    def labels(v: _jax.Variable) -> Labels:
         return tuple(i if i < rank else None for i in range(len(_shape(v))))
 
     return [labels(v) for v in equation.invars], [labels(v) for v in equation.outvars]
@@ -121,7 +122,7 @@ def _reduction(equation: _jax.JaxprEquation, sums: bool = False) -> Signature:
 def _broadcast(equation: _jax.JaxprEquation) -> Signature:
     operand, result = equation.invars[0], equation.outvars[0]
     places = equation.params["broadcast_dimensions"]
-    labels: list[Any] = [_New() for _ in _shape(result)]
+    labels: list[Hashable] = [_New() for _ in _shape(result)]
     kept = tuple(
         i if n == _shape(result)[at] else None for i, (n, at) in enumerate(zip(_shape(operand), places, strict=True))
     )
@@ -136,8 +137,8 @@ def _reshape(equation: _jax.JaxprEquation) -> Signature | None:
     old, new = _shape(equation.invars[0]), _shape(equation.outvars[0])
     if 0 in old:
         return None
-    labels: list[Any] = [None] * len(old)
-    placed: list[Any] = [_New() if n == 1 else None for n in new]
+    labels: list[Hashable] = [None] * len(old)
+    placed: list[Hashable] = [_New() if n == 1 else None for n in new]
     left, right = ([i for i, n in enumerate(shape) if n != 1] for shape in (old, new))
     while left and right:  # as few axes as have the same number of entries on both sides
         before, after = [left.pop(0)], [right.pop(0)]
@@ -194,7 +195,7 @@ def _iota(equation: _jax.JaxprEquation) -> Signature:
 def _dot_general(equation: _jax.JaxprEquation) -> Signature:
     (left_sum, right_sum), (left_batch, right_batch) = equation.params["dimension_numbers"]
     left, right = equation.invars
-    right_labels: list[Any] = [("right", i) for i in range(len(_shape(right)))]
+    right_labels: list[Hashable] = [("right", i) for i in range(len(_shape(right)))]
     for a, b in zip((*left_sum, *left_batch), (*right_sum, *right_batch), strict=True):
         right_labels[b] = a
     free = [i for i in range(len(_shape(left))) if i not in (*left_sum, *left_batch)]
@@ -208,8 +209,8 @@ def _convolution(equation: _jax.JaxprEquation) -> Signature | None:
         return None
     grouped = equation.params["feature_group_count"] != 1
 
-    def labels(v: Any, spec: Sequence[int], first: str | None, second: str | None) -> Labels:
-        found: list[Any] = [None] * len(_shape(v))
+    def labels(v: _jax.Variable, spec: Sequence[int], first: str | None, second: str | None) -> Labels:
+        found: list[Hashable] = [None] * len(_shape(v))
         found[spec[0]], found[spec[1]] = first, second
         return tuple(found)
 
@@ -236,12 +237,12 @@ def _gather(equation: _jax.JaxprEquation) -> Signature:
     operand, indices = map(_shape, equation.invars)
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     batching, index_batching = numbers.operand_batching_dims, numbers.start_indices_batching_dims
-    labels: list[Any] = [None] * len(operand)
-    index_labels: list[Any] = [("index", i) for i in range(len(indices) - 1)] + [None]
+    labels: list[Hashable] = [None] * len(operand)
+    index_labels: list[Hashable] = [*(("index", i) for i in range(len(indices) - 1)), None]
     for a, b in zip(batching, index_batching, strict=True):
         labels[a] = index_labels[b]
     rank = len(_shape(equation.outvars[0]))
-    result: list[Any] = [None] * rank
+    result: list[Hashable] = [None] * rank
     seen = [i for i in range(len(operand)) if i not in (*numbers.collapsed_slice_dims, *batching)]
     for at, i in zip(numbers.offset_dims, seen, strict=True):
         if sizes[i] == operand[i]:
@@ -285,7 +286,9 @@ _RULES: dict[str, Callable[[_jax.JaxprEquation], Signature | None]] = {
 }
 
 
-def _resized(equation: _jax.JaxprEquation, operands: list[tuple[int, ...]], results: list[tuple[int, ...]]) -> Any:
+def _resized(
+    equation: _jax.JaxprEquation, operands: list[tuple[int, ...]], results: list[tuple[int, ...]]
+) -> _jax.JaxprEquation:
     """The equation for operands and results of other shapes."""
     name, params = equation.primitive.name, equation.params
     if name in ("broadcast_in_dim", "iota"):
@@ -343,7 +346,7 @@ class Axes:
         self._parents: list[int] = []
         self.sizes: list[int] = []
 
-    def of(self, aval: Any) -> Nodes:
+    def of(self, aval: _jax.Aval) -> Nodes:
         """New nodes for the axes of a value."""
         return tuple(self._new(n) for n in getattr(aval, "shape", ()))
 
@@ -439,11 +442,11 @@ class Axes:
 
     def _read(self, jaxpr: _jax.Jaxpr, inputs: Sequence[Nodes]) -> Body:
         inner = jaxpr.jaxpr
-        nodes: dict[Any, Nodes] = dict(zip(inner.invars, inputs, strict=True))
+        nodes: dict[_jax.Variable, Nodes] = dict(zip(inner.invars, inputs, strict=True))
         nodes.update((v, self.of(v.aval)) for v in inner.constvars)
         constants = [nodes[v] for v in inner.constvars]
 
-        def look_up(atom: Any) -> Nodes:
+        def look_up(atom: _jax.Variable) -> Nodes:
             if not isinstance(atom, _jax.Literal):
                 return nodes[atom]
             constants.append(self.of(atom.aval))
@@ -458,11 +461,11 @@ class Axes:
 
     # -- running a part ------------------------------------------------------------------------------------------------
 
-    def shape(self, aval: Any, nodes: Nodes, axis: int, size: int) -> tuple[int, ...]:
+    def shape(self, aval: _jax.Aval, nodes: Nodes, axis: int, size: int) -> tuple[int, ...]:
         """The shape of a value of which ``axis`` has another size."""
         return tuple(size if self.root(node) == axis else n for n, node in zip(aval.shape, nodes, strict=True))
 
-    def run(self, step: Step, args: Sequence[Any], axis: int, size: int) -> list[Any]:
+    def run(self, step: Step, args: Sequence[jax.Array], axis: int, size: int) -> list[jax.Array]:
         """Run a step on operands of which ``axis`` has another size."""
         equation = step.equation
         if all(self.position(nodes, axis) is None for nodes in (*step.operands, *step.results)):
@@ -482,11 +485,11 @@ class Axes:
                 return lax.switch(args[0], branches, *args[1:])
         return self._run_body(step.bodies[0], args, axis, size)
 
-    def _run_scan(self, step: Step, args: Sequence[Any], axis: int, size: int) -> list[Any]:
+    def _run_scan(self, step: Step, args: Sequence[jax.Array], axis: int, size: int) -> list[jax.Array]:
         (body,) = step.bodies
         _, n_consts, n_carry = _jax.scan_parts(step.equation)
 
-        def iterate(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        def iterate(carry: list[jax.Array], xs: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
             outs = self._run_body(body, [*args[:n_consts], *carry, *xs], axis, size)
             return outs[:n_carry], outs[n_carry:]
 
@@ -496,12 +499,12 @@ class Axes:
         )
         return [*carry, *ys]
 
-    def _run_body(self, body: Body, args: Sequence[Any], axis: int, size: int) -> list[Any]:
+    def _run_body(self, body: Body, args: Sequence[jax.Array], axis: int, size: int) -> list[jax.Array]:
         inner = body.jaxpr.jaxpr
-        env: dict[Any, Any] = dict(zip(inner.invars, args, strict=True))
+        env: dict[_jax.Variable, Any] = dict(zip(inner.invars, args, strict=True))
         env.update(zip(inner.constvars, body.jaxpr.consts, strict=True))
 
-        def read(atom: Any) -> Any:
+        def read(atom: _jax.Variable) -> Any:
             return _jax.literal(atom) if isinstance(atom, _jax.Literal) else env[atom]
 
         for step in body.steps:

@@ -13,6 +13,7 @@ The randomness follows from a seed (see `seeds.py`), so the decoder makes the sa
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,26 +21,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from numpyro_rad.ad.layout import Layout, sampled_rows
 from numpyro_rad.ad.seeds import fold, hash_words, linear_index, signs, u32, uniform
 from numpyro_rad.mistakes import fields_checked
 
 
-def _itemsize(dtype):
-    return (dtype if hasattr(dtype, "itemsize") and not isinstance(dtype, type) else np.dtype(dtype)).itemsize
+def _itemsize(dtype: DTypeLike) -> int:
+    return (dtype if hasattr(dtype, "itemsize") and not isinstance(dtype, type) else np.dtype(dtype)).itemsize  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_real_float(dtype):
+def _is_real_float(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and _itemsize(dtype) in (2, 4, 8)
 
 
-def _work_dtype(dtype):
+def _work_dtype(dtype: DTypeLike) -> np.dtype:
     """Arithmetic is in float64 for float64 and in float32 for all else."""
     return np.dtype(np.float64 if _itemsize(dtype) == 8 else np.float32)
 
 
-def _spacing(x, dtype):
+def _spacing(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Distance between the numbers of a half-precision `dtype` at the float32 values x."""
     power = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & u32(0x7F800000), jnp.float32)
     info = jnp.finfo(dtype)
@@ -47,12 +49,12 @@ def _spacing(x, dtype):
     return jnp.maximum(power * np.float32(2.0**-info.nmant), np.float32(smallest))
 
 
-def _to_nearest(x, dtype):
+def _to_nearest(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Nearest number that `dtype` holds, still in float32: XLA drops a cast there and back, but not this."""
     return jnp.round(x / _spacing(x, dtype)) * _spacing(x, dtype) if _itemsize(dtype) == 2 else x
 
 
-def _cast_unbiased(x, dtype, seed):
+def _cast_unbiased(x: jax.Array, dtype: DTypeLike, seed: jax.Array) -> jax.Array:
     """x in `dtype`; to half precision by stochastic rounding, since rounding to nearest would bias the mean."""
     if _itemsize(dtype) == 2:
         scaled, floor = x / _spacing(x, dtype), jnp.floor(x / _spacing(x, dtype))
@@ -71,7 +73,7 @@ class Codec:
     exact = False  #: whether decode(encode(x)) equals x bit for bit
     work = 1.0  #: time for encoding and decoding, relative to plain rounding
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         """The code of x, a tuple of arrays whose sizes add up to `stored_bytes`.
 
         :param seed: uint32 array of shape (2,), a different one for every array, see `fold`.
@@ -80,7 +82,7 @@ class Codec:
         """
         raise NotImplementedError
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         """Unbiased estimate of the encoded array.
 
         :param seed: the seed that the array was encoded with.
@@ -89,15 +91,15 @@ class Codec:
         """
         raise NotImplementedError
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         """Bytes of the code of an array, to the byte. The seed is made again from the key and not counted."""
         raise NotImplementedError
 
-    def variance(self, x):
+    def variance(self, x: jax.Array) -> jax.Array:
         """tr Cov(decode(encode(x))) over the seed, given x: a scalar in the units of x squared."""
         raise NotImplementedError
 
-    def variance_along(self, x, direction):
+    def variance_along(self, x: jax.Array, direction: jax.Array) -> jax.Array:
         """Var <direction, decode(encode(x))> over the seed, given x: what the code of x adds to the variance of a
         number whose derivative in x is `direction`, to first order.
 
@@ -105,15 +107,15 @@ class Codec:
         """
         return self.variance(x) * jnp.mean(direction.astype(_work_dtype(x.dtype)) ** 2)
 
-    def relative_variance(self, shape):
+    def relative_variance(self, shape: tuple[int, ...]) -> float:
         """Variance over the squared norm, for i.i.d. standard normal entries: a float known before any data."""
         raise NotImplementedError
 
-    def supports(self, shape, dtype):
+    def supports(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
         """Whether arrays of this shape and dtype can be coded."""
         return len(shape) >= self._least_axes and _is_real_float(dtype)
 
-    def _check(self, x):
+    def _check(self, x: jax.Array) -> None:
         if not self.supports(x.shape, x.dtype):
             raise ValueError(
                 f"codec '{self}' cannot code an array of dtype {x.dtype} and shape {x.shape}: "
@@ -124,23 +126,23 @@ class Codec:
 
 
 class _Noiseless(Codec):
-    def variance(self, x):
+    def variance(self, x: jax.Array) -> jax.Array:
         return jnp.zeros((), jnp.float32)
 
-    def relative_variance(self, shape):
+    def relative_variance(self, shape: tuple[int, ...]) -> float:
         return 0.0
 
 
 class _Whole(_Noiseless):
     """The array itself."""
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         return (x,)
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         return code[0]
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         return math.prod(shape) * _itemsize(dtype)
 
 
@@ -150,10 +152,10 @@ class Keep(_Whole):
 
     exact = True
 
-    def supports(self, shape, dtype):
+    def supports(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
         return True
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "keep"
 
 
@@ -161,16 +163,16 @@ class Keep(_Whole):
 class Offload(Keep):
     """The array itself, in the memory of the host until it is read: exact, no bytes on the device, any dtype."""
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         return (jax.device_put(x, jax.memory.Space.Host),)
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(code[0], jax.memory.Space.Device)
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         return 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "keep on the host"
 
 
@@ -178,7 +180,7 @@ class Offload(Keep):
 class PassThrough(_Whole):
     """The array itself in the place of a code, to see what a code would do there."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "pass through"
 
 
@@ -189,28 +191,28 @@ class BitMask(_Noiseless):
     exact = True
     _needs = "boolean arrays"
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         self._check(x)
         layout = Layout.of(x.shape, 8)
         return layout.pack(layout.split(x))
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         layout = Layout.of(like.shape, 8)
         return layout.join(layout.unpack(code) != 0, like.shape)
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         layout = Layout.of(shape, 8)
         return layout.packed_bytes(layout.width)
 
-    def supports(self, shape, dtype):
+    def supports(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
         return dtype == jnp.bool_
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "1-bit mask"
 
 
 @lru_cache(maxsize=256)
-def _normal_rounding_variance(bits, size):
+def _normal_rounding_variance(bits: int, size: int) -> float:
     """Relative variance of rounding groups of `size` standard normal entries, simulated with a fixed seed."""
     x = np.random.default_rng(0).standard_normal((max(8, 2**16 // size), size))
     low, span = x.min(1, keepdims=True), np.ptp(x, 1, keepdims=True)
@@ -242,7 +244,7 @@ class StochasticRound(Codec):
     bits: int = 2
     group: int = 256
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bits not in (1, 2, 4, 8):
             raise ValueError(f"bits={self.bits}: whole codes must fill a byte. Use 1, 2, 4 or 8.")
         if not (isinstance(self.group, int) and 8 <= self.group <= 65536 and self.group % 8 == 0):
@@ -251,23 +253,25 @@ class StochasticRound(Codec):
                 "8 and 65536. Try 256."
             )
 
-    def _layout(self, shape):
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
         return Layout.of(shape, 8 // self.bits, group=self.group)
 
-    def _fit(self, layout, x):
+    def _fit(self, layout: Layout, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Minimum and step of each group, (groups,) each."""
         low, high = layout.over_groups(jnp.min, x), layout.over_groups(jnp.max, x)
         step = (high - low) / np.asarray(2**self.bits - 1, x.dtype)
         return low, jnp.where(jnp.isfinite(step), step, jnp.nan)
 
-    def _neighbours(self, layout, x, low, step, dtype):
+    def _neighbours(
+        self, layout: Layout, x: jax.Array, low: jax.Array, step: jax.Array, dtype: DTypeLike
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Number of the level below each entry, that level, and the next."""
         low, step = layout.to_entries(low), layout.to_entries(step)
         inverse = jnp.where(step > jnp.finfo(step.dtype).tiny, 1 / step, 0)  # groups of equal entries: number 0
         number = jnp.clip(jnp.floor((x - low) * inverse), 0, 2**self.bits - 2)
         return number, _to_nearest(low + number * step, dtype), _to_nearest(low + (number + 1) * step, dtype)
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         self._check(x)
         layout, dtype = self._layout(x.shape), x.dtype
         x = layout.split(x).astype(_work_dtype(dtype))
@@ -276,36 +280,36 @@ class StochasticRound(Codec):
         up = uniform(seed, x.shape, x.dtype) * (above - below) < x - below
         return *layout.pack(number + up), low, step
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         *packed, low, step = code
         layout = self._layout(like.shape)
         number = layout.unpack(packed).astype(low.dtype)
         level = layout.to_entries(low) + number * layout.to_entries(step)
         return layout.join(_to_nearest(level, like.dtype), like.shape).astype(like.dtype)
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         layout = self._layout(shape)
         return layout.packed_bytes(layout.width) + layout.groups * 2 * _work_dtype(dtype).itemsize
 
-    def _variances(self, x):
+    def _variances(self, x: jax.Array) -> jax.Array:
         """Variance of each entry; errors are independent from entry to entry."""
         layout = self._layout(x.shape)
         grouped = layout.split(x).astype(_work_dtype(x.dtype))
         _, below, above = self._neighbours(layout, grouped, *self._fit(layout, grouped), x.dtype)
         return layout.join((grouped - below) * (above - grouped), x.shape)
 
-    def variance(self, x):
+    def variance(self, x: jax.Array) -> jax.Array:
         return self._variances(x).sum()
 
-    def variance_along(self, x, direction):
+    def variance_along(self, x: jax.Array, direction: jax.Array) -> jax.Array:
         variances = self._variances(x)
         return (variances * direction.astype(variances.dtype) ** 2).sum()
 
-    def relative_variance(self, shape):
+    def relative_variance(self, shape: tuple[int, ...]) -> float:
         layout = self._layout(shape)
         return _normal_rounding_variance(self.bits, layout.block * layout.width) if layout.rows else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.bits}-bit" + (f" groups of {self.group}" if self.group != 256 else "")
 
 
@@ -332,12 +336,12 @@ class SampledRound(StochasticRound):
     size: int = 4
     work = 2.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not (isinstance(self.size, int) and self.size >= 2):
             raise ValueError(f"size={self.size}: one of so many entries is stored, so at least 2. Try 4.")
 
-    def _layout(self, shape):
+    def _layout(self, shape: tuple[int, ...]) -> tuple[Layout, np.ndarray]:
         """The layout, and for each stratum of the runs of a row how many entries there are to choose from: the last
         ones of a run may have fewer, and those that are padding have none."""
         layout = Layout.of(shape, 8 // self.bits, group=self.group)
@@ -345,19 +349,19 @@ class SampledRound(StochasticRound):
         real = (place < layout.width) & (np.arange(layout.parts)[:, None] * layout.width + place < layout.inner)
         return layout, real.reshape(layout.parts, -1, self.size).sum(-1)
 
-    def _chosen(self, seed, layout, sizes):
+    def _chosen(self, seed: jax.Array, layout: Layout, sizes: np.ndarray) -> jax.Array:
         """(rows, parts, strata, size), true at the one kept entry of each stratum."""
         slot = hash_words(seed, linear_index((layout.rows, *sizes.shape)))
         slot = slot % jnp.asarray(np.maximum(sizes, 1), jnp.uint32)
         return slot[..., None] == jnp.arange(self.size, dtype=jnp.uint32)
 
-    def _strata(self, x, layout):
+    def _strata(self, x: jax.Array, layout: Layout) -> jax.Array:
         """Entries of runs as (rows, parts, strata, size)."""
         padding = -layout.width % self.size
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)), mode="edge") if padding and x.size else x
         return x.reshape(layout.rows, layout.parts, -(-layout.width // self.size), self.size)
 
-    def _means(self, x, layout, step):
+    def _means(self, x: jax.Array, layout: Layout, step: jax.Array) -> jax.Array:
         """Mean of each group, (groups,), padding not counted."""
         counts = np.clip(layout.inner - np.arange(layout.parts) * layout.width, 0, layout.width)
         real = np.arange(layout.width) < counts[:, None]
@@ -365,7 +369,7 @@ class SampledRound(StochasticRound):
         mean = layout.over_groups(jnp.sum, jnp.where(real, x, 0)) / jnp.maximum(layout.over_groups(jnp.sum, count), 1)
         return jnp.where(jnp.isfinite(step), mean, jnp.nan)
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         self._check(x)
         (layout, sizes), dtype = self._layout(x.shape), x.dtype
         x = layout.split(x).astype(_work_dtype(dtype))
@@ -375,7 +379,7 @@ class SampledRound(StochasticRound):
         kept = jnp.where(self._chosen(fold(seed, 1), layout, sizes), number, 0).sum(-1)
         return *layout.pack(kept), low, step, self._means(x, layout, step)
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         layout, sizes = self._layout(like.shape)
         packed, (low, step, mean) = code[:-3], (layout.to_entries(a) for a in code[-3:])
         number = layout.unpack(packed).astype(low.dtype)
@@ -385,14 +389,14 @@ class SampledRound(StochasticRound):
         dense = dense.reshape(layout.rows, layout.parts, sizes.shape[1] * self.size)[..., : layout.width]
         return _cast_unbiased(layout.join(dense, like.shape), like.dtype, fold(seed, 2))
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         layout, sizes = self._layout(shape)
         return layout.packed_bytes(sizes.shape[1]) + layout.groups * 3 * _work_dtype(dtype).itemsize
 
-    def variance(self, x):
+    def variance(self, x: jax.Array) -> jax.Array:
         return self.variance_along(x, jnp.ones_like(x), together=False)
 
-    def variance_along(self, x, direction, together=True):
+    def variance_along(self, x: jax.Array, direction: jax.Array, together: bool = True) -> jax.Array:
         layout, sizes = self._layout(x.shape)
         grouped = layout.split(x).astype(_work_dtype(x.dtype))
         along = layout.split(direction).astype(grouped.dtype)
@@ -406,7 +410,7 @@ class SampledRound(StochasticRound):
         taken = (parts.sum(-1) ** 2 if together else (parts**2).sum(-1)).sum()
         return (weights * (errors.sum(-1) + (parts**2).sum(-1))).sum() - taken
 
-    def relative_variance(self, shape):
+    def relative_variance(self, shape: tuple[int, ...]) -> float:
         layout, sizes = self._layout(shape)
         if not layout.rows:
             return 0.0
@@ -414,7 +418,7 @@ class SampledRound(StochasticRound):
         width = layout.block * layout.width
         return (size - 1) * (1 - 1 / width) + size * _normal_rounding_variance(self.bits, width)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.bits}-bit, 1 of {self.size}"
 
 
@@ -441,7 +445,7 @@ class SampleAxis(Codec):
     centred: bool = False
     _least_axes = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (0 < self.keep <= 1 and round(1 / self.keep) >= 2):
             raise ValueError(
                 f"keep={self.keep}: one entry of every round(1 / keep) >= 2 is stored, so keep must be above 0 and at "
@@ -450,23 +454,23 @@ class SampleAxis(Codec):
         if self.per not in ("row", "shared"):
             raise ValueError(f"per={self.per!r}: the choice is made for each row or once. Use 'row' or 'shared'.")
 
-    def _sizes(self, n):
+    def _sizes(self, n: int) -> np.ndarray:
         """Size of each stratum of an axis of n entries."""
         size = round(1 / self.keep)
         return np.diff(np.minimum(np.arange(-(-n // size) + 1) * size, n))
 
-    def _chosen(self, seed, shape):
+    def _chosen(self, seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """(..., strata, size), true at the one kept entry of each stratum."""
         sizes = self._sizes(shape[-1])
         rows = shape[:-1] if self.per == "row" else (1,) * (len(shape) - 1)
         slot = hash_words(seed, linear_index((*rows, len(sizes)))) % jnp.asarray(sizes, jnp.uint32)
         return slot[..., None] == jnp.arange(round(1 / self.keep), dtype=jnp.uint32)
 
-    def _mean(self, x):
+    def _mean(self, x: jax.Array) -> jax.Array:
         wide = x.astype(_work_dtype(x.dtype))
         return jnp.where(jnp.isfinite(wide).all(-1), wide.sum(-1) / max(x.shape[-1], 1), jnp.nan)
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         self._check(x)
         x = x.reshape(sampled_rows(x.shape))
         chosen = self._chosen(seed, x.shape)
@@ -476,7 +480,7 @@ class SampleAxis(Codec):
         kept = jnp.where(jnp.isfinite(x).all(-1, keepdims=True), kept, jnp.nan).astype(x.dtype)
         return (kept, self._mean(x)) if self.centred else (kept,)
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         shape = sampled_rows(like.shape)
         sizes = self._sizes(shape[-1])
         dtype = _work_dtype(like.dtype)
@@ -486,18 +490,18 @@ class SampleAxis(Codec):
         dense = dense.reshape(*shape[:-1], math.prod(dense.shape[-2:]))[..., : shape[-1]].reshape(like.shape)
         return _cast_unbiased(dense, like.dtype, fold(seed, 1))
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         shape = sampled_rows(shape)
         each_row = len(self._sizes(shape[-1])) * _itemsize(dtype) + self.centred * _work_dtype(dtype).itemsize
         return math.prod(shape[:-1]) * each_row
 
-    def variance(self, x):
+    def variance(self, x: jax.Array) -> jax.Array:
         x = x.reshape(sampled_rows(x.shape))
         sizes = self._sizes(x.shape[-1])
         deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
         return (jnp.asarray(np.repeat(sizes - 1, sizes), deviation.dtype) * deviation**2).sum()
 
-    def variance_along(self, x, direction):
+    def variance_along(self, x: jax.Array, direction: jax.Array) -> jax.Array:
         direction = direction.reshape(sampled_rows(x.shape))
         x = x.reshape(sampled_rows(x.shape))
         deviation = x.astype(_work_dtype(x.dtype)) - (self._mean(x)[..., None] if self.centred else 0)
@@ -509,12 +513,12 @@ class SampleAxis(Codec):
         sums = jnp.zeros((*parts.shape[:-1], len(sizes)), parts.dtype).at[..., strata].add(parts)
         return (jnp.asarray(sizes[strata], parts.dtype) * parts**2).sum() - (sums**2).sum()
 
-    def relative_variance(self, shape):
+    def relative_variance(self, shape: tuple[int, ...]) -> float:
         n = sampled_rows(shape)[-1]
         sizes = self._sizes(n)
         return float((sizes * (sizes - 1)).sum() / n * ((n - 1) / n if self.centred else 1)) if n else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         how = "shared" if self.per == "shared" else "per row"
         return f"{'centred ' if self.centred else ''}sample {self.keep:g} {how}"
 
@@ -537,40 +541,40 @@ class RandomProjection(Codec):
     keep: float = 0.1
     _least_axes = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep}: it is the stored fraction, so above 0 and at most 1. Try 0.1.")
 
-    def _columns(self, n):
+    def _columns(self, n: int) -> int:
         return max(1, round(self.keep * n))
 
-    def _matrix(self, seed, n, dtype):
+    def _matrix(self, seed: jax.Array, n: int, dtype: DTypeLike) -> jax.Array:
         k = self._columns(n)
         return signs(seed, (n, k), dtype) * np.asarray(1 / math.sqrt(k), dtype)
 
-    def encode(self, seed, x):
+    def encode(self, seed: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
         self._check(x)
         wide = x.astype(_work_dtype(x.dtype)).reshape(sampled_rows(x.shape))
         code = jnp.matmul(wide, self._matrix(seed, wide.shape[-1], wide.dtype), precision="highest")  # (..., k)
         code = jnp.where(jnp.isfinite(wide).all(-1, keepdims=True), code, jnp.nan)
         return (_cast_unbiased(code, x.dtype, fold(seed, 1)),)
 
-    def decode(self, seed, code, like):
+    def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
         wide = code[0].astype(_work_dtype(like.dtype))
         decoded = jnp.matmul(wide, self._matrix(seed, sampled_rows(like.shape)[-1], wide.dtype).T, precision="highest")
         return _cast_unbiased(decoded.reshape(like.shape), like.dtype, fold(seed, 2))
 
-    def stored_bytes(self, shape, dtype):
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         shape = sampled_rows(shape)
         return math.prod(shape[:-1]) * self._columns(shape[-1]) * _itemsize(dtype)
 
-    def variance(self, x):
+    def variance(self, x: jax.Array) -> jax.Array:
         n = sampled_rows(x.shape)[-1]
         return (x.astype(_work_dtype(x.dtype)) ** 2).sum() * (max(n - 1, 0) / self._columns(n))
 
-    def relative_variance(self, shape):
+    def relative_variance(self, shape: tuple[int, ...]) -> float:
         n = sampled_rows(shape)[-1]
         return max(n - 1, 0) / self._columns(n)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"project {self.keep:g}"

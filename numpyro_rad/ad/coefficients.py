@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.graph import Atom, Constant, Equation, Value
@@ -45,10 +45,10 @@ class Coefficients:
     :param new_value: makes a value of a type.
     """
 
-    def __init__(self, equations: list[Equation], new_value: Callable[[Any], Value]) -> None:
+    def __init__(self, equations: list[Equation], new_value: Callable[[_jax.Aval], Value]) -> None:
         self.new_value = new_value
         self._equations = equations
-        self._known: dict[Any, Value] = {}
+        self._known: dict[Hashable, Value] = {}
 
     def local(self, name: str, operands: Sequence[Atom], position: int, line: str) -> Term:
         """The coefficient that an elementwise linear step puts in front of its tangent operand at ``position``."""
@@ -78,7 +78,7 @@ class Coefficients:
         name, run = ("mask", _masked) if first.aval.dtype == bool else ("mul", jnp.multiply)
         return Term(scale, self.derive(name, run, (first, second), line))
 
-    def sum(self, a: Term | None, b: Term, dtype: Any, line: str) -> Term:
+    def sum(self, a: Term | None, b: Term, dtype: DTypeLike, line: str) -> Term:
         if a is None:
             return b
         if a.residual is b.residual:
@@ -102,7 +102,7 @@ class Coefficients:
         return Term(1.0, self.derive("constant", lambda: jnp.asarray(array), (), line, id(array)))
 
     def derive(
-        self, name: str, run: Callable[..., Any], operands: tuple[Atom, ...], line: str, parameters: Any = ()
+        self, name: str, run: Callable[..., jax.Array], operands: tuple[Atom, ...], line: str, parameters: Hashable = ()
     ) -> Value:
         """What ``run`` makes of operands, as a value of the primal program.
 
@@ -131,32 +131,32 @@ class Coefficients:
         return self._known[known]
 
 
-def _reciprocal(x: Any) -> Any:
+def _reciprocal(x: jax.Array) -> jax.Array:
     return 1 / x
 
 
-def _is_chosen(which: Any, case: int) -> Any:
+def _is_chosen(which: ArrayLike, case: int) -> jax.Array:
     which = jnp.asarray(which)  # a literal predicate is a number of Python
     return (which if case else ~which) if which.dtype == bool else which == case
 
 
-def _masked(mask: Any, x: Any) -> Any:
+def _masked(mask: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _affine(x: Any, scale: float, shift: float, dtype: Any) -> Any:
+def _affine(x: jax.Array, scale: float, shift: float, dtype: DTypeLike) -> jax.Array:
     return _times(scale, x.astype(dtype)) + np.asarray(shift, dtype)
 
 
-def _scaled_sum(x: Any, y: Any, a: float, b: float, dtype: Any) -> Any:
+def _scaled_sum(x: jax.Array, y: jax.Array, a: float, b: float, dtype: DTypeLike) -> jax.Array:
     return _times(a, x.astype(dtype)) + _times(b, y.astype(dtype))
 
 
-def _times(scale: float, x: Any) -> Any:
+def _times(scale: float, x: jax.Array) -> jax.Array:
     return x if scale == 1.0 else -x if scale == -1.0 else x * np.asarray(scale, x.dtype)
 
 
-def weigh(term: Term, residual: Any, x: Any) -> Any:
+def weigh(term: Term, residual: jax.Array | None, x: jax.Array) -> jax.Array:
     """``scale * residual * x``; a mask selects."""
     if residual is None:
         return _times(term.scale, x)

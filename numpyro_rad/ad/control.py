@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,14 @@ from numpyro_rad.ad.edges import filled
 from numpyro_rad.ad.graph import Cond, ControlFlow, ControlFlowEdge, Graph, Scan, Value, read
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.seeds import fold
+from numpyro_rad.annotations import PyTree
 
-Forward = Callable[[Plan, Any, Sequence[Any], bool], tuple[list[Any], Any]]
+Forward = Callable[[Plan, jax.Array, Sequence[jax.Array], bool], tuple[list[jax.Array], PyTree]]
 """``sweep.forward``."""
 
-Backward = Callable[[Plan, Any, Any, dict[Value, Any], Sequence[Any]], list[Any]]
+Backward = Callable[
+    [Plan, jax.Array, PyTree, dict[Value, jax.Array], Sequence[jax.Array | None]], list[jax.Array | None]
+]
 """``sweep.backward``."""
 
 
@@ -31,8 +33,8 @@ Backward = Callable[[Plan, Any, Any, dict[Value, Any], Sequence[Any]], list[Any]
 
 
 def run(
-    forward: Forward, plan: Plan, node: ControlFlow, seed: Any, args: Sequence[Any], quiet: bool
-) -> tuple[list[Any], Any]:
+    forward: Forward, plan: Plan, node: ControlFlow, seed: jax.Array, args: Sequence[jax.Array], quiet: bool
+) -> tuple[list[jax.Array], PyTree]:
     """Primal results of control flow and the tapes of its bodies (None where nothing is differentiated)."""
     children = plan.children.get(node)
     plans = children or tuple(map(_nothing_stored, node.bodies))
@@ -55,14 +57,18 @@ class _Iterations:
 
     forward: Forward
     node: Scan
-    seed: Any
-    consts: Sequence[Any]
+    seed: jax.Array
+    consts: Sequence[jax.Array]
     quiet: bool
 
-    def run(self, child: Plan, carry: list[Any], steps: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any], Any]:
+    def run(
+        self, child: Plan, carry: list[jax.Array], steps: tuple[jax.Array, list[jax.Array]]
+    ) -> tuple[list[jax.Array], list[jax.Array], PyTree]:
         """The carry after them, their outputs, and their tapes."""
 
-        def body(carry: list[Any], step: tuple[Any, list[Any]]) -> tuple[list[Any], tuple[list[Any], Any]]:
+        def body(
+            carry: list[jax.Array], step: tuple[jax.Array, list[jax.Array]]
+        ) -> tuple[list[jax.Array], tuple[list[jax.Array], PyTree]]:
             index, xs = step
             outs, tape = self.forward(child, fold(self.seed, index), [*self.consts, *carry, *xs], self.quiet)
             return outs[: len(carry)], (outs[len(carry) :], tape)
@@ -70,19 +76,27 @@ class _Iterations:
         carry, (ys, tape) = lax.scan(body, carry, steps, reverse=self.node.reverse, unroll=self.node.unroll)
         return carry, ys, tape
 
-    def run_bare(self, raw: list[Any], steps: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+    def run_bare(
+        self, raw: list[jax.Array], steps: tuple[jax.Array, list[jax.Array]]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         """The same with nothing stored; the carry is as it would be stored."""
         carry, ys, _ = self.run(_nothing_stored(self.node.body), self.typed(raw), steps)
         return list(map(_jax.to_raw, carry)), ys
 
-    def typed(self, raw: Sequence[Any]) -> list[Any]:
+    def typed(self, raw: Sequence[jax.Array]) -> list[jax.Array]:
         """The carry from its arrays as they are stored."""
         return [_jax.from_raw(c, v.aval) for c, v in zip(raw, self.node.carry, strict=True)]
 
 
 def _run_scan(
-    forward: Forward, child: Plan, node: Scan, lengths: tuple[int, ...], seed: Any, args: Sequence[Any], quiet: bool
-) -> tuple[list[Any], Any]:
+    forward: Forward,
+    child: Plan,
+    node: Scan,
+    lengths: tuple[int, ...],
+    seed: jax.Array,
+    args: Sequence[jax.Array],
+    quiet: bool,
+) -> tuple[list[jax.Array], PyTree]:
     consts, carry, xs = node.primal.of(args)
     iterations = _Iterations(forward, node, seed, consts, quiet)
     steps = (jnp.arange(node.length, dtype=jnp.uint32), list(xs))
@@ -95,13 +109,13 @@ def _run_scan(
 
 
 def _run_cond(
-    forward: Forward, plans: Sequence[Plan], seed: Any, args: Sequence[Any], quiet: bool
-) -> tuple[list[Any], Any]:
+    forward: Forward, plans: Sequence[Plan], seed: jax.Array, args: Sequence[jax.Array], quiet: bool
+) -> tuple[list[jax.Array], PyTree]:
     index, *operands = args
     shapes = [jax.eval_shape(lambda *a, p=p: forward(p, seed, a, False)[1], *operands) for p in plans]
 
-    def branch(number: int) -> Callable[..., Any]:
-        def run(*operands: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    def branch(number: int) -> Callable[..., tuple[list[jax.Array], tuple[PyTree, ...]]]:
+        def run(*operands: jax.Array) -> tuple[list[jax.Array], tuple[PyTree, ...]]:
             outs, tape = forward(plans[number], seed, operands, quiet)
             tapes = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), s) for s in shapes]
             tapes[number] = tape
@@ -120,11 +134,11 @@ def pull(
     backward: Backward,
     plan: Plan,
     edge: ControlFlowEdge,
-    env: dict[Value, Any],
-    tapes: Any,
-    cotangents: Sequence[Any | None],
-    seed: Any,
-) -> list[Any | None]:
+    env: dict[Value, jax.Array],
+    tapes: PyTree,
+    cotangents: Sequence[jax.Array | None],
+    seed: jax.Array,
+) -> list[jax.Array | None]:
     """Cotangents of the inputs of control flow.
 
     :param env: what it reads from outside.
@@ -138,7 +152,7 @@ def pull(
     else:
         assert isinstance(node, Cond)
         pulled = _pull_cond(backward, plan.children[node], node, env, tapes, arriving, seed)
-    sums: dict[Value, Any] = {}
+    sums: dict[Value, jax.Array] = {}
     for tangent, cotangent in zip(node.tangents, pulled, strict=True):
         if tangent is not None and cotangent is not None:
             sums[tangent] = sums[tangent] + cotangent if tangent in sums else cotangent
@@ -150,11 +164,11 @@ def _pull_scan(
     backward: Backward,
     plan: Plan,
     node: Scan,
-    env: dict[Value, Any],
-    tapes: Any,
-    cotangents: list[Any],
-    seed: Any,
-) -> list[Any]:
+    env: dict[Value, jax.Array],
+    tapes: PyTree,
+    cotangents: list[jax.Array],
+    seed: jax.Array,
+) -> list[jax.Array]:
     (child,), (stored,) = plan.children[node], tapes
     lengths = plan.segments.get(node, ())
     body, carried = node.body, set(node.carry)
@@ -164,7 +178,9 @@ def _pull_scan(
     whole = {v: a for v, a in known.items() if v not in set(sliced)}
     slices = [known.get(v) for v in sliced]  # None where nothing reads it
 
-    def pull(carry: tuple[list, list], tape: Any, steps: tuple[Any, list], ys: list) -> tuple[tuple[list, list], list]:
+    def pull(
+        carry: tuple[list, list], tape: PyTree, steps: tuple[jax.Array, list], ys: list
+    ) -> tuple[tuple[list, list], list]:
         """Iterations in reverse: cotangents of the carry and sums of those of constants; then those of the slices."""
 
         def step(carry: tuple[list, list], x: tuple) -> tuple[tuple[list, list], list]:
@@ -201,16 +217,16 @@ def _pull_cond(
     backward: Backward,
     plans: Sequence[Plan],
     node: Cond,
-    env: dict[Value, Any],
-    tapes: Any,
-    cotangents: list[Any],
-    seed: Any,
-) -> list[Any]:
-    def branch(number: int) -> Callable[..., Any]:
+    env: dict[Value, jax.Array],
+    tapes: PyTree,
+    cotangents: list[jax.Array],
+    seed: jax.Array,
+) -> list[jax.Array]:
+    def branch(number: int) -> Callable[..., list[jax.Array]]:
         child = plans[number]
         outer = dict(zip(child.graph.inputs, node.operands, strict=True))
 
-        def run(tapes: Any, cotangents: list[Any]) -> list[Any]:
+        def run(tapes: PyTree, cotangents: list[jax.Array]) -> list[jax.Array]:
             reads = {v: read(env, outer[v]) for v in child.graph.inputs if v in child.reads}
             pulled = backward(child, seed, tapes[number], reads, cotangents)
             return [filled(p, t) for p, t in zip(pulled, child.graph.tangent_inputs, strict=True)]

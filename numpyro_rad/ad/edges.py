@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.coefficients import Coefficients, LinearForm, Term, weigh
-from numpyro_rad.ad.graph import Constant, Edge, Value
+from numpyro_rad.ad.graph import Atom, Constant, Edge, Value
 
 
 def composed(edge: Edge, cotangent: Term, coefficients: Coefficients) -> list[Term]:
@@ -49,7 +49,7 @@ def composed(edge: Edge, cotangent: Term, coefficients: Coefficients) -> list[Te
     return [term(i) for i in range(len(edge.inputs))]
 
 
-def _pulled(edge: Edge, position: int, *arrays: Any) -> Any:
+def _pulled(edge: Edge, position: int, *arrays: jax.Array) -> jax.Array:
     """The cotangent of one input of ``edge``, given the one of its output (unless that is one) and the residuals."""
     (out,) = edge.outputs
     own, residuals = arrays[: len(arrays) - len(edge.residuals)], arrays[len(arrays) - len(edge.residuals) :]
@@ -76,19 +76,21 @@ class Diagonal(Edge):
         residuals = tuple(t.residual for t in terms if t.residual is not None)
         return cls("elementwise", tuple(form), (tangent,), residuals, (True,) * len(residuals), line, terms)
 
-    def _weighed(self, residuals: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    def _weighed(self, residuals: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
         given = iter(residuals)
         return [
             weigh(term, None if term.residual is None else next(given), x)
             for term, x in zip(self.terms, arrays, strict=True)
         ]
 
-    def apply(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    def apply(self, residuals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
         parts = self._weighed(residuals, tangents)
         return [sum(parts[1:], start=parts[0])]
 
-    def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any | None]) -> list[Any]:
-        return self._weighed(residuals, [cotangents[0]] * len(self.terms))
+    def pull(self, residuals: Sequence[jax.Array], cotangents: Sequence[jax.Array | None]) -> list[jax.Array]:
+        (cotangent,) = cotangents
+        assert cotangent is not None
+        return self._weighed(residuals, [cotangent] * len(self.terms))
 
     def is_constant_in(self, tangent: Value) -> bool:
         return self.terms[self.inputs.index(tangent)].residual is None
@@ -106,14 +108,14 @@ class WeightedSum(Edge):
         residuals = () if term.residual is None else (term.residual,)
         return cls("weighted sum", (tangent,), (scalar,), residuals, (True,) * len(residuals), line, term)
 
-    def _weighed(self, residuals: Sequence[Any], array: Any) -> Any:
+    def _weighed(self, residuals: Sequence[jax.Array], array: jax.Array) -> jax.Array:
         return weigh(self.term, residuals[0] if residuals else None, array)
 
-    def apply(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    def apply(self, residuals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
         aval = self.outputs[0].aval
         return [jnp.sum(self._weighed(residuals, tangents[0])).astype(aval.dtype).reshape(aval.shape)]
 
-    def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any | None]) -> list[Any]:
+    def pull(self, residuals: Sequence[jax.Array], cotangents: Sequence[jax.Array | None]) -> list[jax.Array]:
         (cotangent,), aval = cotangents, self.inputs[0].aval
         assert cotangent is not None
         return [jnp.broadcast_to(self._weighed(residuals, cotangent.reshape(())), aval.shape).astype(aval.dtype)]
@@ -137,7 +139,11 @@ class Operands:
 
     @classmethod
     def of(
-        cls, equation: _jax.JaxprEquation, operands: Sequence[Any], is_tangent: Callable[[Any], bool], vertex: Callable
+        cls,
+        equation: _jax.JaxprEquation,
+        operands: Sequence[Atom],
+        is_tangent: Callable[[Value], bool],
+        vertex: Callable[[Value], Value],
     ) -> Operands:
         """Sort operands.
 
@@ -162,8 +168,11 @@ class Operands:
         return [i for i, (kind, _) in enumerate(self.sources) if kind == "tangent"]
 
     def run(
-        self, residuals: Sequence[Any], tangents: Sequence[Any], bind: Callable[..., list[Any]] = _jax.bind
-    ) -> list[Any]:
+        self,
+        residuals: Sequence[jax.Array],
+        tangents: Sequence[jax.Array],
+        bind: Callable[..., list[jax.Array]] = _jax.bind,
+    ) -> list[jax.Array]:
         """Evaluate the equation."""
         arrays = {"tangent": tangents, "residual": residuals}
         return bind(self.equation, [what if kind == "constant" else arrays[kind][what] for kind, what in self.sources])
@@ -175,7 +184,7 @@ class _Step(Edge):
 
     operands: Operands
 
-    def apply(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    def apply(self, residuals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
         return self.operands.run(residuals, tangents)
 
     @property
@@ -236,15 +245,15 @@ class Opaque(Edge):
     expensive: ClassVar[bool] = True
     known: ClassVar[bool] = False
 
-    def primal(self, *residuals: Any) -> list[Any]:
+    def primal(self, *residuals: jax.Array) -> list[jax.Array]:
         """Its results that are no tangents."""
         return self._results(residuals, self._zeros(), False)
 
-    def apply(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    def apply(self, residuals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
         return self._results(residuals, tangents, True)
 
-    def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any | None]) -> list[Any]:
-        def moved(*tangents: Any) -> list[Any]:
+    def pull(self, residuals: Sequence[jax.Array], cotangents: Sequence[jax.Array | None]) -> list[jax.Array]:
+        def moved(*tangents: jax.Array) -> list[jax.Array]:
             return self._results(residuals, tangents, True, _jax.run_again)
 
         _, pullback = jax.vjp(moved, *self._zeros())
@@ -252,18 +261,18 @@ class Opaque(Edge):
 
     def _results(
         self,
-        residuals: Sequence[Any],
-        tangents: Sequence[Any],
+        residuals: Sequence[jax.Array],
+        tangents: Sequence[jax.Array],
         moving: bool,
-        bind: Callable[..., list[Any]] = _jax.bind,
-    ) -> list[Any]:
+        bind: Callable[..., list[jax.Array]] = _jax.bind,
+    ) -> list[jax.Array]:
         found = self.operands.run(residuals, tangents, bind)
         return [r for r, moves in zip(found, self.moves, strict=True) if moves == moving]
 
-    def _zeros(self) -> list[Any]:
+    def _zeros(self) -> list[jax.Array]:
         return [filled(None, t) for t in self.inputs]
 
 
-def filled(cotangent: Any | None, tangent: Value) -> Any:
+def filled(cotangent: jax.Array | None, tangent: Value) -> jax.Array:
     """A cotangent of a tangent, zeros where there is none."""
     return jnp.zeros(tangent.aval.shape, tangent.aval.dtype) if cotangent is None else cotangent

@@ -17,6 +17,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import jax
+
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.work import NOTHING, Work
 
@@ -31,7 +33,7 @@ class Value:
 
     __slots__ = ("aval", "number")
 
-    def __init__(self, aval: Any, number: int):
+    def __init__(self, aval: _jax.Aval, number: int):
         self.aval = aval
         self.number = number
 
@@ -49,7 +51,7 @@ class Constant:
 Atom = Value | Constant
 
 
-def read(env: Mapping[Value, Any], atom: Atom) -> Any:
+def read(env: Mapping[Value, jax.Array], atom: Atom) -> jax.Array:
     """The array that an operand stands for."""
     return atom.value if isinstance(atom, Constant) else env[atom]
 
@@ -67,7 +69,7 @@ class Equation:
     name: str
     inputs: tuple[Atom, ...]
     outputs: tuple[Value, ...]
-    run: Callable[..., list[Any]]
+    run: Callable[..., list[jax.Array]]
     cheap: bool
     line: str
     node: ControlFlow | None = None
@@ -103,22 +105,24 @@ class Edge:
     expensive: ClassVar[bool] = False
     known: ClassVar[bool] = True
 
-    def apply(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    def apply(self, residuals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
         """The tangents of its outputs."""
         raise NotImplementedError
 
-    def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any | None]) -> list[Any]:
+    def pull(self, residuals: Sequence[jax.Array], cotangents: Sequence[jax.Array | None]) -> list[jax.Array]:
         """The cotangents of its inputs; by default ``apply``, transposed.
 
         :param cotangents: of its outputs, not all of them None, which stands for zero.
         """
         present = [i for i, c in enumerate(cotangents) if c is not None]
 
-        def applied(*tangents: Any) -> list[Any]:
+        def applied(*tangents: jax.Array) -> list[jax.Array]:
             results = self.apply(residuals, tangents)
             return [results[i] for i in present]
 
-        return list(_jax.linear_transpose(applied, [t.aval for t in self.inputs], [cotangents[i] for i in present]))
+        return list(
+            _jax.linear_transpose(applied, [t.aval for t in self.inputs], [c for c in cotangents if c is not None])
+        )
 
     def is_constant_in(self, tangent: Value) -> bool:
         """Whether no residual stands in front of one of its inputs."""
@@ -344,13 +348,13 @@ def site_name(parameter: str) -> str:
     return parameter.removesuffix("$params").split("_auto_")[0]
 
 
-def sites(graph: Graph, labels: Mapping[Value, str]) -> dict[Any, str]:
+def sites(graph: Graph, labels: Mapping[Value, str]) -> dict[Value | Edge, str]:
     """Site of each tangent and of each edge: of those that enter it, the one that enters the program last.
 
     :param labels: for tangent inputs of the graph the sites (or arguments) that they belong to.
     """
     order: dict[str, int] = {}
-    found: dict[Any, str] = dict(labels)
+    found: dict[Value | Edge, str] = {**labels}
     for edge in graph.edges:
         names = [found[t] for t in edge.inputs if t in found]
         if len(edge.inputs) == 1 or edge.expensive:

@@ -8,10 +8,11 @@ random bits that nothing else outside reads: the compiler makes them where they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,8 +23,8 @@ class _Step(NamedTuple):
     """An equation of a body whose calls are opened, with operands and results of the body."""
 
     equation: _jax.JaxprEquation
-    operands: tuple[Any, ...]
-    results: tuple[Any, ...]
+    operands: tuple[Hashable, ...]
+    results: tuple[Hashable, ...]
 
 
 class _Name:
@@ -47,24 +48,24 @@ def _loops(equation: _jax.JaxprEquation) -> bool:
     return inner is not None and any(map(_loops, inner.jaxpr.eqns))
 
 
-def _evaluate(jaxpr: _jax.Jaxpr, args: Sequence[Any]) -> list[Any]:
+def _evaluate(jaxpr: _jax.Jaxpr, args: Sequence[jax.Array]) -> list[jax.Array]:
     """Run a program with smaller loops."""
     steps, outs = _opened(jaxpr, jaxpr.jaxpr.invars, [])
-    env = dict(zip(jaxpr.jaxpr.invars, args, strict=True))
+    env: dict[Hashable, jax.Array] = dict(zip(jaxpr.jaxpr.invars, args, strict=True))
     _run(steps, env)
     return [_read(env, a) for a in outs]
 
 
-def _opened(jaxpr: _jax.Jaxpr, operands: Sequence[Any], steps: list[_Step]) -> tuple[list[_Step], list[Any]]:
+def _opened(jaxpr: _jax.Jaxpr, operands: Sequence[Hashable], steps: list[_Step]) -> tuple[list[_Step], list[Hashable]]:
     """The steps of a program, those of calls in which there is a loop or which are not cheap among them; its outputs.
 
     A name of a value is a variable of the program, a ``_Name`` or, of what is known, a tuple of one.
     """
     inner = jaxpr.jaxpr
-    names: dict[Any, Any] = dict(zip(inner.invars, operands, strict=True))
+    names: dict[_jax.Variable, Hashable] = dict(zip(inner.invars, operands, strict=True))
     names.update((v, (c,)) for v, c in zip(inner.constvars, jaxpr.consts, strict=True))
 
-    def name(atom: Any) -> Any:
+    def name(atom: _jax.Variable) -> Hashable:
         return (_jax.literal(atom),) if isinstance(atom, _jax.Literal) else names[atom]
 
     for equation in inner.eqns:
@@ -79,11 +80,11 @@ def _opened(jaxpr: _jax.Jaxpr, operands: Sequence[Any], steps: list[_Step]) -> t
     return steps, [name(a) for a in inner.outvars]
 
 
-def _read(env: dict[Any, Any], name: Any) -> Any:
+def _read(env: dict[Hashable, jax.Array], name: Hashable) -> jax.Array:
     return name[0] if isinstance(name, tuple) else env[name]
 
 
-def _run(steps: Sequence[_Step], env: dict[Any, Any]) -> None:
+def _run(steps: Sequence[_Step], env: dict[Hashable, jax.Array]) -> None:
     """Run steps, adding their results to ``env``."""
     for step in steps:
         arrays = [_read(env, o) for o in step.operands]
@@ -95,16 +96,16 @@ def _run(steps: Sequence[_Step], env: dict[Any, Any]) -> None:
         env.update(zip(step.results, results, strict=True))
 
 
-def _cond(equation: _jax.JaxprEquation, args: Sequence[Any]) -> list[Any]:
+def _cond(equation: _jax.JaxprEquation, args: Sequence[jax.Array]) -> list[jax.Array]:
     branches = [partial(_branch, branch) for branch in _jax.cond_branches(equation)]
     return lax.switch(args[0], branches, *args[1:])
 
 
-def _branch(jaxpr: _jax.Jaxpr, *args: Any) -> list[Any]:
+def _branch(jaxpr: _jax.Jaxpr, *args: jax.Array) -> list[jax.Array]:
     return _evaluate(jaxpr, args)
 
 
-def _scan(equation: _jax.JaxprEquation, args: Sequence[Any]) -> list[Any]:
+def _scan(equation: _jax.JaxprEquation, args: Sequence[jax.Array]) -> list[jax.Array]:
     """A loop, and before it what all of its iterations share."""
     body, n_consts, n_carry = _jax.scan_parts(equation)
     length = equation.params["length"]
@@ -112,7 +113,7 @@ def _scan(equation: _jax.JaxprEquation, args: Sequence[Any]) -> list[Any]:
     inputs, first = body.jaxpr.invars, n_consts + n_carry
     steps, outs = _opened(body, inputs, [])
     passed = {i for i in range(n_carry) if outs[i] is inputs[n_consts + i]}
-    env = dict(zip(inputs[:n_consts], args, strict=False))
+    env: dict[Hashable, jax.Array] = dict(zip(inputs[:n_consts], args, strict=False))
     env |= {inputs[n_consts + i]: args[n_consts + i] for i in passed}
     moved = _invariant(steps, set(env))
     if not moved and not passed:
@@ -123,7 +124,7 @@ def _scan(equation: _jax.JaxprEquation, args: Sequence[Any]) -> list[Any]:
     carries = [i for i in range(n_carry) if i not in passed]
     ys = [i for i in range(n_carry, len(outs)) if not (isinstance(outs[i], tuple) or outs[i] in env)]
 
-    def iterate(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+    def iterate(carry: list[jax.Array], xs: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         inside = dict(env)
         inside.update(zip([inputs[n_consts + i] for i in carries], carry, strict=True))
         inside.update(zip(inputs[first:], xs, strict=True))
@@ -138,14 +139,14 @@ def _scan(equation: _jax.JaxprEquation, args: Sequence[Any]) -> list[Any]:
     return [found[i] if i in found else _stacked(_read(env, outs[i]), length) for i in range(len(outs))]
 
 
-def _invariant(steps: Sequence[_Step], known: set[Any]) -> list[_Step]:
+def _invariant(steps: Sequence[_Step], known: set[Hashable]) -> list[_Step]:
     """The steps to take before the loop, in order."""
     able = []
     for step in steps:
         if not step.equation.effects and all(isinstance(o, tuple) or o in known for o in step.operands):
             known.update(step.results)
             able.append(step)
-    needed: set[Any] = set()
+    needed: set[Hashable] = set()
     moved = []
     for step in reversed(able):
         if any(r in needed for r in step.results) or not primitives.is_rearrangement(step.equation):
@@ -154,6 +155,6 @@ def _invariant(steps: Sequence[_Step], known: set[Any]) -> list[_Step]:
     return moved[::-1]
 
 
-def _stacked(array: Any, length: int) -> Any:
+def _stacked(array: jax.Array, length: int) -> jax.Array:
     """An array once for each iteration."""
     return jnp.broadcast_to(array, (length, *jnp.shape(array)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,12 +16,12 @@ LEAST_ROW = 32
 """Trailing axes of so many entries make rows on their own; shorter ones are taken together with a part of the next."""
 
 
-def _sharing(length, devices):
+def _sharing(length: int, devices: int) -> int:
     """How many of the devices may share an axis of this length in equal parts: all or one."""
     return devices if length % devices == 0 else 1
 
 
-def _cut(length, inner, size, devices=1):
+def _cut(length: int, inner: int, size: int, devices: int = 1) -> int:
     """How many of the `length` blocks of `inner` entries make a row of about `size`: all of them, or a divisor.
 
     Of the divisors the one that comes closest, and if it can be such that rows end where the shares of devices end.
@@ -29,14 +30,14 @@ def _cut(length, inner, size, devices=1):
     return min(near, key=lambda d: (length // d % devices > 0, abs(d * inner - size)), default=length)
 
 
-def _together(length, inner, size, devices):
+def _together(length: int, inner: int, size: int, devices: int) -> int:
     """How many of `length` rows of `inner` entries may make a group of at most `size`: a divisor, as large as can be,
     and such that groups end where the shares of devices end."""
     fitting = [d for d in range(1, size // max(inner, 1) + 1) if length % (d * devices) == 0]
     return max(fitting, default=1)
 
 
-def sampled_rows(shape):
+def sampled_rows(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Where an axis is to be sampled or projected: that of an array as it is, or of a vector cut into rows."""
     if len(shape) != 1:
         return shape
@@ -65,7 +66,7 @@ class Layout:
     slots: int  # entries packed in a byte
 
     @classmethod
-    def of(cls, shape, slots, group=None):
+    def of(cls, shape: Sequence[int], slots: int, group: int | None = None) -> Layout:
         """
         :param group: most entries of a group; None for groups of one run, of any length.
         """
@@ -73,7 +74,7 @@ class Layout:
 
     @classmethod
     @lru_cache(maxsize=4096)
-    def _of(cls, shape, slots, group, all_devices):
+    def _of(cls, shape: tuple[int, ...], slots: int, group: int | None, all_devices: int) -> Layout:
         if not math.prod(shape):
             return cls(0, 1, 1, 1, 1, 1, slots)
         size, devices = max(256, group or 0), _sharing(shape[0], all_devices) if shape else 1
@@ -100,18 +101,18 @@ class Layout:
         return cls(rows, inner, lanes * lane, width, block, lane, slots)
 
     @property
-    def groups(self):
+    def groups(self) -> int:
         return self.rows * self.parts // self.block
 
     @property
-    def lanes(self):
+    def lanes(self) -> int:
         return self.rows * self.parts // self.lane
 
-    def packed_bytes(self, entries):
+    def packed_bytes(self, entries: int) -> int:
         """Of so many entries of each run."""
         return -(-self.lanes // self.slots) * self.lane * entries
 
-    def split(self, x):
+    def split(self, x: jax.Array) -> jax.Array:
         """Entries as (rows, parts, width)."""
         x = x.reshape(self.rows, self.inner)
         padding = self.parts * self.width - self.inner
@@ -119,19 +120,19 @@ class Layout:
             x = jnp.pad(x, ((0, 0), (0, padding)), mode="edge")  # edge values leave a group's range as it is
         return x.reshape(self.rows, self.parts, self.width)
 
-    def over_groups(self, f, x):
+    def over_groups(self, f: Callable[[jax.Array, int], jax.Array], x: jax.Array) -> jax.Array:
         """What f (a sum, a minimum) makes of each group of entries, (rows, parts, width) to (groups,)."""
         return f(f(x, 2).reshape(self.groups, self.block), 1)
 
-    def to_entries(self, x):
+    def to_entries(self, x: jax.Array) -> jax.Array:
         """A number for each group, (groups,), where its entries are: (rows, parts, 1)."""
         return jnp.broadcast_to(x[:, None], (self.groups, self.block)).reshape(self.rows, self.parts, 1)
 
-    def join(self, x, shape):
+    def join(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The array of which these are the runs."""
         return x.reshape(self.rows, self.parts * self.width)[:, : self.inner].reshape(shape)
 
-    def pack(self, q):
+    def pack(self, q: jax.Array) -> tuple[jax.Array, ...]:
         """Integers below 2**(8 / slots), (rows, parts, some), as bytes: uint8 arrays of shape (bytes, lane, some), of
         the lanes that fill theirs and of those that are left, if any.
 
@@ -146,7 +147,7 @@ class Layout:
         left = jnp.pad(q[whole:], ((0, self.slots + whole - self.lanes), (0, 0), (0, 0)))
         return (self._joined(q[:whole]), self._joined(left)) if whole else (self._joined(left),)
 
-    def _joined(self, q):
+    def _joined(self, q: jax.Array) -> jax.Array:
         """So many neighbouring lanes in each byte."""
         shift = lax.broadcasted_iota(jnp.uint8, (1, self.slots, 1, 1), 1) * np.uint8(8 // self.slots)
         q = q.reshape(q.shape[0] // self.slots, self.slots, *q.shape[1:])
@@ -154,7 +155,7 @@ class Layout:
         # stored. Added rather than combined by "or", which not every backend has among devices.
         return lax.reduce(q << shift, np.uint8(0), lax.add, (1,))
 
-    def unpack(self, packed):
+    def unpack(self, packed: Sequence[jax.Array]) -> jax.Array:
         """What was packed, (rows, parts, some)."""
         code = jnp.concatenate(packed) if len(packed) > 1 else packed[0]
         bits = 8 // self.slots

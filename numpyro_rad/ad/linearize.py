@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NoReturn
 
 from numpyro_rad.ad import _jax, primitives, tangents
 from numpyro_rad.ad.coefficients import Coefficients
@@ -87,7 +87,7 @@ def split(
 class _Step:
     """An equation of the jaxpr with its calls opened: operands and results are our values."""
 
-    equation: Any
+    equation: _jax.JaxprEquation
     operands: list[Atom]
     results: list[Value]
     mixed: bool  # whether an operand is a tangent
@@ -109,17 +109,17 @@ class Flat:
         self.tangents: set[Atom] = set()
         self.n_values = 0
 
-    def value(self, aval: Any) -> Value:
+    def value(self, aval: _jax.Aval) -> Value:
         self.n_values += 1
         return Value(aval, self.n_values)
 
     def read(self, jaxpr: _jax.Jaxpr, inputs: Sequence[Atom]) -> list[Atom]:
         """Append the steps of ``jaxpr`` at ``inputs``; returns its outputs."""
         open_jaxpr = jaxpr.jaxpr
-        env: dict[Any, Atom] = dict(zip(open_jaxpr.invars, inputs, strict=True))
+        env: dict[_jax.Variable, Atom] = dict(zip(open_jaxpr.invars, inputs, strict=True))
         env.update((v, Constant(c)) for v, c in zip(open_jaxpr.constvars, jaxpr.consts, strict=True))
 
-        def look_up(atom: Any) -> Atom:
+        def look_up(atom: _jax.Variable) -> Atom:
             return Constant(atom.val) if isinstance(atom, _jax.Literal) else env[atom]
 
         for equation in open_jaxpr.eqns:
@@ -281,7 +281,7 @@ class _Builder:
         return self.forms.vertex(operand) if moves else None  # type: ignore[arg-type]
 
 
-def _no_run(*_: Any) -> list[Any]:
+def _no_run(*_: object) -> NoReturn:
     raise NotImplementedError("control flow is run by the sweeps")
 
 
@@ -297,7 +297,13 @@ def split_body(body: _jax.Jaxpr, ins: Sequence[bool], outs: Sequence[bool], in_l
     return graph.finish()
 
 
-def _scan(equation: Any, number: int, operands: Sequence[Atom], flags: Sequence[bool], vertex: Callable) -> ControlFlow:
+def _scan(
+    equation: _jax.JaxprEquation,
+    number: int,
+    operands: Sequence[Atom],
+    flags: Sequence[bool],
+    vertex: Callable[[Atom], Value | None],
+) -> ControlFlow:
     """A loop, given which of its operands are tangents."""
     body, n_consts, n_carry = _jax.scan_parts(equation)
     ins, outs = tangents.scan_tangents(equation, flags)
@@ -315,7 +321,13 @@ def _scan(equation: Any, number: int, operands: Sequence[Atom], flags: Sequence[
     )
 
 
-def _cond(equation: Any, number: int, operands: Sequence[Atom], flags: Sequence[bool], vertex: Callable) -> ControlFlow:
+def _cond(
+    equation: _jax.JaxprEquation,
+    number: int,
+    operands: Sequence[Atom],
+    flags: Sequence[bool],
+    vertex: Callable[[Atom], Value | None],
+) -> ControlFlow:
     """A choice, given which of its operands are tangents."""
     index, *taken = operands
     ins, outs = list(flags[1:]), tangents.cond_tangents(equation, list(flags))

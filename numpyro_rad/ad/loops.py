@@ -12,21 +12,23 @@ of a loop or segment make a shorter segment.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Run = Callable[[Any, Any], tuple[Any, Any]]
+from numpyro_rad.annotations import PyTree
+
+Run = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 """From a carry and stacked steps to the carry after them and stacked outputs."""
 
 
 class Begins(NamedTuple):
     """Carries at the beginning of the full segments, stacked, and of the shorter one that may come last."""
 
-    full: Any
-    rest: Any
+    full: PyTree
+    rest: PyTree
 
 
 def n_boundaries(length: int, lengths: Sequence[int]) -> int:
@@ -35,14 +37,14 @@ def n_boundaries(length: int, lengths: Sequence[int]) -> int:
     return sum(-(-a // b) for a, b in zip(outer, lengths, strict=False))
 
 
-def run_storing(run: Run, carry: Any, steps: Any, length: int, reverse: bool) -> tuple[Any, Any, Begins]:
+def run_storing(run: Run, carry: PyTree, steps: PyTree, length: int, reverse: bool) -> tuple[PyTree, PyTree, Begins]:
     """Run a loop in segments of ``length`` iterations.
 
     :return: the carry after it, its stacked outputs and what it carries at the beginning of each segment.
     """
     full, rest = _cut(steps, length, reverse)
 
-    def segment(carry: Any, steps: Any) -> tuple[Any, tuple[Any, Any]]:
+    def segment(carry: PyTree, steps: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         after, ys = run(carry, steps)
         return after, (ys, carry)
 
@@ -56,13 +58,13 @@ def run_storing(run: Run, carry: Any, steps: Any, length: int, reverse: bool) ->
 
 def pull_again(
     run: Run,
-    pull: Callable[[Any, Any, Any], tuple[Any, Any]],
-    cotangents: Any,
+    pull: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
+    cotangents: PyTree,
     begins: Begins,
-    steps: tuple[Any, Any],
+    steps: tuple[PyTree, PyTree],
     lengths: Sequence[int],
     reverse: bool,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Go back through a loop that ran in segments.
 
     :param pull: from cotangents after an uncut segment, the carry at its beginning and its steps to the cotangents
@@ -73,7 +75,7 @@ def pull_again(
     """
     length, *inner = lengths
 
-    def segment(cotangents: Any, begin_and_steps: tuple[Any, Any]) -> tuple[Any, Any]:
+    def segment(cotangents: PyTree, begin_and_steps: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         begin, steps = begin_and_steps
         finer = [m for m in inner if m < _n_steps(steps)]
         if not finer:
@@ -89,11 +91,11 @@ def pull_again(
     return cotangents, _joined(results, last, reverse)
 
 
-def _n_steps(arrays: Any) -> int:
+def _n_steps(arrays: PyTree) -> int:
     return jax.tree.leaves(arrays)[0].shape[0]
 
 
-def _cut(arrays: Any, length: int, reverse: bool) -> tuple[Any, Any]:
+def _cut(arrays: PyTree, length: int, reverse: bool) -> tuple[PyTree, PyTree]:
     """Stacked steps as stacked segments of them, and the shorter segment that comes after those (None if empty)."""
     n_steps = _n_steps(arrays)
     n_rest = n_steps % length
@@ -104,7 +106,7 @@ def _cut(arrays: Any, length: int, reverse: bool) -> tuple[Any, Any]:
     return full, rest if n_rest else None
 
 
-def _joined(full: Any, rest: Any, reverse: bool) -> Any:
+def _joined(full: PyTree, rest: PyTree, reverse: bool) -> PyTree:
     """The inverse of ``_cut``."""
     full = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), full)
     if rest is None:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.work import COST_CLASSES, CostClass, Entries, Multiplications, OneOf, Together, Work
@@ -164,7 +165,7 @@ def _cubic(equation: _jax.JaxprEquation) -> Work:
     return Together((Multiplications(number, str(results[0].dtype)),), 4)
 
 
-def _dtype(v: Any) -> str:
+def _dtype(v: _jax.Variable) -> str:
     return str(v.aval.dtype)
 
 
@@ -240,12 +241,12 @@ def of(name: str) -> Traits:
     return _REGISTRY.get(name, UNKNOWN)
 
 
-def names(hold: Callable[[Traits], Any]) -> frozenset[str]:
+def names(hold: Callable[[Traits], object]) -> frozenset[str]:
     """The names of the primitives for which something holds."""
     return frozenset(name for name, traits in _REGISTRY.items() if hold(traits))
 
 
-def register(primitive: Any, traits: Traits) -> None:
+def register(primitive: _jax.Primitive | str, traits: Traits) -> None:
     """Say what is known of a primitive of your own, before a program with it is planned.
 
     Nothing has to be said: its results are then kept where a derivative reads them. An elementwise one that is
@@ -331,6 +332,6 @@ def jacobian_entries(equation: _jax.JaxprEquation, position: int) -> float:
     return known(equation, position) if known is not None else equation.invars[position].aval.size
 
 
-def is_real_float(dtype: Any) -> bool:
+def is_real_float(dtype: DTypeLike) -> bool:
     """Whether values of ``dtype`` may be replaced by unbiased estimates."""
     return jnp.issubdtype(dtype, jnp.floating)

@@ -9,7 +9,6 @@ weight then meet in one stage, where the weight is made again once.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from numpyro_rad.ad.graph import Atom, Edge, Equation, Graph, Value
 from numpyro_rad.ad.plan import Plan, kept_bytes
@@ -31,7 +30,7 @@ def forward_stages(plan: Plan, quiet: bool) -> list[list[Equation]]:
     :param quiet: whether what acts is not needed where nobody reads its results.
     """
     graph = plan.graph
-    live: set[Any] = {*graph.outputs, *plan.kept, *plan.encoded}
+    live: set[Atom] = {*graph.outputs, *plan.kept, *plan.encoded}
     equations = []
     for equation in reversed(graph.equations):
         acts = equation.acts and not quiet

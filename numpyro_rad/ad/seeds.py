@@ -5,33 +5,40 @@ without storing them. A *seed* is two uint32 words: ``seed_words`` makes it from
 residual and loop iteration.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
+
+from numpyro_rad.annotations import Key
+
+Word = TypeVar("Word", jax.Array, np.uint32)
 
 _GOLDEN = 0x9E3779B1  # odd, close to 2**32 / golden ratio: spreads consecutive indices
 
 
-def u32(number):
+def u32(number: int) -> np.uint32:
     """A Python int as a 32-bit word, wrapped around."""
     return np.uint32(number & 0xFFFFFFFF)
 
 
-def _mix(word, late=0):
+def _mix(word: Word, late: Word | int = 0) -> Word:
     """A bijection of uint32 in two multiply and xor-shift rounds (constants of C. Wellons's `lowbias32`)."""
     word = (word ^ (word >> u32(16))) * u32(0x7FEB352D) + late
     word = (word ^ (word >> u32(15))) * u32(0x846CA68B)
     return word ^ (word >> u32(16))
 
 
-def hash_words(seed, index):
+def hash_words(seed: jax.Array, index: jax.Array) -> jax.Array:
     """A random 32-bit word for each index."""
     # The second word enters between the rounds: two seeds are never index-shifted copies of each other.
     return _mix(index * u32(_GOLDEN) + seed[0], late=seed[1])
 
 
-def linear_index(shape):
+def linear_index(shape: tuple[int, ...]) -> jax.Array:
     """Row-major index of every entry, as one iota per axis so that it fuses and shards like the array itself."""
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -40,19 +47,19 @@ def linear_index(shape):
     return index
 
 
-def uniform(seed, shape, dtype):
+def uniform(seed: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Uniform numbers on [0, 1), multiples of 2**-24."""
     bits = hash_words(seed, linear_index(shape)) >> u32(8)
     return bits.astype(jnp.int32).astype(dtype) * np.asarray(2.0**-24, dtype)
 
 
-def signs(seed, shape, dtype):
+def signs(seed: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """-1 and 1, as likely."""
     words = hash_words(seed, linear_index(shape)) >> u32(31)
     return (words.astype(jnp.int32) * 2 - 1).astype(dtype)
 
 
-def seed_words(key):
+def seed_words(key: Key) -> jax.Array:
     """Seed of the codecs from one JAX PRNG key.
 
     :param key: a typed key or a raw uint32 key of any implementation and length, shape `()` or `(words,)`.
@@ -69,7 +76,7 @@ def seed_words(key):
     return fold(np.asarray([0x243F6A88, 0x85A308D3], np.uint32), *(data[i] for i in range(data.shape[0])))
 
 
-def fold(seed, *numbers):
+def fold(seed: jax.Array | np.ndarray, *numbers: int | jax.Array) -> jax.Array:
     """A new seed, independent of the old one, for each sequence of numbers (a residual, a loop iteration).
 
     Python ints are hashed at trace time and cost two operations of the compiled program. Seeds folded from one seed by
@@ -93,7 +100,7 @@ def fold(seed, *numbers):
     return jnp.stack([a, b])
 
 
-def _feistel(a, b, word):
+def _feistel(a: Word, b: Word, word: Word) -> tuple[Word, Word]:
     """One step for each half: a bijection of the pair for every word, and of the word for every pair."""
     with np.errstate(over="ignore"):
         a = a ^ _mix(b + word * u32(_GOLDEN) + u32(0x9E3779B9))

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.axes import Axes, Nodes, Step
@@ -301,11 +302,11 @@ class Part:
         like = [jax.ShapeDtypeStruct(shape, _aval(a).dtype) for shape, a in zip(shapes, inputs, strict=True)]
         return _jax.program(lambda arrays: self._run_slice(size, dict(zip(inputs, arrays, strict=True))), like)
 
-    def _run_slice(self, size: int, env: dict[Atom, Any]) -> list[Any]:
+    def _run_slice(self, size: int, env: dict[Atom, jax.Array]) -> list[jax.Array]:
         program, tangents = self.program, self.program.flat.tangents
         made: set[Atom] = set()
 
-        def read(atom: Atom, linear: bool) -> Any:
+        def read(atom: Atom, linear: bool) -> jax.Array:
             if linear and atom in tangents and atom not in made:  # it is added outside
                 return jnp.zeros(_aval(atom).shape, _aval(atom).dtype)
             return env[atom] if atom in env or isinstance(atom, Value) else atom.value
@@ -339,12 +340,12 @@ class _Loop:
         self.places = [axes.position(nodes[a], part.axis) for a in self.primals]
         self.gradient_places = [axes.position(nodes[t], part.axis) for t in self.tangents]
 
-    def run(self, args: Sequence[Any]) -> list[Any]:
+    def run(self, args: Sequence[jax.Array]) -> list[jax.Array]:
         """Run it: what the part needs, the part, what follows from it."""
         part, flat = self.part, self.program.flat
-        env: dict[Atom, Any] = dict(zip(self.program.inputs, args, strict=True))
+        env: dict[Atom, jax.Array] = dict(zip(self.program.inputs, args, strict=True))
 
-        def read(atom: Atom) -> Any:
+        def read(atom: Atom) -> jax.Array:
             return atom.value if isinstance(atom, Constant) else env[atom]
 
         def run_steps(numbers: Sequence[int]) -> None:
@@ -368,9 +369,9 @@ class _Loop:
                 run_steps([number])
         return [read(a) for a in self.program.outputs]
 
-    def _add(self, step: Any, env: dict[Atom, Any], total: Any) -> None:
+    def _add(self, step: Any, env: dict[Atom, jax.Array], total: jax.Array) -> None:
         """Run a step between the part's tangents and its end with what else it takes, and add the part to the end."""
-        outs: list[Any] = []
+        outs: list[jax.Array] = []
         if any(o in env for o in step.operands if o in self.program.flat.tangents):
             arrays = [
                 o.value if isinstance(o, Constant) else env[o] if o in env else jnp.zeros(o.aval.shape, o.aval.dtype)
@@ -394,7 +395,7 @@ class _Loop:
                 found.append(number)
         return found[::-1]
 
-    def _slices(self, arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+    def _slices(self, arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """The sums of the part and its gradient in the tangents that it takes."""
         part = self.part
         state = (
@@ -412,7 +413,9 @@ class _Loop:
                 state = self._one(jax.tree.unflatten(tree, leaves), start, min(self.size, part.size - start), arrays)
         else:
 
-            def iterate(state: Any, start: Any) -> tuple[Any, None]:
+            def iterate(
+                state: tuple[list[jax.Array], list[jax.Array]], start: jax.Array
+            ) -> tuple[tuple[list[jax.Array], list[jax.Array]], None]:
                 return self._one(state, start, self.size, arrays), None
 
             state, _ = lax.scan(iterate, state, self.size * jnp.arange(n_full, dtype=jnp.int32))
@@ -420,7 +423,9 @@ class _Loop:
                 state = self._one(state, n_full * self.size, rest, arrays)
         return [s.astype(v.aval.dtype) for s, v in zip(state[0], part.ends, strict=True)], state[1]
 
-    def _one(self, state: tuple[list[Any], list[Any]], start: Any, size: int, arrays: list[Any]) -> Any:
+    def _one(
+        self, state: tuple[list[jax.Array], list[jax.Array]], start: ArrayLike, size: int, arrays: list[jax.Array]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         """Run a slice, forward and backward, and add what it gives to ``state``."""
         taken = [
             a if at is None else lax.dynamic_slice_in_dim(a, start, size, at)
@@ -457,14 +462,14 @@ class _Loop:
         return self.plans[size]
 
 
-def _aval(atom: Atom) -> Any:
+def _aval(atom: Atom) -> _jax.Aval:
     return jax.typeof(atom.value) if isinstance(atom, Constant) else atom.aval
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> DTypeLike:
     """In which precision many numbers of a type are added up."""
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def _added(total: Any, summand: Any) -> Any:
+def _added(total: jax.Array, summand: jax.Array) -> jax.Array:
     return total + summand.astype(total.dtype)

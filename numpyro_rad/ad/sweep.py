@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 
@@ -24,33 +24,34 @@ from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.recompute import Draw, Needs, draw_for, recompute_equations, recompute_leaves
 from numpyro_rad.ad.schedule import backward_stages, forward_stages, is_ordered, leading_to_expensive
 from numpyro_rad.ad.seeds import fold
+from numpyro_rad.annotations import PyTree
 
 
 class Tape(NamedTuple):
     """What is stored between the sweeps: arrays only, in the order of the plan."""
 
-    kept: tuple[Any, ...]
-    encoded: tuple[tuple[Any, ...], ...]
-    children: tuple[tuple[Any, ...], ...]
+    kept: tuple[tuple[jax.Array, ...], ...]
+    encoded: tuple[tuple[tuple[jax.Array, ...], ...], ...]
+    children: tuple[tuple[PyTree, ...], ...]
 
 
-def _seed_of(plan: Plan, seed: Any, value: Value, group: int) -> Any:
+def _seed_of(plan: Plan, seed: jax.Array, value: Value, group: int) -> jax.Array:
     """The seed of one draw: no two draws of a program share one (loops fold their iteration into ``seed``)."""
     return fold(seed, *plan.path, value.number, group)
 
 
-def _in_order(plan: Plan, first: list[Any], then: list[Any]) -> tuple[list[Any], list[Any]]:
+def _in_order(plan: Plan, first: list[jax.Array], then: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     """Both lists; where it matters, what follows from ``then`` waits until all of ``first`` is there."""
     return _jax.barrier(first, then) if is_ordered(plan) else (first, then)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _encode(codec: Codec, seed: Any, array: Any) -> tuple[Any, ...]:
+def _encode(codec: Codec, seed: jax.Array, array: jax.Array) -> tuple[jax.Array, ...]:
     return codec.encode(seed, array)
 
 
 @_encode.defjvp
-def _encode_jvp(codec: Codec, primals: Any, tangents: Any) -> Any:
+def _encode_jvp(codec: Codec, primals: tuple, tangents: tuple) -> NoReturn:
     raise NotImplementedError(
         f"a randomized gradient was differentiated once more, but the '{codec}' codes that it reads have no "
         "derivative, so second derivatives would be wrong. Pass codec=Keep() where a gradient is differentiated."
@@ -60,7 +61,9 @@ def _encode_jvp(codec: Codec, primals: Any, tangents: Any) -> Any:
 # -- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(plan: Plan, seed: Any, args: Sequence[Any], quiet: bool = False) -> tuple[list[Any], Tape]:
+def forward(
+    plan: Plan, seed: jax.Array, args: Sequence[jax.Array], quiet: bool = False
+) -> tuple[list[jax.Array], Tape]:
     """Run the primal program of ``plan.graph`` on ``args``.
 
     :param seed: uint32 pair from which every code of this run draws.
@@ -68,15 +71,15 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any], quiet: bool = False) -> 
     :return: outputs of the graph (primal ones only) and the tape.
     """
     graph = plan.graph
-    env: dict[Value, Any] = dict(zip(graph.inputs, args, strict=True))
-    kept: dict[Value, Any] = {}
-    encoded: dict[Value, tuple[Any, ...]] = {}
-    children: dict[ControlFlow, Any] = {}
+    env: dict[Value, jax.Array] = dict(zip(graph.inputs, args, strict=True))
+    kept: dict[Value, tuple[jax.Array, ...]] = {}
+    encoded: dict[Value, tuple[tuple[jax.Array, ...], ...]] = {}
+    children: dict[ControlFlow, tuple[PyTree, ...]] = {}
 
     pending: list[Value] = []  # encoded since the last barrier
     again = {v for values in plan.runs_again.values() for v in values}  # stored when their segment runs again
 
-    def store(value: Value, array: Any) -> None:
+    def store(value: Value, array: jax.Array) -> None:
         """Put ``array`` on the tape if the plan says so."""
         if value in again:
             return
@@ -122,13 +125,13 @@ def forward(plan: Plan, seed: Any, args: Sequence[Any], quiet: bool = False) -> 
     return outs, tape
 
 
-def _codes(plan: Plan, seed: Any, value: Value, array: Any) -> tuple[Any, ...]:
+def _codes(plan: Plan, seed: jax.Array, value: Value, array: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
     """The codes of a value, one for each group of its readers."""
     entry = plan.encoded[value]
     return tuple(_encode(entry.codec, _seed_of(plan, seed, value, i), array) for i in range(len(entry.readers)))
 
 
-def _run_equations(equations: Iterable[Equation], env: dict[Value, Any]) -> None:
+def _run_equations(equations: Iterable[Equation], env: dict[Value, jax.Array]) -> None:
     """Run equations, adding to ``env`` what is not there yet."""
     for equation in equations:
         outs = equation.run(*[read(env, a) for a in equation.inputs])
@@ -140,8 +143,8 @@ def _run_equations(equations: Iterable[Equation], env: dict[Value, Any]) -> None
 
 
 def backward(
-    plan: Plan, seed: Any, tape: Tape, reads: dict[Value, Any], cotangents: Sequence[Any | None]
-) -> list[Any | None]:
+    plan: Plan, seed: jax.Array, tape: Tape, reads: dict[Value, jax.Array], cotangents: Sequence[jax.Array | None]
+) -> list[jax.Array | None]:
     """Pull cotangents back through the tangent program.
 
     :param reads: the inputs of the graph named in ``plan.reads``.
@@ -153,9 +156,9 @@ def backward(
     kept = dict(zip([v for v in plan.kept if v not in to_come], tape.kept, strict=True))
     encoded = dict(zip([v for v in plan.encoded if v not in to_come], tape.encoded, strict=True))
     children = dict(zip(plan.children, tape.children, strict=True))
-    sums: dict[Value, Any] = {}
+    sums: dict[Value, jax.Array] = {}
 
-    def add(tangent: Value, cotangent: Any) -> None:
+    def add(tangent: Value, cotangent: jax.Array) -> None:
         sums[tangent] = sums[tangent] + cotangent if tangent in sums else cotangent
 
     for tangent, cotangent in zip(graph.tangent_outputs, cotangents, strict=True):
@@ -195,12 +198,12 @@ def backward(
 
 def _run_again(
     plan: Plan,
-    seed: Any,
+    seed: jax.Array,
     values: list[Value],
-    reads: dict[Value, Any],
-    kept: dict[Value, Any],
-    encoded: dict[Value, Any],
-    sums: dict[Value, Any],
+    reads: dict[Value, jax.Array],
+    kept: dict[Value, tuple[jax.Array, ...]],
+    encoded: dict[Value, tuple[tuple[jax.Array, ...], ...]],
+    sums: dict[Value, jax.Array],
     incoming: list[Value],
 ) -> None:
     """Run a segment of the primal program again, once the cotangents ``incoming`` have arrived, and store what it
@@ -214,7 +217,7 @@ def _run_again(
     held, tree = jax.tree.flatten(arrays)
     arrived, held = _in_order(plan, [sums[t] for t in incoming], held)
     sums.update(zip(incoming, arrived, strict=True))
-    env: dict[Value, Any] = {}
+    env: dict[Value, jax.Array] = {}
     for value, array in zip(leaves, jax.tree.unflatten(tree, held), strict=True):
         env[value] = _decoded(plan, seed, value, array) if value in early else array
     _run_equations(recompute_equations(graph, values, env), env)
@@ -225,7 +228,7 @@ def _run_again(
             encoded[value] = _codes(plan, seed, value, env[value])
 
 
-def _decoded(plan: Plan, seed: Any, value: Value, code: Any) -> Any:
+def _decoded(plan: Plan, seed: jax.Array, value: Value, code: tuple[jax.Array, ...]) -> jax.Array:
     """A kept value from the tape."""
     raw = plan.kept[value].decode(seed, code, jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))
     return _jax.from_raw(raw, value.aval)
@@ -239,30 +242,35 @@ class _Stage:
     """
 
     def __init__(
-        self, plan: Plan, stage: list[Edge], reads: dict[Value, Any], kept: dict[Value, Any], encoded: dict[Value, Any]
+        self,
+        plan: Plan,
+        stage: list[Edge],
+        reads: dict[Value, jax.Array],
+        kept: dict[Value, tuple[jax.Array, ...]],
+        encoded: dict[Value, tuple[tuple[jax.Array, ...], ...]],
     ) -> None:
         needs = Needs.of(plan, stage)
         self._plan, self._draws = plan, needs.draws
         self._again = recompute_equations(plan.graph, needs.exact, kept)
         leaves = sorted(recompute_leaves(plan.graph, needs.exact, kept), key=lambda v: v.number)
         self._read, self._kept = [v for v in leaves if v not in kept], [v for v in leaves if v in kept]
-        self.arrays: dict[str, list[Any]] = {
+        self.arrays: dict[str, list] = {
             "reads": [reads[v] for v in self._read],
             "kept": [kept[v] for v in self._kept],
             "codes": [encoded[value][group] for value, group in needs.draws],
         }
 
-    def open(self, seed: Any) -> None:
+    def open(self, seed: jax.Array) -> None:
         """Make what is exact from ``arrays``, once they have passed the barrier."""
         self._seed = seed
         self._codes = dict(zip(self._draws, self.arrays["codes"], strict=True))
-        self.env: dict[Value, Any] = dict(zip(self._read, self.arrays["reads"], strict=True))
+        self.env: dict[Value, jax.Array] = dict(zip(self._read, self.arrays["reads"], strict=True))
         for value, code in zip(self._kept, self.arrays["kept"], strict=True):
             self.env[value] = _decoded(self._plan, seed, value, code)
         _run_equations(self._again, self.env)
-        self._estimates: dict[Draw, Any] = {}
+        self._estimates: dict[Draw, jax.Array] = {}
 
-    def residual(self, edge: Edge, residual: Value, linear: bool) -> Any:
+    def residual(self, edge: Edge, residual: Value, linear: bool) -> jax.Array:
         """What an edge reads in the place of a residual."""
         if not linear or not self._plan.estimated(residual):
             return self.env[residual]
@@ -273,7 +281,7 @@ class _Stage:
             self._estimates[draw] = self._plan.encoded[carrier].codec.decode(seed, self._codes[draw], like)
         return self._rearranged(residual, carrier, self._estimates[draw])
 
-    def _rearranged(self, residual: Value, carrier: Value, array: Any) -> Any:
+    def _rearranged(self, residual: Value, carrier: Value, array: jax.Array) -> jax.Array:
         """``residual`` from an estimate of its carrier."""
         if residual is carrier:
             return array

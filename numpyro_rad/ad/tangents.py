@@ -6,12 +6,11 @@ Calls and control flow are followed into their bodies, loops to a fixed point.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from numpyro_rad.ad import _jax
 
 
-def tangent_results(equation: Any, flags: list[bool]) -> list[bool]:
+def tangent_results(equation: _jax.JaxprEquation, flags: list[bool]) -> list[bool]:
     """Which results of an equation with some tangent operands are tangents; calls are followed into their bodies."""
     name = equation.primitive.name
     if name == "scan":
@@ -32,7 +31,7 @@ def tangent_outputs(jaxpr: _jax.Jaxpr, flags: Sequence[bool]) -> list[bool]:
     """Which outputs of a mixed jaxpr depend on its tangent inputs."""
     moving = {v for v, t in zip(jaxpr.jaxpr.invars, flags, strict=True) if t}
 
-    def moves(atom: Any) -> bool:
+    def moves(atom: _jax.Variable) -> bool:
         return not isinstance(atom, _jax.Literal) and atom in moving
 
     for equation in jaxpr.jaxpr.eqns:
@@ -43,7 +42,7 @@ def tangent_outputs(jaxpr: _jax.Jaxpr, flags: Sequence[bool]) -> list[bool]:
     return [moves(a) for a in jaxpr.jaxpr.outvars]
 
 
-def _while_tangents(equation: Any, flags: list[bool]) -> list[bool]:
+def _while_tangents(equation: _jax.JaxprEquation, flags: list[bool]) -> list[bool]:
     n_cond, n_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
     body = _jax.closed(equation.params["body_jaxpr"])
     consts, carry = flags[n_cond : n_cond + n_body], flags[n_cond + n_body :]
@@ -52,13 +51,13 @@ def _while_tangents(equation: Any, flags: list[bool]) -> list[bool]:
     return carry
 
 
-def cond_tangents(equation: Any, flags: list[bool]) -> list[bool]:
+def cond_tangents(equation: _jax.JaxprEquation, flags: list[bool]) -> list[bool]:
     """Which results of a choice are tangents: those that are in any of its branches."""
     branches = [tangent_outputs(b, flags[1:]) for b in _jax.cond_branches(equation)]
     return [any(b) for b in zip(*branches, strict=True)]
 
 
-def scan_tangents(equation: Any, flags: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+def scan_tangents(equation: _jax.JaxprEquation, flags: Sequence[bool]) -> tuple[list[bool], list[bool]]:
     """Fixed point of which operands and results of a scan are tangents."""
     body, n_consts, n_carry = _jax.scan_parts(equation)
     ins = list(flags)

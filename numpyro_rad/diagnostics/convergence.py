@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_rad.ad import seeds
+from numpyro_rad.annotations import PyTree
 
 PROJECTIONS = 64
 
@@ -120,7 +122,7 @@ class Iterates:
         return len(self.steps)
 
     @staticmethod
-    def sketch(params: Any, seed: int = 0) -> jax.Array:
+    def sketch(params: PyTree, seed: int = 0) -> jax.Array:
         """Projections of unconstrained parameters, to be called under ``jax.jit`` (inside ``lax.scan``, for example).
 
         :param params: a pytree of arrays, as from ``svi.optim.get_params(svi_state.optim_state)``.
@@ -151,7 +153,7 @@ class Iterates:
         """Whether this step is to be recorded; what else :meth:`record` is given it drops."""
         return step % self.stride == 0
 
-    def record(self, step: Any, sketch: Any, loss: Any) -> None:
+    def record(self, step: ArrayLike, sketch: ArrayLike, loss: ArrayLike) -> None:
         """Remember an iterate, or many at once.
 
         :param step: number of steps taken, an int or an array of shape (n,), increasing from call to call.
@@ -328,16 +330,16 @@ class IterateAverage(NamedTuple):
         params = svi.constrain_fn(average.mean)
     """
 
-    mean: Any
-    count: Any
+    mean: PyTree
+    count: jax.Array
 
     @classmethod
-    def start(cls, params: Any) -> IterateAverage:
+    def start(cls, params: PyTree) -> IterateAverage:
         """The mean of one iterate."""
         mean = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), params)
         return cls(mean, jnp.ones((), jnp.int32))
 
-    def update(self, params: Any) -> IterateAverage:
+    def update(self, params: PyTree) -> IterateAverage:
         """The mean with one more iterate."""
         count = self.count + 1
         mean = jax.tree.map(lambda m, x: m + (x.astype(m.dtype) - m) / count.astype(m.dtype), self.mean, params)

@@ -16,6 +16,7 @@ from numpyro.handlers import replay, seed, substitute, trace, uncondition
 from numpyro.infer import SVI
 from numpyro.infer.util import log_density
 
+from numpyro_rad.annotations import Key, Kwargs, Params, PyTree
 from numpyro_rad.diagnostics.plates import FullPlates
 from numpyro_rad.tracing import with_arguments
 
@@ -25,7 +26,7 @@ _WAITING_BYTES = 2**23  # of draws on the device
 class Draws:
     """One draw at a time from a guide, with what the model says of it."""
 
-    def __init__(self, svi: SVI, values: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(self, svi: SVI, values: Params, args: tuple, kwargs: Kwargs) -> None:
         self.model: Callable = svi.model
         self.guide: Callable = svi.guide
         self.values, self.args, self.kwargs = values, args, kwargs
@@ -44,7 +45,7 @@ class Draws:
         }
         self.posterior = [*latent, *(n for n, s in self.sites.items() if s["type"] == "deterministic")]
 
-    def _density(self, fn: Callable, values: dict[str, Any]) -> tuple[Any, Any]:
+    def _density(self, fn: Callable, values: Params) -> tuple[Any, Any]:
         return log_density(fn, self.args, self.kwargs, values)
 
     def _values(self, guide_trace: Any) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class Draws:
         changed = {n: s["value"] for n, s in guide_trace.items() if s["type"] == "mutable"}
         return {**self.values, **changed}
 
-    def draw(self, key: Any, wanted: list[str]) -> dict[str, dict[str, Any]]:
+    def draw(self, key: Key, wanted: list[str]) -> dict[str, dict[str, Any]]:
         """Sites by group."""
         guide_key, model_key, predictive_key = jax.random.split(key, 3)
         with FullPlates():
@@ -72,7 +73,7 @@ class Draws:
                 found["posterior_predictive"] = {n: again[n]["value"] for n in self.observed}
         return found
 
-    def _of_model(self, guide_trace: Any, values: dict[str, Any], key: Any) -> tuple[Any, Any]:
+    def _of_model(self, guide_trace: Any, values: Params, key: Key) -> tuple[Any, Any]:
         """Log density of the model at the guide's draw, and its trace; what is enumerated is summed out of the former
         and drawn for the latter."""
         model = replay(seed(self.model, key), guide_trace)
@@ -102,13 +103,13 @@ def _is_factor(fn: Any) -> bool:
     return isinstance(fn, Unit)
 
 
-def _arrays(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _arrays(name: str, value: PyTree) -> Iterator[tuple[str, jax.Array]]:
     """A site's value; if it is a tree, its arrays with names of their own."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
         yield name + "." * bool(path) + jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
-def _plate_dims(site: Any, group: str) -> Iterator[str | None]:
+def _plate_dims(site: dict[str, Any], group: str) -> Iterator[str | None]:
     """Names of the plates along the dimensions of a site's value, or of its log density."""
     if site["type"] not in ("sample", "deterministic"):
         return
@@ -128,7 +129,7 @@ def _plate_dims(site: Any, group: str) -> Iterator[str | None]:
 
 def collected(
     draws: Draws,
-    key: Any,
+    key: Key,
     n: int,
     chunk_size: int | None,
     wanted: list[str],
@@ -141,7 +142,7 @@ def collected(
     :param reduce: what is kept of the groups of a draw.
     """
 
-    def one_by_one(keys: Any, values: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def one_by_one(keys: Key, values: Params, args: tuple, kwargs: Kwargs) -> PyTree:
         given = copy.copy(draws)
         given.values, given.args, given.kwargs = values, args, kwargs
         return jax.lax.map(lambda k: reduce(given.draw(k, wanted)), keys)

@@ -12,17 +12,20 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
+from numpyro_rad.annotations import Key, Kwargs, Params
+from numpyro_rad.fits import SVI
+
 
 class FullPlates(Messenger):
     """Plates that would draw a minibatch take everything, in order."""
 
-    def process_message(self, msg: Any) -> None:
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
             size = msg["args"][0]
             msg["args"], msg["value"] = (size, size), jnp.arange(size)
 
 
-def on_all_data(svi: Any, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str, bool]:
+def on_all_data(svi: SVI, params: Params, args: tuple, kwargs: Kwargs) -> tuple[SVI, str, bool]:
     """``svi`` with the plates of its model and guide taking all data, where some of them draw minibatches.
 
     :param params: constrained parameters and mutable state.
@@ -54,12 +57,12 @@ def _with_full_plates(fn: Callable) -> Callable:
 
 
 def _shapes(
-    model: Callable, guide: Callable, params: dict[str, Any], args: tuple, kwargs: dict[str, Any]
+    model: Callable, guide: Callable, params: Params, args: tuple, kwargs: Kwargs
 ) -> list[tuple[str, int, int]]:
     """Name, size and rows taken of each plate, without a computation where the model allows that."""
     found: list[tuple[str, int, int]] = []
 
-    def run(key: Any, params: dict[str, Any]) -> None:
+    def run(key: Key, params: Params) -> None:
         guide_trace = trace(substitute(seed(guide, key), data=params)).get_trace(*args, **kwargs)
         model_trace = trace(substitute(replay(seed(model, key), guide_trace), data=params)).get_trace(*args, **kwargs)
         both = (*guide_trace.values(), *model_trace.values())

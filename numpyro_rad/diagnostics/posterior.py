@@ -16,9 +16,10 @@ import numpyro.distributions as dist
 from numpyro.infer import SVI
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.annotations import Key
 from numpyro_rad.diagnostics.draws import Draws, collected
 from numpyro_rad.diagnostics.records import Posterior, PredictiveCheck, SiteSummary
-from numpyro_rad.fits import values_of, watched_state
+from numpyro_rad.fits import Fit, values_of, watched_state
 
 DRAWS = 300
 """Of the guide: they know a mean to 6 % of the standard deviation."""
@@ -32,7 +33,7 @@ FEW = 8
 _CATEGORIES = (dist.CategoricalProbs, dist.CategoricalLogits, dist.MultinomialProbs, dist.MultinomialLogits)
 
 
-def posterior_summary(svi: SVI, fit: Any, *args: Any, key: Any, **kwargs: Any) -> Posterior:
+def posterior_summary(svi: SVI, fit: Fit, *args: Any, key: Key, **kwargs: Any) -> Posterior:
     """Mean, standard deviation and quantiles of the sites, and a posterior predictive check where there are data.
 
     :param svi: what fitted; its model and guide are used, its loss is not.
@@ -61,7 +62,7 @@ def posterior_summary(svi: SVI, fit: Any, *args: Any, key: Any, **kwargs: Any) -
 
 
 def _measured(
-    draws: Draws, key: Any, wanted: list[str]
+    draws: Draws, key: Key, wanted: list[str]
 ) -> tuple[tuple[SiteSummary, ...], tuple[PredictiveCheck, ...], list[str]]:
     """Summaries, checks, and why some of the latter are not there."""
     observed = {n: s for n, s in draws.observed.items() if wanted and _has_order(s)}
@@ -95,7 +96,7 @@ def _measured(
 class _Observed:
     """Entries of the data of a site that are looked at: those that are not masked, spread evenly."""
 
-    def __init__(self, site: Any, most: int) -> None:
+    def __init__(self, site: dict[str, Any], most: int) -> None:
         value, mask = np.asarray(site["value"]), np.asarray(True)
         for fn in _layers(site["fn"]):
             if isinstance(fn, dist.MaskedDistribution):
@@ -106,7 +107,7 @@ class _Observed:
         self.index = there[_spread(len(there), most)]
         self.values = value.ravel()[self.index].astype(float)
 
-    def is_predicted(self, again: Any) -> bool:
+    def is_predicted(self, again: dict[str, Any]) -> bool:
         return np.shape(again) == self.shape
 
 
@@ -115,12 +116,12 @@ def _spread(size: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, max(size - 1, 0), min(size, most)).round().astype(int))
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: object) -> bool:
     dtype = jnp.result_type(x)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
-def _has_order(site: Any) -> bool:
+def _has_order(site: dict[str, Any]) -> bool:
     """Whether the values of a site are numbers of which one is larger than another; labels are not."""
     *_, fn = _layers(site["fn"])
     return not isinstance(fn, _CATEGORIES) and not isinstance(site["value"], dict) and _is_number(site["value"])

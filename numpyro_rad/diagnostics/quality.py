@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,11 +33,12 @@ from numpyro.infer.util import log_density
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError
+from numpyro_rad.annotations import Key, Kwargs, Params, PyTree
 from numpyro_rad.diagnostics.convergence import IterateAverage, Iterates
 from numpyro_rad.diagnostics.plates import on_all_data
 from numpyro_rad.diagnostics.records import Estimate, FitQuality
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.fits import values_of, watched_state
+from numpyro_rad.fits import Fit, SVIState, values_of, watched_state
 from numpyro_rad.mistakes import kwargs_checked
 from numpyro_rad.tracing import with_arguments
 from numpyro_rad.wording import number, signed_text
@@ -59,9 +61,9 @@ _BLOCKS = 20  # of steps over which a shadow run averages
 @kwargs_checked
 def fit_quality(
     svi: SVI,
-    fit: Any,
+    fit: Fit,
     *args: Any,
-    key: Any,
+    key: Key,
     standard_error: float = 0.1,
     max_particles: int = 1000,
     pareto_k: bool = True,
@@ -172,12 +174,12 @@ def loss_of_one_particle(loss: ELBO) -> Any:
 
 
 def _elbo_draws(
-    svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any, standard_error: float, max_particles: int
+    svi: SVI, params: Params, args: tuple, kwargs: Kwargs, key: Key, standard_error: float, max_particles: int
 ) -> np.ndarray:
     """As many draws of the ELBO as it takes for a standard error."""
     loss, chunk = loss_of_one_particle(svi.loss), min(_CHUNK, max_particles)
 
-    def one_by_one(keys: Any, params: Any, args: tuple, kwargs: dict) -> Any:
+    def one_by_one(keys: Key, params: PyTree, args: tuple, kwargs: Kwargs) -> jax.Array:
         return jax.lax.map(lambda k: -loss.loss(k, params, svi.model, svi.guide, *args, **kwargs), keys)
 
     draw = with_arguments(one_by_one, args, kwargs, jax.random.split(key, chunk), params)
@@ -193,7 +195,7 @@ def _elbo_draws(
         return np.concatenate([found, *(draws(i) for i in range(1, chunks))])
 
 
-def _pareto_k(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> tuple[float | None, str]:
+def _pareto_k(svi: SVI, params: Params, args: tuple, kwargs: Kwargs, key: Key) -> tuple[float | None, str]:
     """k-hat, or why there is none."""
     reason = _no_importance_weights(svi, params, args, kwargs, key)
     if reason:
@@ -216,14 +218,14 @@ def _pareto_k(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> tu
     return float(k_hat), ""
 
 
-def _weighted(svi: SVI, params: dict, args: tuple, kwargs: dict) -> Any:
+def _weighted(svi: SVI, params: Params, args: tuple, kwargs: Kwargs) -> Callable[..., Any]:
     """A model whose only density is the importance weight of a draw from the guide.
 
     ``psis_diagnostic`` evaluates a model for all draws at once, which takes the memory of all of them. It may do so
     here, since what it maps over is evaluated one by one.
     """
 
-    def log_weight(key: Any, params: dict, args: tuple, kwargs: dict) -> Any:
+    def log_weight(key: Key, params: Params, args: tuple, kwargs: Kwargs) -> jax.Array | float:
         guide_key, model_key = jax.random.split(key)
         with block():  # the model below is not to have these sites, wherever this is traced
             log_guide, drawn = log_density(seed(svi.guide, guide_key), args, kwargs, params)
@@ -243,7 +245,7 @@ def _nothing() -> None:
     """A guide without sites."""
 
 
-def _no_importance_weights(svi: SVI, params: dict, args: tuple, kwargs: dict, key: Any) -> str:
+def _no_importance_weights(svi: SVI, params: Params, args: tuple, kwargs: Kwargs, key: Key) -> str:
     """Why p(z, x) / q(z) is no importance weight here, empty if it is one."""
     if getattr(svi.loss, "multi_sample_guide", False):
         return "the guide proposes several samples at once, and importance weights belong to one."
@@ -308,7 +310,7 @@ class Shadow:
 
 
 @kwargs_checked
-def shadow(svi: SVI, rng_key: Any, num_steps: int, *args: Any, num_seeds: int = 4, **kwargs: Any) -> Shadow:
+def shadow(svi: SVI, rng_key: Key, num_steps: int, *args: Any, num_seeds: int = 4, **kwargs: Any) -> Shadow:
     """Run SVI with the randomized ELBO and with its exact base, from the same start and on the same keys.
 
     Both draw the same noise of the guide and the same minibatches, so their losses differ by what the codes did to the
@@ -354,7 +356,7 @@ def shadow(svi: SVI, rng_key: Any, num_steps: int, *args: Any, num_seeds: int = 
     )
 
 
-def _exact_in_little_memory(svi: SVI, state: Any, args: tuple, kwargs: dict) -> ELBO:
+def _exact_in_little_memory(svi: SVI, state: SVIState, args: tuple, kwargs: Kwargs) -> ELBO:
     """The exact twin of the loss, with about the memory of it."""
     loss: Any = svi.loss
     if not jax.tree.leaves(svi.optim.get_params(state.optim_state)):
@@ -369,7 +371,7 @@ def _exact_in_little_memory(svi: SVI, state: Any, args: tuple, kwargs: dict) -> 
 
 
 def _runs(
-    svi: SVI, loss: Any, keys: Any, num_steps: int, args: tuple, kwargs: dict
+    svi: SVI, loss: Any, keys: Key, num_steps: int, args: tuple, kwargs: Kwargs
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Losses, and flattened parameters at start and end, of one run for each key: each of shape (keys, ...).
 
@@ -377,7 +379,7 @@ def _runs(
     """
     twin = SVI(svi.model, svi.guide, svi.optim, svi.loss if loss is None else loss, **svi.static_kwargs)
 
-    def steps(state: Any, args: tuple, kwargs: dict) -> Any:
+    def steps(state: SVIState, args: tuple, kwargs: Kwargs) -> PyTree:
         return jax.lax.scan(lambda s, _: twin.update(s, *args, **kwargs), state, None, length=num_steps)
 
     first = twin.init(keys[0], *args, **kwargs)
@@ -387,7 +389,7 @@ def _runs(
         twin.loss = loss.with_plan(loss.plan_of_update(twin, first, *args, **kwargs)[0])  # the one that trains
     run = with_arguments(steps, args, kwargs, first)
 
-    def flat(state: Any) -> np.ndarray:
+    def flat(state: SVIState) -> np.ndarray:
         leaves = jax.device_get(jax.tree.leaves(twin.optim.get_params(state.optim_state)))
         return np.concatenate([np.ravel(x).astype(float) for x in leaves])
 

@@ -19,12 +19,16 @@ Amodei, *An Empirical Model of Large-Batch Training* (2018).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
+from numpyro_rad.annotations import PyTree
 from numpyro_rad.transform import named_leaves
 
 
@@ -38,11 +42,11 @@ class GradientSignalState(NamedTuple):
     :ivar nonfinite: gradients that were not finite, one int32 for each parameter.
     """
 
-    decay: Any
-    count: Any
-    mean: Any
-    square: Any
-    nonfinite: Any
+    decay: jax.Array
+    count: PyTree
+    mean: PyTree
+    square: PyTree
+    nonfinite: PyTree
 
 
 def gradient_signal(decay: float = 0.99) -> optax.GradientTransformation:
@@ -71,8 +75,8 @@ def gradient_signal(decay: float = 0.99) -> optax.GradientTransformation:
     if not 0 < decay < 1:
         raise ValueError(f"decay={decay!r}: a moving average over 1 / (1 - decay) steps needs it in (0, 1). Try 0.99.")
 
-    def init(params: Any) -> GradientSignalState:
-        def each(make: Any) -> Any:
+    def init(params: PyTree) -> GradientSignalState:
+        def each(make: Callable[[ArrayLike], jax.Array]) -> PyTree:
             return jax.tree.map(make, params)
 
         return GradientSignalState(
@@ -83,12 +87,14 @@ def gradient_signal(decay: float = 0.99) -> optax.GradientTransformation:
             nonfinite=each(lambda x: jnp.zeros((), jnp.int32)),
         )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, GradientSignalState]:
+    def update(
+        updates: optax.Updates, state: PyTree, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, GradientSignalState]:
         wide = jax.tree.map(lambda g, m: g.astype(m.dtype), updates, state.mean)
         norms = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), wide)
         good = jax.tree.map(jnp.isfinite, norms)
 
-        def average(old: Any, new: Any, ok: Any) -> Any:
+        def average(old: jax.Array, new: jax.Array, ok: jax.Array) -> jax.Array:
             return jnp.where(ok, decay * old + (1 - decay) * new, old)
 
         return updates, GradientSignalState(
@@ -102,7 +108,7 @@ def gradient_signal(decay: float = 0.99) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def signal_to_noise(state: Any) -> dict[str, float]:
+def signal_to_noise(state: PyTree) -> dict[str, float]:
     """Signal-to-noise ratio ‖μ‖² / tr Σ of the gradient in each parameter.
 
     :param state: whatever holds the state of :func:`gradient_signal`: an ``SVIState`` or the result of ``SVI.run``,
@@ -114,16 +120,16 @@ def signal_to_noise(state: Any) -> dict[str, float]:
     return {name: _ratio(*numbers) for name, numbers in _watched(state).items()}
 
 
-def nonfinite_gradients(state: Any) -> dict[str, int]:
+def nonfinite_gradients(state: PyTree) -> dict[str, int]:
     """How many gradients of each parameter were not finite; takes and raises what :func:`signal_to_noise` does."""
     return {name: int(bad) for name, (*_, bad) in _watched(state).items()}
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: ArrayLike) -> DTypeLike:
     return jnp.promote_types(jnp.result_type(x), jnp.float32)
 
 
-def _ratio(decay: Any, count: Any, mean: Any, square: Any, _nonfinite: Any) -> float:
+def _ratio(decay: np.ndarray, count: np.ndarray, mean: np.ndarray, square: np.ndarray, _nonfinite: np.ndarray) -> float:
     """The formula of this module, from β, t, ‖m‖² and v, the averages not yet corrected for their start at zero."""
     if count < 2:
         return float("nan")
@@ -134,10 +140,10 @@ def _ratio(decay: Any, count: Any, mean: Any, square: Any, _nonfinite: Any) -> f
     return signal / noise if noise > 0 else float("inf") if signal > 0 else float("nan")
 
 
-def _watched(state: Any) -> dict[str, tuple]:
+def _watched(state: PyTree) -> dict[str, tuple]:
     """By name of a parameter, on the host: what :func:`_ratio` takes."""
 
-    def is_ours(node: Any) -> bool:
+    def is_ours(node: object) -> bool:
         return isinstance(node, GradientSignalState)
 
     found: dict[str, tuple] = {}

@@ -23,12 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.annotations import Key, Kwargs, PyTree
 from numpyro_rad.diagnostics.records import Alarm, Track, from_dict, to_dict
 from numpyro_rad.diagnostics.variance import GUIDE, NORM, PATH, Gradient, reduce_gradients
 from numpyro_rad.elbo import RAD_ELBO, training_keys
-from numpyro_rad.fits import state_of
+from numpyro_rad.fits import SVI, SVIState, state_of
 from numpyro_rad.mistakes import check_initialised, fields_checked
 from numpyro_rad.subsampling import NoiseKeys
 from numpyro_rad.transform import named_leaves
@@ -103,7 +105,7 @@ class Tracker:
                 tracker.look(step + 1, state, (x, y), {})
     """
 
-    def __init__(self, svi: Any, tracking: Tracking | None = None) -> None:
+    def __init__(self, svi: SVI, tracking: Tracking | None = None) -> None:
         check_initialised("Tracker", svi)
         self.svi, self.tracking = svi, Tracking() if tracking is None else tracking
         self._names: tuple[str, ...] = ()
@@ -126,9 +128,9 @@ class Tracker:
     def look(
         self,
         step: int,
-        svi_state: Any,
+        svi_state: SVIState,
         args: tuple,
-        kwargs: dict | None = None,
+        kwargs: Kwargs | None = None,
         seconds: float = math.nan,
         other: tuple[tuple, dict] | None = None,
     ) -> tuple[Alarm, ...]:
@@ -170,7 +172,7 @@ class Tracker:
         return self._issue(alarms)
 
     def _measured(
-        self, svi_state: Any, args: tuple, kwargs: dict, other: tuple[tuple, dict] | None
+        self, svi_state: SVIState, args: tuple, kwargs: Kwargs, other: tuple[tuple, dict] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Three gradients, reduced to numbers of each array, and whether they are finite."""
         keys = self._keys(svi_state.rng_key)
@@ -195,7 +197,9 @@ class Tracker:
             self._start()  # what is known about another plan says nothing about this one
             self._issued -= {found for found in self._issued if found[0] == "rho"}
 
-    def diagnose(self, step: int, svi_state: Any, args: tuple, kwargs: dict | None, loss: Any) -> tuple[Alarm, ...]:
+    def diagnose(
+        self, step: int, svi_state: SVIState, args: tuple, kwargs: Kwargs | None, loss: float | jax.Array
+    ) -> tuple[Alarm, ...]:
         """Say where a loss that is NaN or infinite comes from, the first time.
 
         :param step: the step that returned it.
@@ -364,7 +368,7 @@ def _share(path: float, exact: float, harmless: float, rho: float) -> np.ndarray
     return _relative(path - rho * (exact + harmless), path, exact + path, rho * harmless)
 
 
-def _relative(value: Any, *sizes: Any) -> np.ndarray:
+def _relative(value: ArrayLike, *sizes: ArrayLike) -> np.ndarray:
     size = sum(map(np.abs, sizes))
     return np.where(size > 0, value / np.where(size > 0, size, 1.0), 0.0)
 
@@ -415,7 +419,7 @@ class _Running:
         return self
 
 
-def _keys(rng_key: Any) -> tuple[NoiseKeys, NoiseKeys, NoiseKeys]:
+def _keys(rng_key: Key) -> tuple[NoiseKeys, NoiseKeys, NoiseKeys]:
     """Keys of the three gradients: the second shares all but the codes with the first."""
     u, p, other_u, other_p, third_p = jax.random.split(jax.random.fold_in(rng_key, _TAG), 5)
     return NoiseKeys(u, None, p), NoiseKeys(u, None, other_p), NoiseKeys(other_u, None, third_p)
@@ -425,7 +429,7 @@ def _columns(track: Track) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return track.path, track.total, track.squared_norm
 
 
-def _not_finite_in(tree: Any) -> list[str]:
+def _not_finite_in(tree: PyTree) -> list[str]:
     """Names of the floating-point arrays in a pytree that are not finite."""
     found = []
     for name, leaf in named_leaves(tree):

@@ -24,20 +24,22 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import SVI
+from jax.typing import ArrayLike
+from numpyro.infer import ELBO, SVI
 from scipy.special import stdtrit
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.annotations import Key, Kwargs, PyTree
 from numpyro_rad.diagnostics.records import BlockVariance, Estimate, GradientVariance
 from numpyro_rad.elbo import RAD_ELBO, draws_minibatches, loss_by_keys
-from numpyro_rad.fits import state_of
+from numpyro_rad.fits import SVIState, state_of
 from numpyro_rad.mistakes import check_initialised, kwargs_checked
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.subsampling import NoiseKeys
@@ -58,14 +60,14 @@ _PARTS = (PATH, GUIDE, MINIBATCH)
 @kwargs_checked
 def gradient_variance(
     svi: SVI,
-    svi_state: Any,
+    svi_state: SVIState,
     *args: Any,
     batches: Sequence[tuple] = (),
     draws: int | None = None,
     relative_error: float = 0.1,
     max_draws: int = 400,
     blocks: str | Callable[[str], str] = "site",
-    key: Any = None,
+    key: Key | None = None,
     costs: bool | str = False,
     **kwargs: Any,
 ) -> GradientVariance:
@@ -132,7 +134,7 @@ def gradient_variance(
     return _result(moments, predicted_rho(svi, svi_state, args, kwargs), seconds, memory)
 
 
-def predicted_rho(svi: SVI, svi_state: Any, args: tuple, kwargs: dict) -> float | None:
+def predicted_rho(svi: SVI, svi_state: SVIState, args: tuple, kwargs: Kwargs) -> float | None:
     """What the plan of ``svi.loss`` predicts for path variance / variance of the exact gradient; None if it does not.
 
     For an ELBO that stores no codes it is zero.
@@ -160,33 +162,33 @@ class Gradient:
     :param elbo: the ELBO, by default that of ``svi``.
     """
 
-    def __init__(self, svi: SVI, elbo: Any = None) -> None:
+    def __init__(self, svi: SVI, elbo: ELBO | None = None) -> None:
         check_initialised("Gradient", svi)
         self._svi, self._elbo = svi, svi.loss if elbo is None else elbo
         self._compiled = Compiled(self._at)
 
-    def __call__(self, svi_state: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> Any:
+    def __call__(self, svi_state: SVIState, keys: NoiseKeys, args: tuple, kwargs: Kwargs) -> PyTree:
         """The gradient at the parameters of a state, as a pytree like these."""
         run, operands = self.program(svi_state, keys, args, kwargs)
         return run(*operands)
 
-    def program(self, svi_state: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> tuple[Any, tuple]:
+    def program(self, svi_state: SVIState, keys: NoiseKeys, args: tuple, kwargs: Kwargs) -> tuple[Any, tuple]:
         """The compiled function and its operands."""
         point = self._svi.optim.get_params(svi_state.optim_state), svi_state.mutable_state, keys
         with contextlib.nullcontext() if self._compiled.knows(args, kwargs, *point) else _quiet():
             run, parts = self._compiled.of(args, kwargs, *point)
         return run, (parts.arrays((args, kwargs)), *point)
 
-    def temporary_bytes(self, svi_state: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> int | None:
+    def temporary_bytes(self, svi_state: SVIState, keys: NoiseKeys, args: tuple, kwargs: Kwargs) -> int | None:
         """Temporary memory of the compiled function; None where the compiler does not say."""
         run, operands = self.program(svi_state, keys, args, kwargs)
         sizes = _jax.compiled_bytes(run.lower(*operands).compile())
         return None if sizes is None else sizes.temporary
 
-    def _at(self, free: Any, mutable: Any, keys: NoiseKeys, args: tuple, kwargs: dict) -> Any:
+    def _at(self, free: PyTree, mutable: PyTree, keys: NoiseKeys, args: tuple, kwargs: Kwargs) -> PyTree:
         svi = self._svi
 
-        def loss(free: Any) -> Any:
+        def loss(free: PyTree) -> jax.Array:
             constrained = svi.constrain_fn(free)  # type: ignore[misc]
             options = {**kwargs, **svi.static_kwargs}
             return loss_by_keys(self._elbo, keys, constrained, mutable, svi.model, svi.guide, args, options)
@@ -194,7 +196,7 @@ class Gradient:
         return jax.grad(loss)(free)
 
 
-def moments_of(a: Any, b: Any, c: Any, d: Any = None) -> tuple[Any, Any]:
+def moments_of(a: PyTree, b: PyTree, c: PyTree, d: PyTree = None) -> tuple[jax.Array, jax.Array]:
     """Unbiased estimates of the parts of the variance from four gradients, of which b and d may be missing.
 
     With h = (a + b) / 2 and k = (h + c) / 2, the expectations are
@@ -220,12 +222,12 @@ def moments_of(a: Any, b: Any, c: Any, d: Any = None) -> tuple[Any, Any]:
     return jnp.stack(rows), jnp.stack(finite)
 
 
-def _inner(x: Any, y: Any) -> Any:
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.vdot(x.astype(wide), y.astype(wide)).real
 
 
-def _squared(x: Any) -> Any:
+def _squared(x: jax.Array) -> jax.Array:
     return _inner(x, x)
 
 
@@ -235,7 +237,7 @@ reduce_gradients = jax.jit(moments_of)
 class _Sampler:
     """Draws replicates at one state."""
 
-    def __init__(self, svi: SVI, svi_state: Any, pool: list[tuple], kwargs: dict, key: Any) -> None:
+    def __init__(self, svi: SVI, svi_state: SVIState, pool: list[tuple], kwargs: Kwargs, key: Key | None) -> None:
         self._gradient = Gradient(svi)
         self._svi, self._state, self._pool, self._kwargs = svi, svi_state, pool, kwargs
         free = svi.optim.get_params(svi_state.optim_state)
@@ -320,7 +322,7 @@ class _Sampler:
         return {name: float(np.median(t)) for name, t in times.items()}, memory
 
 
-def _keys(stream: Any, number: Any, plates: bool) -> dict[str, NoiseKeys]:
+def _keys(stream: Key, number: ArrayLike, plates: bool) -> dict[str, NoiseKeys]:
     """Keys of the gradients of one replicate."""
     key = jax.random.split(jax.random.fold_in(stream, number), 12)
     m, other_m = (key[0], key[1]) if plates else (None, None)
@@ -337,7 +339,7 @@ def _keys(stream: Any, number: Any, plates: bool) -> dict[str, NoiseKeys]:
 def _check_shapes(pool: list[tuple]) -> None:
     """All batches have the structure and the shapes of the first."""
 
-    def shapes(batch: Any) -> Any:
+    def shapes(batch: PyTree) -> PyTree:
         leaves, treedef = jax.tree.flatten(batch)
         return [(x.shape, str(x.dtype)) if hasattr(x, "dtype") else type(x) for x in leaves], treedef
 
@@ -354,7 +356,7 @@ def _check_shapes(pool: list[tuple]) -> None:
             )
 
 
-def _for_another_program(elbo: Any) -> Any:
+def _for_another_program(elbo: ELBO) -> ELBO:
     """``elbo``, such that it can plan a program that its plan or calibration was not made for.
 
     What guide and minibatch add does not depend on the plan.
@@ -476,7 +478,7 @@ def _result(
     )
 
 
-def _relative_efficiency(variances: dict[str, float], prices: Any) -> dict[str, float]:
+def _relative_efficiency(variances: dict[str, float], prices: Mapping[str, float]) -> dict[str, float]:
     """1 / (variance x price), relative to that of the exact gradient; nothing where it was not measured."""
     if "exact" not in prices or variances["exact"] <= 0:
         return {}

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
@@ -29,6 +30,7 @@ from numpyro_rad.ad.graph import Graph, Path, Value
 from numpyro_rad.ad.plan import BudgetError, Plan
 from numpyro_rad.ad.seeds import signs
 from numpyro_rad.ad.sweep import Tape, backward, forward
+from numpyro_rad.annotations import Key, PyTree
 from numpyro_rad.planning import strategies
 from numpyro_rad.planning.noise import EqualShares, VarianceModel, effects_of
 
@@ -162,7 +164,9 @@ class _Measured:
         return known[0] * codec.relative_variance(shape) / max(first.relative_variance(shape), 1e-30)
 
 
-def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], list[Path]]:
+def probe(
+    graph: Graph, codecs: Sequence[Codec]
+) -> tuple[Callable[..., tuple[list[jax.Array], jax.Array, jax.Array]], list[Path]]:
     """A function that measures one gradient and all its codes, and the paths of these.
 
     :return: ``(key, operands, signs) -> (gradient, squares, variances)``, the gradient of the first output of the graph
@@ -173,13 +177,15 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
     plan = strategies.all_coded(graph)
     paths = [(*p.path, v.number) for p, v in _coded(plan)]
 
-    def measure(key: Any, operands: Sequence[Any], signs: Sequence[Any]) -> tuple[list[Any], Any, Any]:
+    def measure(
+        key: Key, operands: Sequence[jax.Array], signs: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         seed = jnp.zeros(2, jnp.uint32)
         _, tape = forward(plan, seed, operands, quiet=True)  # it is not a step of the user's
         reads = {v: a for v, a in zip(graph.inputs, operands, strict=True) if v in plan.reads}
         cotangents = [None if t is None else jnp.ones(t.aval.shape, t.aval.dtype) for t in graph.tangent_outputs]
 
-        def projection(arrays: list[tuple[Any, ...]]) -> tuple[Any, list[Any]]:
+        def projection(arrays: list[tuple[jax.Array, ...]]) -> tuple[ArrayLike, list[jax.Array]]:
             pulled = backward(plan, seed, _with_arrays(plan, tape, iter(arrays)), reads, cotangents)
             gradient = [
                 jnp.zeros(t.aval.shape, t.aval.dtype) if p is None else p
@@ -196,7 +202,7 @@ def probe(graph: Graph, codecs: Sequence[Codec]) -> tuple[Callable[..., Any], li
     return measure, paths
 
 
-def _part(words: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, float]:
+def _part(words: jax.Array, value: Value, x: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array, float]:
     """A residual and a direction as (iterations of the loops around it, *its shape), or where that is large a random
     part of it: every so many iterations, and of each every so many blocks of rows, beginning anywhere and going round,
     so that all are as likely. Last, how often the part goes into the whole.
@@ -214,13 +220,13 @@ def _part(words: Any, value: Value, x: Any, direction: Any) -> tuple[Any, Any, f
     block = min(ROWS_TOGETHER, rows)
     blocks = min(rows // block, -(-MOST_ENTRIES // (iterations * block * inner)))
 
-    def every(word: Any, length: int, n: int) -> Any:
+    def every(word: jax.Array, length: int, n: int) -> jax.Array | np.ndarray:
         return (np.arange(n) * length // n + (word % np.uint32(length)).astype(np.int32)) % length
 
     taken, starts = every(words[0], len(x), iterations), every(words[1], rows, blocks)
     chosen = (starts[:, None] + np.arange(block)).ravel() % rows
 
-    def part(a: Any) -> Any:
+    def part(a: jax.Array) -> jax.Array:
         return a[taken].reshape(iterations, -1)[:, : rows * inner].reshape(iterations, rows, *trailing)[:, chosen]
 
     return part(x), part(direction), size / (iterations * blocks * block * inner)
@@ -238,17 +244,19 @@ def _trailing(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _variances(
-    key: Any,
+    key: Key,
     codecs: Sequence[Codec],
     values: Sequence[Value],
-    arrays: Sequence[tuple[Any, ...]],
-    directions: Sequence[tuple[Any, ...]],
-) -> Any:
+    arrays: Sequence[tuple[jax.Array, ...]],
+    directions: Sequence[tuple[jax.Array, ...]],
+) -> jax.Array:
     """(2, residuals, codecs): what all the codes of each residual add, and the variance of one for each entry, which is
     that along random signs. Residuals of the same shape go through one loop: there may be hundreds, and each codec
     takes a while to compile.
     """
-    alike: dict[tuple[Any, ...], list[tuple[int, Any, Any, float, int]]] = {}
+    alike: dict[
+        tuple[tuple[int, ...], np.dtype, tuple[int, ...]], list[tuple[int, jax.Array, jax.Array, float, int]]
+    ] = {}
     words = jax.random.bits(key, (len(values), 2), jnp.uint32)
     for i, (value, draws, along) in enumerate(zip(values, arrays, directions, strict=True)):
         parts = [_part(words[i], value, x, s) for x, s in zip(draws, along, strict=True)]
@@ -262,7 +270,7 @@ def _variances(
         owners, xs, along, times, kinds = zip(*found, strict=True)
         ends = np.cumsum([len(x) for x in xs])[:-1]
 
-        def added(pair: tuple[Any, Any], able: list[int] = able) -> Any:
+        def added(pair: tuple[jax.Array, jax.Array], able: list[int] = able) -> jax.Array:
             return jnp.stack([codecs[j].variance_along(*pair).astype(jnp.float32) for j in able])
 
         if able:
@@ -282,7 +290,7 @@ def _coded(plan: Plan) -> Iterator[tuple[Plan, Value]]:
             yield from _coded(child)
 
 
-def _arrays(plan: Plan, tape: Tape) -> Iterator[tuple[Any, ...]]:
+def _arrays(plan: Plan, tape: Tape) -> Iterator[tuple[jax.Array, ...]]:
     """The stored arrays of :func:`_coded`, one for each draw."""
     for codes in tape.encoded:
         yield tuple(code for (code,) in codes)
@@ -291,7 +299,7 @@ def _arrays(plan: Plan, tape: Tape) -> Iterator[tuple[Any, ...]]:
             yield from _arrays(child, inner)
 
 
-def _with_arrays(plan: Plan, tape: Tape, arrays: Iterator[tuple[Any, ...]]) -> Tape:
+def _with_arrays(plan: Plan, tape: Tape, arrays: Iterator[tuple[jax.Array, ...]]) -> Tape:
     """``tape`` with other arrays in place of those."""
     encoded = tuple(tuple((code,) for code in next(arrays)) for _ in tape.encoded)
     children = tuple(
@@ -311,15 +319,19 @@ class Calibrator:
     def __init__(self, graph: Graph, codecs: Sequence[Codec], most_bytes: int | None = None) -> None:
         self._graph, self._codecs, self._most_bytes = graph, tuple(codecs), most_bytes
         measure, self._paths = probe(graph, codecs)
-        self._measure: Any = jax.jit(measure)
+        self._measure: Callable = jax.jit(measure)
         self._gradients: list[list[np.ndarray]] = []
         self._tables: list[np.ndarray] = []
         self._squares: list[np.ndarray] = []
         self._reaches: list[list[float]] = []
 
     def add(
-        self, key: Any, operands: Sequence[Any], signs: Sequence[Any], pull: Callable[[list[Any]], Any]
-    ) -> list[Any]:
+        self,
+        key: Key,
+        operands: Sequence[jax.Array],
+        signs: Sequence[jax.Array],
+        pull: Callable[[list[jax.Array]], PyTree],
+    ) -> list[jax.Array]:
         """One draw.
 
         :param key: a PRNG key.

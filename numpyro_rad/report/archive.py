@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import SVI
 
+from numpyro_rad.annotations import Key
 from numpyro_rad.diagnostics.draws import Draws, collected
 from numpyro_rad.diagnostics.records import FitRecord, GradientVariance, Track, Validation, to_dict
 from numpyro_rad.fits import values_of, watched_state
@@ -38,7 +39,7 @@ def to_arviz(
     svi: SVI,
     result: Any,
     *args: Any,
-    key: Any,
+    key: Key,
     num_samples: int = 1000,
     record: FitRecord | None = None,
     log_likelihood: bool = True,
@@ -133,7 +134,7 @@ class _Names:
 
     def __init__(self, sites: Iterable[str]) -> None:
         self._taken: set[str] = set(_RESERVED)
-        self._given: dict[Any, str] = {}
+        self._given: dict[object, str] = {}
         for site in sorted(sites, key=lambda name: _free(name, _RESERVED) != name):  # stable: otherwise in order
             self._new(site, site)
 
@@ -146,7 +147,7 @@ class _Names:
     def of_axis(self, site: str, axis: int, size: int) -> str:
         return self._new((site, axis, size), f"{self.of(site)}_dim_{axis}")
 
-    def _new(self, key: Any, name: str) -> str:
+    def _new(self, key: object, name: str) -> str:
         if key not in self._given:
             self._given[key] = _free(name, self._taken)
             self._taken.add(self._given[key])

@@ -15,12 +15,14 @@ from functools import partial
 from typing import Any
 
 import jax
+from numpyro.infer import ELBO
 from numpyro.infer.svi import SVI
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError, Plan
+from numpyro_rad.annotations import Kwargs
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.fits import with_loss
+from numpyro_rad.fits import SVIState, with_loss
 from numpyro_rad.mistakes import check_fit, kwargs_checked, shown
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.planner import VarianceWarning
@@ -69,7 +71,7 @@ class Advice:
 @kwargs_checked
 def advise(
     svi: SVI,
-    svi_state: Any,
+    svi_state: SVIState,
     *args: Any,
     budgets: Sequence[int | str] | None = None,
     repeats: int = 5,
@@ -129,7 +131,7 @@ def advise(
 class _Trial:
     """A step under one loss, compiled, and how long it took."""
 
-    def __init__(self, told: str, loss: Any, svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(self, told: str, loss: ELBO, svi: SVI, svi_state: SVIState, args: tuple, kwargs: Kwargs) -> None:
         self.told, self.note = told, ""
         self.times: list[float] = []
         self.temporary_bytes: int | None = None
@@ -159,8 +161,8 @@ class _Trial:
         self.residual_bytes = explained(plan, {}).exact_bytes
         self.added_variance = plan.predicted.added_variance if plan.predicted is not None else 0.0
 
-    def _compile(self, svi: SVI, svi_state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        def step(state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _compile(self, svi: SVI, svi_state: SVIState, args: tuple, kwargs: Kwargs) -> None:
+        def step(state: SVIState, args: tuple, kwargs: Kwargs) -> tuple[SVIState, jax.Array]:
             return SVI.update(svi, state, *args, **kwargs)
 
         run, arrays = taking_arrays(step, args, kwargs, svi_state)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.elbo import ELBO
 
+from numpyro_rad.annotations import Kwargs
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.mistakes import is_key, shown
 from numpyro_rad.planning.planner import parse_bytes
@@ -173,7 +174,7 @@ def _check_batches(batches: Any) -> None:
 
 
 @contextlib.contextmanager
-def blamed(model: Any, args: tuple, kwargs: dict[str, Any], batches: Any = None) -> Iterator[None]:
+def blamed(model: Any, args: tuple, kwargs: Kwargs, batches: Any = None) -> Iterator[None]:
     """Where a model fails, say what looks wrong about its arguments.
 
     :raises TypeError: from the model's error, if something looks wrong.
@@ -195,7 +196,7 @@ def blamed(model: Any, args: tuple, kwargs: dict[str, Any], batches: Any = None)
         ) from error
 
 
-def _by_name(model: Any, args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+def _by_name(model: Any, args: tuple, kwargs: Kwargs) -> list[tuple[str, Any]]:
     try:
         return list(inspect.signature(model).bind(*args, **kwargs).arguments.items())
     except (TypeError, ValueError):

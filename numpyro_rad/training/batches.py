@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from numpyro_rad.annotations import Kwargs, PyTree
+
 _AHEAD = 2  # batches that wait on the device
 
 _STRUCTURE = "its structure"
@@ -41,7 +43,7 @@ class Batch:
     epoch: int
     index: int
     args: tuple
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
 
     @property
     def name(self) -> str:
@@ -87,7 +89,7 @@ class Batches:
     def __enter__(self) -> Batches:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def next(self, give_up: Callable[[], bool] = lambda: False) -> Batch | None:
@@ -135,7 +137,7 @@ class Batches:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Any) -> bool:
+    def _put(self, item: object) -> bool:
         """Whether it was taken; not so after ``close``."""
         while not self._closed.is_set():
             try:
@@ -202,7 +204,7 @@ def _check_length(length: int, skip: int, epoch: int, start: int) -> None:
 
 def _on_device(item: Any, epoch: int, index: int) -> Batch:
     args: tuple = ()
-    kwargs: dict[str, Any] = {}
+    kwargs: Kwargs = {}
     if isinstance(item, Mapping):
         kwargs = dict(item)
     else:
@@ -262,7 +264,7 @@ def word(x: Any) -> str:
     return repr(x) if isinstance(x, (str, bytes, bool, int, float)) else type(x).__name__
 
 
-def words(tree: Any) -> dict[str, str]:
+def words(tree: PyTree) -> dict[str, str]:
     """Entries of a pytree, by name, in words."""
     entries, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): word(x) for path, x in entries}
@@ -274,31 +276,31 @@ def words(tree: Any) -> dict[str, str]:
 class Fixed:
     """The same arguments for every step."""
 
-    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple, kwargs: Kwargs) -> None:
         self.first = self.last = args, kwargs
         self.position = (0, 0)
         self.name = ""
 
-    def next(self, give_up: Any) -> tuple[tuple, dict[str, Any]]:
+    def next(self, give_up: Callable[[], bool]) -> tuple[tuple, Kwargs]:
         return self.first
 
-    def next_few(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+    def next_few(self, n: int) -> list[tuple[tuple, Kwargs]]:
         return []
 
-    def samples(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+    def samples(self, n: int) -> list[tuple[tuple, Kwargs]]:
         return [self.first]
 
 
 class Varying:
     """A batch for every step, behind arguments that stay."""
 
-    def __init__(self, reader: Batches, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(self, reader: Batches, args: tuple, kwargs: Kwargs) -> None:
         self._reader, self._args, self._kwargs = reader, args, kwargs
         self.first = self.last = self._joined(reader.first)
         self.position = (reader.first.epoch, 0)
         self.name = reader.first.name
 
-    def next(self, give_up: Any) -> tuple[tuple, dict[str, Any]] | None:
+    def next(self, give_up: Callable[[], bool]) -> tuple[tuple, Kwargs] | None:
         batch = self._reader.next(give_up)
         if batch is None:
             return None
@@ -308,10 +310,10 @@ class Varying:
             self.first = self.last
         return self.last
 
-    def next_few(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+    def next_few(self, n: int) -> list[tuple[tuple, Kwargs]]:
         return [self._joined(batch) for batch in self._reader.peek(n)]
 
-    def samples(self, n: int) -> list[tuple[tuple, dict[str, Any]]]:
+    def samples(self, n: int) -> list[tuple[tuple, Kwargs]]:
         """Up to ``n`` of the present batch and the next ones, all of the usual size if there are any.
 
         They follow from the position alone, so a run that is resumed looks at the same ones.
@@ -320,7 +322,7 @@ class Varying:
         usual = [given for given in there if words(given) == words(self.first)]
         return usual[:n] or [self.last]
 
-    def _joined(self, batch: Batch) -> tuple[tuple, dict[str, Any]]:
+    def _joined(self, batch: Batch) -> tuple[tuple, Kwargs]:
         twice = sorted(set(self._kwargs) & set(batch.kwargs))
         if twice:
             raise TypeError(f"run: {', '.join(twice)} is given both to run and by {batch.name}. Leave out one.")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_rad.annotations import PyTree
 from numpyro_rad.mistakes import fields_checked
 
 _PREFIX = "array"
@@ -108,7 +109,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._manager.close()
 
     def save(self, snapshot: Snapshot) -> None:
@@ -271,18 +272,18 @@ def _line(error: Exception) -> str:
 # -- pytrees of arrays -------------------------------------------------------------------------------------------------
 
 
-def to_host(tree: Any) -> list[np.ndarray]:
+def to_host(tree: PyTree) -> list[np.ndarray]:
     """The leaves of a pytree of arrays as NumPy arrays; typed keys as their words."""
     return [np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in jax.tree.leaves(tree)]
 
 
-def from_host(arrays: Sequence[np.ndarray], like: Any) -> Any:
+def from_host(arrays: Sequence[np.ndarray], like: PyTree) -> PyTree:
     """The pytree that :func:`to_host` took apart, on the devices where the one that it is ``like`` is."""
     leaves, treedef = jax.tree.flatten(like)
     return treedef.unflatten([_placed(x, leaf) for x, leaf in zip(arrays, leaves, strict=True)])
 
 
-def _placed(x: np.ndarray, like: Any) -> Any:
+def _placed(x: np.ndarray, like: PyTree) -> PyTree:
     if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(like))
     one = not isinstance(like, jax.Array) or len(like.sharding.device_set) == 1

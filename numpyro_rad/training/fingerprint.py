@@ -22,9 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.annotations import Kwargs, PyTree
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.fits import ELBO, SVI, SVIState
 from numpyro_rad.tracing import Parts, traced_or_constant
 from numpyro_rad.training import results
 from numpyro_rad.training.batches import word, words
@@ -38,10 +41,10 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def fingerprint(
-    svi: Any,
-    state: Any,
+    svi: SVI,
+    state: SVIState,
     options: dict[str, bool],
-    given: tuple[tuple, dict[str, Any]],
+    given: tuple[tuple, Kwargs],
     start: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What has to be the same for a run to be the same one.
@@ -73,12 +76,12 @@ def fingerprint(
     }
 
 
-def data(svi: Any, given: tuple[tuple, dict[str, Any]]) -> dict[str, str]:
+def data(svi: SVI, given: tuple[tuple, Kwargs]) -> dict[str, str]:
     """A checksum of each array among the arguments, by the name that the model has for it."""
     return {name: _content(x) for name, x in _named(svi, *given).items() if not isinstance(x, _PLAIN)}
 
 
-def checksum(tree: Any) -> str:
+def checksum(tree: PyTree) -> str:
     """Of the bytes of all arrays of a pytree; keys are their words, numbers are arrays."""
     leaves = to_host(tree)
     digest = hashlib.sha256(str(jax.tree.structure(tree)).encode() if len(leaves) != 1 else b"")
@@ -101,7 +104,7 @@ def _content(x: Any) -> str:
     return hashlib.sha256(repr(inside(x)).encode()).hexdigest()[:16]
 
 
-def _named(svi: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(svi: SVI, args: tuple, kwargs: Kwargs) -> dict[str, PyTree]:
     """Leaves of the arguments, by what a user calls them."""
     try:
         signature = inspect.signature(svi.model).parameters.values()
@@ -118,7 +121,7 @@ def _named(svi: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _elbo(loss: Any) -> dict[str, str]:
+def _elbo(loss: ELBO) -> dict[str, str]:
     """Attributes of an ELBO that its description leaves out."""
     if not isinstance(loss, RAD_ELBO):
         return inside(vars(loss))
@@ -127,7 +130,7 @@ def _elbo(loss: Any) -> dict[str, str]:
     return {**inside(vars(loss.base)), **plans}
 
 
-def _replanning(svi: Any) -> dict[str, str]:
+def _replanning(svi: SVI) -> dict[str, str]:
     """When new plans are made while the run goes on: other steps for them, other numbers."""
     tracking = getattr(svi, "tracking", None)
     if tracking is None or tracking.replan is None:
@@ -138,11 +141,11 @@ def _replanning(svi: Any) -> dict[str, str]:
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
-def _program(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+def _program(svi: SVI, state: SVIState, args: tuple, kwargs: Kwargs) -> str:
     """Hash of the program of the loss, whatever is stored for its gradient."""
 
     def digest(parts: Parts) -> str:
-        def loss(state: Any, arrays: list[Any]) -> Any:
+        def loss(state: SVIState, arrays: list[jax.Array]) -> jax.Array:
             args, kwargs = parts.merge(arrays)
             return svi.evaluate(state, *args, **kwargs)
 
@@ -151,13 +154,13 @@ def _program(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     return traced_or_constant(digest, (args, kwargs))
 
 
-def _update(svi: Any, state: Any) -> str:
+def _update(svi: SVI, state: SVIState) -> str:
     """Hash of the programs of the optimizer's first state and of its update, with a loss that stands for any."""
 
-    def loss(params: Any) -> tuple[Any, None]:
+    def loss(params: PyTree) -> tuple[ArrayLike, None]:
         return sum((jnp.sum(x**2) for x in jax.tree.leaves(params)), jnp.zeros(())), None
 
-    def both(params: Any, state: Any) -> Any:
+    def both(params: PyTree, state: PyTree) -> PyTree:
         return svi.optim.init(params), svi.optim.eval_and_update(loss, state)
 
     return _jax.digest(both, svi.optim.get_params(state.optim_state), state.optim_state)
@@ -176,7 +179,7 @@ def inside(x: Any) -> dict[str, str]:
     return found
 
 
-def _look_into(name: str, x: Any, found: dict[str, str], seen: dict[int, Any], depth: int) -> None:
+def _look_into(name: str, x: Any, found: dict[str, str], seen: dict[int, object], depth: int) -> None:
     text = _text(x)
     if text is not None:
         key, count = name or "value", 2

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.annotations import Kwargs
 from numpyro_rad.diagnostics.quality import Iterates
 from numpyro_rad.diagnostics.records import Alarm, FitRecord, Track, Validation, from_dict, to_dict
 from numpyro_rad.diagnostics.tracking import Tracker
 from numpyro_rad.elbo import RAD_ELBO
+from numpyro_rad.fits import SVI, SVIState
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.training import results
 from numpyro_rad.training.batches import Fixed
@@ -74,7 +76,7 @@ class CallbackInfo:
     """
 
     step: int
-    state: Any
+    state: SVIState
     loss: float
     losses: np.ndarray
     track: Track | None
@@ -88,7 +90,7 @@ class Fit:
     def __init__(
         self,
         svi: Any,
-        state: Any,
+        state: SVIState,
         num_steps: int,
         feed: Any,
         options: dict[str, bool],
@@ -116,7 +118,7 @@ class Fit:
         self.interval = _INTERVAL if tracking is None else tracking.interval
         self.tracker = None if tracking is None else Tracker(svi, tracking)
         self.iterates = Iterates(max(1, num_steps // _ITERATES))
-        self.sketches: list[tuple[int, Any]] = []
+        self.sketches: list[tuple[int, jax.Array]] = []
         self._sketch = jax.jit(lambda optim_state: Iterates.sketch(svi.optim.get_params(optim_state)))
         self.plans: dict[str, dict[str, Any]] = {}
         self.resumed = snapshot is not None
@@ -131,13 +133,13 @@ class Fit:
     def _new_steps(self) -> Steps:
         stable, forward = (self.options[name] for name in ("stable_update", "forward_mode_differentiation"))
 
-        def update(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def update(svi: SVI, state: SVIState, args: tuple, kwargs: Kwargs) -> tuple[SVIState, jax.Array]:
             step = svi.stable_update if stable else svi.update
             return step(state, *args, forward_mode_differentiation=forward, **kwargs)
 
         return Steps(self.svi, update, isinstance(self.feed, Fixed), self.plans, self.progress.doing)
 
-    def _copy(self) -> Any:
+    def _copy(self) -> SVIState:
         return jax.tree.map(jnp.copy, self.state)
 
     @property
@@ -248,13 +250,13 @@ class Fit:
         until = min(e - self.step % e for e in every)
         return max(1, min(until, self.num_steps - self.step, self.steps.most - self.used, self.pace))
 
-    def _landed(self, step: int, last: Any, given: Any, name: str) -> None:
+    def _landed(self, step: int, last: jax.Array, given: tuple[tuple, Kwargs], name: str) -> None:
         """Wait for a call; look at a loss that is not finite while its batch is known."""
         loss = float(last)
         if name and not np.isfinite(loss):
             self._diagnose(step, given, name, loss)
 
-    def _flush(self, losses: Any, bar: Any, seconds: float) -> None:
+    def _flush(self, losses: jax.Array, bar: Any, seconds: float) -> None:
         """Fetch losses, remember iterates, move the progress bar."""
         if not self.used:
             return
@@ -355,7 +357,7 @@ class Fit:
         message = f"Variances were measured again and a new plan was made: {sizes}."
         self.alarms.append(Alarm(self.step, "replan", "", message))
 
-    def _diagnose(self, step: int, given: tuple[tuple, dict[str, Any]], name: str, loss: float) -> None:
+    def _diagnose(self, step: int, given: tuple[tuple, Kwargs], name: str, loss: float) -> None:
         """Say, once, where a loss that is not finite comes from."""
         if self.diagnosed or self.options["stable_update"]:
             return
@@ -368,7 +370,7 @@ class Fit:
             message = f"The loss is {loss}. Look at the data and the learning rate.{of}"
             self.alarms.append(Alarm(step, "nonfinite", "", message))
 
-    def _state_before(self, step: int) -> Any:
+    def _state_before(self, step: int) -> SVIState:
         """The state before a step: the last good one, and the same steps from there on if their batches are known."""
         state, at = jax.tree.map(jnp.copy, self.last_good), self.last_good_step
         if self.feed.name:
@@ -484,7 +486,7 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield asked  # somebody else decides what Ctrl-C means
         return
 
-    def handler(number: int, frame: Any) -> None:
+    def handler(number: int, frame: object) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()

@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+
+from numpyro_rad.annotations import PyTree
 
 
-def evaluations(optim: Any, optim_state: Any, given: Any = None) -> int:
+def evaluations(optim: Any, optim_state: PyTree, given: object = None) -> int:
     """How often one step of an optimizer evaluates the loss.
 
     :param optim: NumPyro's optimizer.
@@ -24,7 +27,7 @@ def evaluations(optim: Any, optim_state: Any, given: Any = None) -> int:
     """
     calls = 0
 
-    def objective(params: Any) -> tuple[Any, None]:
+    def objective(params: PyTree) -> tuple[ArrayLike, None]:
         nonlocal calls
         calls += 1
         return sum(jnp.sum(jnp.square(jnp.abs(x))) for x in jax.tree.leaves(params)), None
@@ -38,7 +41,7 @@ def evaluations(optim: Any, optim_state: Any, given: Any = None) -> int:
     return calls
 
 
-def _complaint(optim: Any, optim_state: Any, given: Any, error: Exception) -> str:
+def _complaint(optim: Any, optim_state: PyTree, given: object, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0].rstrip(".")
     told = f"The optimizer cannot take a step of SVI: {reason}. "
     if _works_without_the_loss(optim, optim_state, given):
@@ -54,7 +57,7 @@ def _complaint(optim: Any, optim_state: Any, given: Any, error: Exception) -> st
     )
 
 
-def _works_without_the_loss(optim: Any, optim_state: Any, given: Any) -> bool:
+def _works_without_the_loss(optim: Any, optim_state: PyTree, given: object) -> bool:
     """Whether the gradient and the parameters are enough for an optimizer of optax."""
     if not isinstance(given, optax.GradientTransformation):
         return False

@@ -11,23 +11,27 @@ import math
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
+from numpyro.infer import ELBO
 from numpyro.infer.svi import SVI, SVIRunResult
 
 from numpyro_rad import report
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import Plan
+from numpyro_rad.annotations import Key, Kwargs
 from numpyro_rad.diagnostics.posterior import posterior_summary
 from numpyro_rad.diagnostics.quality import Iterates, fit_quality
 from numpyro_rad.diagnostics.records import Alarm, Convergence, FitRecord, PlanRecord, PlanRow, Track
 from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.fits import on_device, state_of, with_loss
+from numpyro_rad.fits import Fit, SVIState, on_device, state_of, with_loss
 from numpyro_rad.mistakes import kwargs_checked
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.figures import exact_timeline, timeline
@@ -64,7 +68,7 @@ class RAD_SVIRunResult(SVIRunResult):
     iterates: Iterates | None = None
     svi: Any = None
     args: tuple = ()
-    kwargs: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    kwargs: Kwargs = {}  # noqa: RUF012 - replaced, never changed
 
     def __getattr__(self, name: str) -> Any:
         if name == "record":
@@ -108,7 +112,7 @@ class RAD_SVIRunResult(SVIRunResult):
 
     @kwargs_checked
     def assess(
-        self, *args: Any, svi: Any = None, key: Any = None, draws: int = 32, pareto_k: bool = True, **kwargs: Any
+        self, *args: Any, svi: Any = None, key: Key | None = None, draws: int = 32, pareto_k: bool = True, **kwargs: Any
     ) -> RAD_SVIRunResult:
         """Measure what takes draws of its own, for the report: the gradient's noise, the fit's quality, its posterior.
 
@@ -183,12 +187,12 @@ def _alarms_text(alarms: tuple[Alarm, ...]) -> str:
 @kwargs_checked
 def fit_record(
     svi: SVI,
-    fit: Any,
-    losses: Any,
+    fit: Fit,
+    losses: ArrayLike,
     *args: Any,
     seconds: float = math.nan,
     assess: bool = False,
-    key: Any = None,
+    key: Key | None = None,
     draws: int = 32,
     pareto_k: bool = True,
     iterates: Iterates | None = None,
@@ -238,12 +242,12 @@ def fit_record(
 def _assessed(
     record: FitRecord,
     svi: SVI,
-    fit: Any,
+    fit: Fit,
     args: tuple,
-    kwargs: dict[str, Any],
-    steps: tuple[tuple, dict[str, Any]],
+    kwargs: Kwargs,
+    steps: tuple[tuple, Kwargs],
     *,
-    key: Any,
+    key: Key,
     draws: int,
     pareto_k: bool,
     iterates: Iterates | None,
@@ -277,7 +281,7 @@ def _assessed(
     return dataclasses.replace(record, alarms=tuple(alarms), **found)
 
 
-def _with_exact_step(record: FitRecord, svi: SVI, state: Any, args: tuple, kwargs: dict[str, Any]) -> FitRecord:
+def _with_exact_step(record: FitRecord, svi: SVI, state: SVIState, args: tuple, kwargs: Kwargs) -> FitRecord:
     """A record with the memory of the exact step beside its own, if the arguments are of the size of the run's.
 
     Nothing else depends on it, so whatever goes wrong here costs that number alone.
@@ -301,7 +305,7 @@ def _with_exact_step(record: FitRecord, svi: SVI, state: Any, args: tuple, kwarg
     return dataclasses.replace(record, plan=dataclasses.replace(plan, **found))
 
 
-def _temporary_bytes(svi: SVI, loss: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> int | None:
+def _temporary_bytes(svi: SVI, loss: ELBO, state: SVIState, args: tuple, kwargs: Kwargs) -> int | None:
     """Temporary memory of a step as ``run`` compiles it, with another loss."""
     steps = Steps(with_loss(svi, loss), lambda svi, state, args, kwargs: svi.update(state, *args, **kwargs), True, {})
     steps.compile(state, args, kwargs)
@@ -372,10 +376,10 @@ def title(svi: SVI) -> str:
     return f"{_name(svi.model)} with {_name(svi.guide)}"
 
 
-def _name(fn: Any) -> str:
+def _name(fn: Callable) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
-def described(loss: Any) -> str:
+def described(loss: ELBO) -> str:
     """An ELBO with its options, as text; measured variances are left out."""
     return repr(loss) if isinstance(loss, RAD_ELBO) else call_text(loss)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import Plan
+from numpyro_rad.annotations import Kwargs
 from numpyro_rad.elbo import RAD_ELBO
-from numpyro_rad.fits import with_loss
+from numpyro_rad.fits import SVI, SVIState, with_loss
 from numpyro_rad.tracing import LOOKS, Parts, shapes, signature, traced_or_constant
 from numpyro_rad.training.batches import words
 
@@ -44,8 +46,8 @@ class Steps:
 
     def __init__(
         self,
-        svi: Any,
-        update: Any,
+        svi: SVI,
+        update: Callable[[SVI, SVIState, tuple, Kwargs], tuple[SVIState, jax.Array]],
         fixed: bool,
         plans: dict[str, dict[str, Any]],
         doing: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
@@ -55,14 +57,14 @@ class Steps:
         self.plan: tuple[Plan, list[str]] | None = None
         self._loops = True
         self._loss_dtype: Any = None
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Hashable, Callable[..., tuple[SVIState, jax.Array, jax.Array]]] = {}
 
     @property
     def most(self) -> int:
         """Steps that one call may take."""
         return CAPACITY if self._loops else 1
 
-    def buffer(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> jax.Array:
+    def buffer(self, state: SVIState, args: tuple, kwargs: Kwargs) -> jax.Array:
         """Room for the losses."""
         if self._loss_dtype is None:
             with self._doing("tracing"):
@@ -71,8 +73,8 @@ class Steps:
         return jnp.zeros(CAPACITY, self._loss_dtype)
 
     def __call__(
-        self, state: Any, losses: jax.Array, start: int, n: int, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Any, jax.Array, Any]:
+        self, state: SVIState, losses: jax.Array, start: int, n: int, args: tuple, kwargs: Kwargs
+    ) -> tuple[SVIState, jax.Array, jax.Array]:
         """Take ``n`` steps; ``state`` and ``losses`` are given up to them.
 
         :return: the state, the buffer with losses from ``start`` on, and the last loss.
@@ -82,20 +84,22 @@ class Steps:
             n = 1
         return self._compiled[key](state, losses, np.int32(start), np.int32(n), args, kwargs)
 
-    def compile(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def compile(self, state: SVIState, args: tuple, kwargs: Kwargs) -> None:
         """Compile the step for such arguments, and take none."""
         self._known(state, self.buffer(state, args, kwargs), args, kwargs)
 
     # -- compilation -----------------------------------------------------------------------------------------------
 
-    def _known(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _known(self, state: SVIState, losses: jax.Array, args: tuple, kwargs: Kwargs) -> Hashable:
         """The key of the compiled step for such arguments."""
         key = jax.tree.structure(state), signature((args, kwargs))
         if key not in self._compiled:
             self._compiled[key] = self._compile(state, losses, args, kwargs)
         return key
 
-    def _compile(self, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _compile(
+        self, state: SVIState, losses: jax.Array, args: tuple, kwargs: Kwargs
+    ) -> Callable[..., tuple[SVIState, jax.Array, jax.Array]]:
         with self._doing("tracing"):
             pinned = self._pinned(state, args, kwargs)
             try:
@@ -107,15 +111,17 @@ class Steps:
         with self._doing("tracing"):
             return self._lowered(self._svi, state, losses, args, kwargs)
 
-    def _lowered(self, svi: Any, state: Any, losses: jax.Array, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _lowered(
+        self, svi: SVI, state: SVIState, losses: jax.Array, args: tuple, kwargs: Kwargs
+    ) -> Callable[..., tuple[SVIState, jax.Array, jax.Array]]:
         """The compiled step: arguments traced if the model allows that, a loop if the optimizer does."""
 
-        def lower(loops: bool, parts: Parts) -> tuple[Parts, Any, Any]:
+        def lower(loops: bool, parts: Parts) -> tuple[Parts, Callable, jax.stages.Lowered]:
             arrays = parts.arrays((args, kwargs))
             step = jax.jit(self._step(svi, parts.merge, loops), donate_argnums=(0, 1))
             return parts, step, step.lower(state, losses, np.int32(0), np.int32(1), arrays)
 
-        def lowered_step(loops: bool) -> tuple[Parts, Any, Any]:
+        def lowered_step(loops: bool) -> tuple[Parts, Callable, jax.stages.Lowered]:
             return traced_or_constant(partial(lower, loops), (args, kwargs), self._fixed)
 
         try:
@@ -134,23 +140,33 @@ class Steps:
             compiled = lowered.compile()
         return self._callable(compiled, step if not alone else None, parts)
 
-    def _callable(self, compiled: Any, jitted: Any, parts: Parts) -> Any:
+    def _callable(
+        self, compiled: jax.stages.Compiled, jitted: Callable | None, parts: Parts
+    ) -> Callable[..., tuple[SVIState, jax.Array, jax.Array]]:
         """The compiled step, or the jitted one where shardings may change after a step."""
         sizes = _jax.compiled_bytes(compiled)
         if sizes is not None:
             self.temporary_bytes = max(self.temporary_bytes or 0, sizes.temporary)
         runs = compiled if jitted is None else jitted
 
-        def call(state: Any, losses: Any, start: Any, n: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def call(
+            state: SVIState, losses: jax.Array, start: ArrayLike, n: ArrayLike, args: tuple, kwargs: Kwargs
+        ) -> tuple[SVIState, jax.Array, jax.Array]:
             return runs(state, losses, start, n, parts.arrays((args, kwargs)))
 
         return call
 
-    def _step(self, svi: Any, merge: Any, loops: bool) -> Any:
-        def advance(state: Any, losses: Any, start: Any, n: Any, arrays: list[Any]) -> Any:
+    def _step(
+        self, svi: SVI, merge: Callable[[list[jax.Array]], tuple[tuple, Kwargs]], loops: bool
+    ) -> Callable[..., tuple[SVIState, jax.Array, jax.Array]]:
+        def advance(
+            state: SVIState, losses: jax.Array, start: ArrayLike, n: ArrayLike, arrays: list[jax.Array]
+        ) -> tuple[SVIState, jax.Array, jax.Array]:
             args, kwargs = merge(arrays)
 
-            def body(i: Any, carry: Any) -> Any:
+            def body(
+                i: ArrayLike, carry: tuple[SVIState, jax.Array, jax.Array]
+            ) -> tuple[SVIState, jax.Array, jax.Array]:
                 state, losses, _ = carry
                 state, loss = self._update(svi, state, args, kwargs)
                 loss = loss.astype(losses.dtype)
@@ -161,7 +177,7 @@ class Steps:
 
         return advance
 
-    def _pinned(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _pinned(self, state: SVIState, args: tuple, kwargs: Kwargs) -> SVI | None:
         """The ``SVI`` with the plan for these arguments, which is made where there is none; None without a plan."""
         elbo, plan = self._svi.loss, None
         if not isinstance(elbo, RAD_ELBO) or not jax.tree.leaves(state.optim_state):
@@ -176,13 +192,13 @@ class Steps:
             self.plan = plan or self._planned(pinned or self._svi, state, args, kwargs)
         return pinned
 
-    def _planned(self, svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Plan, list[str]]:
+    def _planned(self, svi: SVI, state: SVIState, args: tuple, kwargs: Kwargs) -> tuple[Plan, list[str]]:
         with warnings.catch_warnings():
             if self.plans:  # the last batch of an epoch is smaller than those of the calibration, which is no mistake
                 warnings.filterwarnings("ignore", "the calibration was made for another program")
             return svi.loss.plan_of_update(svi, state, *args, **kwargs)
 
 
-def _outline(args: tuple, kwargs: dict[str, Any]) -> str:
+def _outline(args: tuple, kwargs: Kwargs) -> str:
     """Arguments in words that are the same in another process."""
     return "; ".join(f"{name}: {what}" for name, what in words((args, kwargs)).items())

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.infer import ELBO
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.plan import BudgetError
+from numpyro_rad.annotations import Key, Kwargs, Params, PyTree
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.elbo import RAD_ELBO
 from numpyro_rad.fits import is_result, on_device
@@ -76,10 +78,10 @@ class RAD_SVI(SVI):
 
     def __init__(
         self,
-        model: Any,
-        guide: Any,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: Any,
-        loss: Any = None,
+        loss: ELBO | None = None,
         *,
         tracking: Tracking | None = _DEFAULT_TRACKING,
         calibrate: bool | int | str | None = None,
@@ -91,7 +93,7 @@ class RAD_SVI(SVI):
         self.tracking, self.calibrate, self._optim = tracking, calibrate, optim
         self._measured: _Measured | None = None  # by this object, so it is measured anew for another fit
 
-    def init(self, rng_key: Any, *args: Any, init_params: Any = None, **kwargs: Any) -> SVIState:
+    def init(self, rng_key: Key, *args: Any, init_params: Params | None = None, **kwargs: Any) -> SVIState:
         """The initial state, as in ``SVI``; with ``RAD_ELBO`` it also calibrates, if that is wanted, and plans.
 
         :raises BudgetError: if no plan meets the budget.
@@ -122,7 +124,7 @@ class RAD_SVI(SVI):
         self.loss = self.loss.replace(calibration=calibration)
         self._measured = _Measured(calibration)
 
-    def _check_optimizer(self, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _check_optimizer(self, state: SVIState, args: tuple, kwargs: Kwargs) -> None:
         """Refuse an optimizer that cannot take the steps; warn of one that searches along lines amid codes."""
         elbo = self.loss
         if not jax.tree.leaves(self.optim.get_params(state.optim_state)):
@@ -137,17 +139,17 @@ class RAD_SVI(SVI):
                     stacklevel=3,
                 )
 
-    def update(self, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[SVIState, Any]:
+    def update(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> tuple[SVIState, jax.Array]:
         """One step, as in ``SVI``."""
         check_fit("update", self, svi_state)
         return super().update(svi_state, *args, **kwargs)
 
-    def stable_update(self, svi_state: Any, *args: Any, **kwargs: Any) -> tuple[SVIState, Any]:
+    def stable_update(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> tuple[SVIState, jax.Array]:
         """One step that is not taken where it is not finite, as in ``SVI``."""
         check_fit("stable_update", self, svi_state)
         return super().stable_update(svi_state, *args, **kwargs)
 
-    def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """The loss under the key of the next step, as in ``SVI``, but with the mutable state, which that leaves out."""
         check_fit("evaluate", self, svi_state)
         mutable = svi_state.mutable_state
@@ -157,12 +159,12 @@ class RAD_SVI(SVI):
         values = {**self.get_params(svi_state), **mutable}
         return self.loss.loss_with_mutable_state(key, values, self.model, self.guide, *args, **options)["loss"]
 
-    def get_params(self, svi_state: Any) -> dict[str, Any]:
+    def get_params(self, svi_state: SVIState) -> Params:
         """The constrained parameters, as in ``SVI``."""
         check_fit("get_params", self, svi_state)
         return super().get_params(svi_state)
 
-    def _calibrate(self, state: SVIState, args: tuple, kwargs: dict[str, Any], batches: Sequence[tuple] = ()) -> None:
+    def _calibrate(self, state: SVIState, args: tuple, kwargs: Kwargs, batches: Sequence[tuple] = ()) -> None:
         """Measure variances where that is wanted and nobody else has, once for the same start and data: ``init`` does
         it, and a ``run`` with the same key after it begins at the same state."""
         elbo = self.loss
@@ -195,16 +197,16 @@ class RAD_SVI(SVI):
 
     def run(
         self,
-        rng_key: Any,
+        rng_key: Key,
         num_steps: int,
         *args: Any,
         progress_bar: bool = True,
         stable_update: bool = False,
         forward_mode_differentiation: bool = False,
-        init_state: Any = None,
-        init_params: Any = None,
+        init_state: SVIState | None = None,
+        init_params: Params | None = None,
         batches: Any = None,
-        callbacks: Sequence[Callable[[CallbackInfo], Any]] = (),
+        callbacks: Sequence[Callable[[CallbackInfo], object]] = (),
         stop: Stop | None = None,
         checkpoint: Checkpoint | str | Path | None = None,
         validate: Any = None,
@@ -310,7 +312,7 @@ class RAD_SVI(SVI):
             fit.go(called, stop)
             return fit.result(stop)
 
-    def _placed(self, state: SVIState, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _placed(self, state: SVIState, args: tuple, kwargs: Kwargs) -> tuple[tuple, Kwargs]:
         """Arguments with NumPy arrays put on the device once for all steps, unless the model looks at numbers in them:
         while a program is made that is possible with NumPy arrays alone."""
         there = any(isinstance(x, (np.ndarray, np.generic)) for x in jax.tree.leaves((args, kwargs)))
@@ -347,7 +349,7 @@ class _Measured(NamedTuple):
     at: tuple | None = None
 
 
-def _is_transformed(tree: Any) -> bool:
+def _is_transformed(tree: PyTree) -> bool:
     """Whether this runs inside of ``jax.jit``, ``jax.vmap`` or another transformation, as part of a program."""
     return _jax.is_traced((tree, jnp.zeros(())))
 

@@ -17,10 +17,11 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoContinuous
 
+from numpyro_rad.annotations import Key, Kwargs, Params
 from numpyro_rad.diagnostics.quality import loss_of_one_particle
 from numpyro_rad.diagnostics.records import Validation, from_dict, to_dict
 from numpyro_rad.elbo import loss_by_keys
-from numpyro_rad.fits import on_device
+from numpyro_rad.fits import SVI, SVIState, on_device
 from numpyro_rad.subsampling import NoiseKeys
 from numpyro_rad.tracing import Compiled
 from numpyro_rad.training.fingerprint import checksum
@@ -77,7 +78,7 @@ class Plateau:
         return waited >= self.patience
 
 
-def held_out(validate: Any, args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, dict[str, Any]]]:
+def held_out(validate: Any, args: tuple, kwargs: Kwargs) -> list[tuple[tuple, Kwargs]]:
     """``(args, kwargs)`` of model and guide, for each batch of held-out data.
 
     :param validate: a batch (a tuple, a dictionary, an array) or a list of batches.
@@ -85,7 +86,7 @@ def held_out(validate: Any, args: tuple, kwargs: dict[str, Any]) -> list[tuple[t
     :param kwargs: keyword arguments, those of a batch in the place of ones of the same name.
     :raises ValueError: for no batch.
     """
-    given: list[tuple[tuple, dict[str, Any]]] = []
+    given: list[tuple[tuple, Kwargs]] = []
     for batch in validate if isinstance(validate, list) else [validate]:
         if isinstance(batch, Mapping):
             given.append((args, {**kwargs, **batch}))
@@ -108,7 +109,7 @@ class Validator:
     :raises ValueError: if the loss cannot be evaluated there.
     """
 
-    def __init__(self, svi: Any, state: Any, given: list[tuple[tuple, dict[str, Any]]]) -> None:
+    def __init__(self, svi: SVI, state: SVIState, given: list[tuple[tuple, Kwargs]]) -> None:
         self._svi = svi
         self._loss = loss_of_one_particle(svi.loss)
         self._keys = jax.random.split(jax.random.fold_in(state.rng_key, _TAG), DRAWS)
@@ -127,18 +128,18 @@ class Validator:
             return None
         return Validation(np.asarray(self._steps), np.stack(self._losses))
 
-    def look(self, step: int, state: Any) -> None:
+    def look(self, step: int, state: SVIState) -> None:
         """Evaluate the loss at a state, which is not changed."""
         self._steps.append(step)
         self._losses.append(self._evaluated(state))
 
-    def record_until(self, step: int, state: Any) -> Validation:
+    def record_until(self, step: int, state: SVIState) -> Validation:
         """All looks so far and one at the end, which is not remembered: a run that goes on would not have taken it."""
         if self._steps[-1:] == [step]:
             return Validation(np.asarray(self._steps), np.stack(self._losses))
         return Validation(np.asarray([*self._steps, step]), np.stack([*self._losses, self._evaluated(state)]))
 
-    def _evaluated(self, state: Any) -> np.ndarray:
+    def _evaluated(self, state: SVIState) -> np.ndarray:
         """The loss of each draw, shape (draws,)."""
         pairs = zip(self._functions, self._given, strict=True)
         return np.mean([np.asarray(f(state, *given), float) for f, given in pairs], 0)
@@ -163,7 +164,7 @@ class Validator:
     def _checksums(self) -> list[str]:
         return [checksum(given) for given in self._given]
 
-    def _function(self, state: Any, args: tuple, kwargs: dict[str, Any]) -> Callable:
+    def _function(self, state: SVIState, args: tuple, kwargs: Kwargs) -> Callable:
         """``(state, args, kwargs) -> losses`` of all draws, one for all batches of the same size."""
         try:
             run, parts = self._compiled.of(args, kwargs, state, self._keys)
@@ -173,20 +174,20 @@ class Validator:
             ) from error
         return lambda state, args, kwargs: run(parts.arrays((args, kwargs)), state, self._keys)
 
-    def _of_draws(self, state: Any, keys: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _of_draws(self, state: SVIState, keys: Key, args: tuple, kwargs: Kwargs) -> jax.Array:
         """The loss of each draw, one after the other."""
         svi = self._svi
         of = svi.get_params(state), state.mutable_state, svi.model, svi.guide, args, {**kwargs, **svi.static_kwargs}
-        return jax.lax.map(lambda key: loss_by_keys(self._loss, NoiseKeys(key, None, None), *of), keys)
+        return jax.lax.map(lambda key: loss_by_keys(self._loss, NoiseKeys(key, None, key), *of), keys)
 
 
-def _check_rows(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_rows(svi: SVI, state: SVIState, args: tuple, kwargs: Kwargs) -> None:
     """Complain of a guide with parameters for each row of the training data: other rows are not what they are for."""
     params, options = svi.get_params(state), {**kwargs, **svi.static_kwargs}
     values = {**params, **(state.mutable_state or {})}
-    sites: list[Any] = []
+    sites: list[dict[str, Any]] = []
 
-    def run(values: Any) -> None:
+    def run(values: Params) -> None:
         for fn in (svi.model, svi.guide):
             sites.append(trace(substitute(seed(fn, jax.random.key(0)), values)).get_trace(*args, **options))
 
@@ -206,5 +207,5 @@ def _check_rows(svi: Any, state: Any, args: tuple, kwargs: dict[str, Any]) -> No
         )
 
 
-def _plates(site: Any) -> Iterator[str]:
+def _plates(site: dict[str, Any]) -> Iterator[str]:
     return (frame.name for frame in site["cond_indep_stack"])
