@@ -17,8 +17,8 @@ from jax import lax
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from programs import assert_close, assert_equal_trees, few, network, small_network
-from test_coverage import models as examples
 
+from examples.coverage.models import MODELS
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, grad, rad, value_and_grad
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Offload
@@ -547,7 +547,7 @@ def test_run_and_update_see_one_program(encode_all, programs_planned):
 
 @pytest.mark.parametrize("name", ["bayesian_network", "hidden_markov_model", "vae"])
 def test_budgets_of_examples(name, cheap_starts):
-    problem = examples.MODELS[name].make(small=True)
+    problem = MODELS[name].make(small=True)
     jax.eval_shape(lambda key: check_budgets(problem, key), KEY)  # without running, hence without compiling anything
 
 
@@ -577,7 +577,7 @@ def temp_bytes(svi, state, *args):
 @pytest.mark.parametrize("name", few(["hidden_markov_model", "predator_prey_rk4", "deep_markov_model"], slow=3))
 def test_compiled_updates_of_examples_meet_their_budget(name):
     """Besides the budget a step has only its working memory, which is the same at every budget."""
-    problem = examples.MODELS[name].make()
+    problem = MODELS[name].make()
 
     def compiled_bytes(loss):
         svi = SVI(problem.model, problem.guide, problem.optimizer, loss, **problem.settings)
