@@ -83,9 +83,7 @@ def test_there_are_enough_models():
 
 def test_page_is_what_its_numbers_say():
     report = json.loads(PAGE.with_suffix(".json").read_text())
-    assert PAGE.read_text() == table.markdown(report), (
-        "stale: run.py --table-only writes it again"
-    )
+    assert PAGE.read_text() == table.markdown(report), "stale: run.py --table-only writes it again"
     assert [row["name"] for row in report["models"]] == list(MODELS)
     assert not report["settings"]["small"]
 

@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from programs import numbers
 from test_random_programs import ARGS, INDEX, loss, seeded
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform, value_and_grad
@@ -20,10 +21,6 @@ from numpyro_rad.ad import _jax, axes, primitives
 from numpyro_rad.planning import ways
 
 ROWS, INPUTS, HIDDEN, CLASSES = 12, 5, 6, 3
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 X, LABELS = numbers(ROWS, INPUTS), np.arange(ROWS) % CLASSES

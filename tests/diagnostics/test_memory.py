@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import fits
 import jax

@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import assert_close, assert_equal_trees, few, network, small_network
+from programs import assert_close, assert_equal_trees, few, network, normal, small_network
 
 from examples.coverage.models import MODELS
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, grad, rad, value_and_grad
@@ -30,10 +30,6 @@ from numpyro_rad.planning.request import PlanRequest, any_of
 from numpyro_rad.planning.strategies import LADDER, plan_for_variance
 
 KEY = jax.random.key(0)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
 
 
 X = normal(64, 32)

@@ -18,6 +18,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro.infer.autoguide import AutoNormal
+from programs import same_run
 
 from numpyro_rad import RAD_ELBO
 from numpyro_rad.ad._jax import digest
@@ -46,13 +47,6 @@ def run(steps, folder=None, key=0, svi=None, every=7, data=(X, Y), **options):
     checkpoint = None if folder is None else Checkpoint(folder, every)
     svi = fit() if svi is None else svi
     return svi.run(jax.random.PRNGKey(key), steps, *data, progress_bar=False, checkpoint=checkpoint, **options)
-
-
-def same_run(a, b):
-    pairs = zip(
-        jax.tree.leaves((a.params, a.state, a.losses)), jax.tree.leaves((b.params, b.state, b.losses)), strict=True
-    )
-    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def shuffled(epoch):
