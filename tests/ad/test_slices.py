@@ -14,7 +14,7 @@ from jax import lax
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from programs import numbers
-from test_random_programs import ARGS, INDEX, loss, seeded
+from random_programs import ARGS, INDEX, loss, seeded
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform, value_and_grad
 from numpyro_rad.ad import _jax, axes, primitives
