@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import few, normal, positions, temp_bytes
+from programs import few, normal, planned, positions, temp_bytes
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, rad
@@ -154,10 +154,6 @@ def half_precision_carry(h, w):
         return jnp.tanh(h.astype(jnp.float32) @ w).astype(jnp.bfloat16), None
 
     return lax.scan(step, h.astype(jnp.bfloat16), None, length=LENGTH)[0].astype(jnp.float32).sum()
-
-
-def planned(f, args, **options):
-    return rad(f, **options).planned(args, {}, positions(args))[0]
 
 
 def cuts(plan):

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import numbers
+from programs import numbers, planned
 from random_programs import ARGS, INDEX, loss, seeded
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform, value_and_grad
@@ -148,10 +148,6 @@ def prints(w, v, b):
 
 
 ALONE = {f.__name__: f for f in (batch_norm, over_rows, neighbours, two_numbers, prints)}
-
-
-def planned(f, args, **options):
-    return rad(f, **options).planned(args, {}, tuple(range(len(args))))[0]
 
 
 def gradients(f, args, **options):

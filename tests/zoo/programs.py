@@ -14,7 +14,7 @@ from models import wave
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_rad import explain
+from numpyro_rad import explain, rad
 
 KEY = 5
 
@@ -138,6 +138,11 @@ def same_run(a, b):
 def positions(args, start=0):
     """Positions of all arguments; 1 is where they start after a key."""
     return tuple(range(start, start + len(args)))
+
+
+def planned(f, args, **options):
+    """The plan of a function that is differentiated with respect to all of its arguments."""
+    return rad(f, **options).planned(args, {}, positions(args))[0]
 
 
 def temp_bytes(f, *args):
