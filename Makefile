@@ -31,7 +31,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-examples
-	$(BIN)/python examples/bnn.py $(DEMO_ARGS)
+	$(BIN)/python -m examples.bnn $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
@@ -42,7 +42,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed-examples
-	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
+	$(BIN)/python -m examples.benchmarks.run $(BENCH_ARGS)
 
 # One stamp for each extra: pip runs once, and again when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

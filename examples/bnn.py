@@ -1,8 +1,8 @@
 """Train a Bayesian neural network twice, with Trace_ELBO and with RAD_ELBO, and compare what they cost and reach.
 
-    python examples/bnn.py
-    python examples/bnn.py --dataset fashion_mnist --data-dir data --codec 4
-    python examples/bnn.py --dataset uci:concrete --data-dir data --split 3
+    python -m examples.bnn
+    python -m examples.bnn --dataset fashion_mnist --data-dir data --codec 4
+    python -m examples.bnn --dataset uci:concrete --data-dir data --split 3
 
 Both runs have the same model, guide, initial values, keys, minibatches and number of steps, and take their steps in
 turn in one process. The only difference is one word: ``Trace_ELBO`` or ``RAD_ELBO``. It ends with one table, one
@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import data
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -34,6 +33,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 from tqdm import tqdm
 
+from examples import data
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, report
 from numpyro_rad.training import fit_record
 

@@ -1,7 +1,7 @@
 """How noisy is my gradient? One Bayesian neural network within two memory budgets, and the report of each fit.
 
-    python examples/noise.py
-    python examples/noise.py --budgets 512KiB,2MiB --steps 1000 --folder reports
+    python -m examples.noise
+    python -m examples.noise --budgets 512KiB,2MiB --steps 1000 --folder reports
 
 The model is that of ``bnn.py`` on scikit-learn's digits. In slices of rows either budget would be met without any
 noise; this is about the noise of codes, so there are none (``slices=1``). The smaller budget is too small: its report
@@ -14,13 +14,13 @@ import argparse
 import warnings
 from pathlib import Path
 
-import bnn
 import jax
 import jax.numpy as jnp
 import optax
 from numpyro.infer import init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 
+from examples import bnn
 from numpyro_rad import RAD_ELBO, RAD_SVI, Tracking
 from numpyro_rad.errors import TrackingWarning
 from numpyro_rad.training import RAD_SVIRunResult

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 import numpyro_rad.ad.schedule
-from numpyro_rad.planning import costs
+from numpyro_rad.planning import costs, strategies
 from numpyro_rad.planning.costs import CostModel
 
 
@@ -52,7 +52,7 @@ DEPENDS_ON_VERSIONS = frozenset(
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out exhaustive tests unless they are asked for, and with old versions what does not depend on them, unless
-    files or all tests are asked for."""
+    files or all tests are asked for: of a folder those tests run that would run of the whole."""
     if "exhaustive" not in config.option.markexpr:  # it may be one case of a slow test
         _keep(config, items, [item for item in items if item.get_closest_marker("exhaustive") is None])
     whole = all(Path(arg).is_dir() for arg in config.args)
@@ -117,6 +117,18 @@ def priced(monkeypatch):
         return model
 
     return change
+
+
+@pytest.fixture
+def no_residual_is_too_small(priced):
+    """Small programs are compared quickly, so that even their residuals have to be encoded."""
+    priced(least_encoded_bytes=0)
+
+
+@pytest.fixture
+def few_codecs(monkeypatch):
+    """Calibrations compile in a fraction of the time, where it does not matter which codecs there are."""
+    monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:2])
 
 
 FREE_STARTS = {"least_encoded_bytes": 0, "keep_start": 0.0, "code_start": 0.0, "make_start": 0.0}

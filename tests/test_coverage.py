@@ -7,17 +7,20 @@ of them, rather than find out that two are the same. A kind of model is in the f
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from coverage_examples import FOLDER, ROOT, models, run, table
 from numpyro.infer import SVI, Trace_ELBO
 from programs import few
 
+from examples.coverage import run, table
+from examples.coverage.models import MODELS
 from numpyro_rad import RAD_ELBO, Keep
 from numpyro_rad.planning.explain import Row
 
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "coverage.md"
 
 # As little optimization as possible: the programs are compiled to run once.
@@ -49,9 +52,9 @@ def evaluate(example, key):
     return results
 
 
-@pytest.mark.parametrize("name", few(models.MODELS, *FAST, slow=5))
+@pytest.mark.parametrize("name", few(MODELS, *FAST, slow=5))
 def test_value_and_exact_gradient(name):
-    example = models.MODELS[name]
+    example = MODELS[name]
     for package in example.needs:
         pytest.importorskip(package)
     lowered = jax.jit(lambda key: evaluate(example, key)).lower(jax.random.key(0))
@@ -68,20 +71,20 @@ def test_value_and_exact_gradient(name):
 
 
 def test_importing_the_models_makes_no_array():
-    source = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import models, jax; assert not jax.live_arrays()"
-    assert subprocess.run([sys.executable, "-c", source]).returncode == 0
+    source = "import examples.coverage.models, jax; assert not jax.live_arrays()"
+    assert subprocess.run([sys.executable, "-c", source], cwd=ROOT).returncode == 0
 
 
 def test_there_are_enough_models():
-    assert len(models.MODELS) >= 20
-    assert set(FAST) <= set(models.MODELS)
-    assert all(example.make.__doc__ and example.source for example in models.MODELS.values())
+    assert len(MODELS) >= 20
+    assert set(FAST) <= set(MODELS)
+    assert all(example.make.__doc__ and example.source for example in MODELS.values())
 
 
 def test_page_is_what_its_numbers_say():
     report = json.loads(PAGE.with_suffix(".json").read_text())
-    assert PAGE.read_text() == table.markdown(report), "docs/coverage.md is stale: run.py --table-only writes it again"
-    assert [row["name"] for row in report["models"]] == list(models.MODELS)
+    assert PAGE.read_text() == table.markdown(report), "stale: run.py --table-only writes it again"
+    assert [row["name"] for row in report["models"]] == list(MODELS)
     assert not report["settings"]["small"]
 
 

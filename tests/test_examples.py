@@ -1,18 +1,16 @@
 """The main job from end to end, with tiny settings: its table, its picture and what it says when a file is missing."""
 
 import gzip
-import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
@@ -21,41 +19,31 @@ from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 from programs import few
 
+from examples import bnn, data, noise
+from examples.benchmarks import budgets, figures, growth, match, measure, memory, run
+from examples.benchmarks.layers import VARIANTS
+from examples.benchmarks.rivals import RIVALS
+from examples.benchmarks.workloads import WORKLOADS
 from numpyro_rad.errors import VarianceWarning
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
 TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "64", "--steps", "4"]
 QUALITY = {"digits": ("accuracy", "calibration_error"), "uci": ("rmse",)}
 COST = ("residual_bytes", "temp_bytes", "step_seconds", "compile_seconds")
 
 
-@pytest.fixture
-def bnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """examples/bnn.py as a module, with its neighbours importable while a test runs; its files go to a folder of it."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+@pytest.fixture(autouse=True)
+def folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files that a program writes without being asked for go to the folder of the test."""
     monkeypatch.chdir(tmp_path)
-    return importlib.import_module("bnn")
 
 
 @pytest.fixture
-def data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("data")
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports modules of examples/benchmarks, whose names other folders use as well; and little is optimized."""
-    names = [path.stem for path in (EXAMPLES / "benchmarks").glob("*.py")]
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES / "benchmarks"), *sys.path])
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
+def hardly_optimized() -> Iterator[None]:
+    """The compiler optimizes little."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield importlib.import_module
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
-    for name in names:  # what the test imported; monkeypatch then puts back what was there before
-        sys.modules.pop(name, None)
 
 
 def write_uci(folder: Path, points: int = 60) -> None:
@@ -81,9 +69,7 @@ def write_mnist(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", few(["digits", "uci:small"], slow=2))
-def test_ends_with_one_table_and_one_picture(
-    bnn: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str
-) -> None:
+def test_ends_with_one_table_and_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str) -> None:
     write_uci(tmp_path)
     figure, page = tmp_path / "picture.png", tmp_path / "report.html"
     arguments = ["--dataset", dataset, "--data-dir", str(tmp_path), "--figure", str(figure), "--codec", "keep"]
@@ -109,7 +95,7 @@ def test_ends_with_one_table_and_one_picture(
 
 
 @pytest.mark.exhaustive
-def test_same_seed_same_numbers(bnn: ModuleType, tmp_path: Path) -> None:
+def test_same_seed_same_numbers(tmp_path: Path) -> None:
     arguments = [*TINY, "--figure", str(tmp_path / "picture.png"), "--codec", "2"]
     first, second = bnn.main(arguments), bnn.main(arguments)
     for name in ("elbo", "log_likelihood", "residual_bytes"):
@@ -117,7 +103,7 @@ def test_same_seed_same_numbers(bnn: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_impossible_budget_is_a_sentence(bnn: ModuleType, tmp_path: Path) -> None:
+def test_impossible_budget_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--memory-budget 1"):
         bnn.main([*TINY, "--memory-budget", "1", "--figure", str(tmp_path / "picture.png")])
 
@@ -134,16 +120,14 @@ def test_impossible_budget_is_a_sentence(bnn: ModuleType, tmp_path: Path) -> Non
         (["--codec", "2", "--memory-budget", "1MiB"], "not allowed with"),
     ],
 )
-def test_bad_input_is_a_sentence(
-    bnn: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
-) -> None:
+def test_bad_input_is_a_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         bnn.main(arguments)
     assert exit_.value.code == 2
     assert complaint in capsys.readouterr().err
 
 
-def test_help_explains_every_option(bnn: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bnn.main(["--help"])
     printed = capsys.readouterr().out
@@ -151,12 +135,12 @@ def test_help_explains_every_option(bnn: ModuleType, capsys: pytest.CaptureFixtu
     assert options.count("(default:") == options.count("\n  --")
 
 
-def test_missing_data_without_a_folder(data: ModuleType) -> None:
+def test_missing_data_without_a_folder() -> None:
     with pytest.raises(data.DataNotFound, match="no data directory was given"):
         data.load("mnist")
 
 
-def test_idx_files(data: ModuleType, tmp_path: Path) -> None:
+def test_idx_files(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     mnist = data.load("mnist", tmp_path)
     assert mnist.x_train.shape == (10, 784)
@@ -167,13 +151,13 @@ def test_idx_files(data: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01\0\0\0\x05abc", b"\0\0\x0d\x01\0\0\0\x01abcd"])
-def test_damaged_idx_file(data: ModuleType, tmp_path: Path, content: bytes) -> None:
+def test_damaged_idx_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.gz").write_bytes(gzip.compress(content))
     with pytest.raises(ValueError, match="not a complete IDX file"):
         data.read_idx(tmp_path / "file.gz")
 
 
-def test_uci_split(data: ModuleType, tmp_path: Path) -> None:
+def test_uci_split(tmp_path: Path) -> None:
     write_uci(tmp_path)
     first, second = (data.load("uci:small", tmp_path, split) for split in (0, 1))
     assert first.x_train.shape == (54, 3)
@@ -185,7 +169,7 @@ def test_uci_split(data: ModuleType, tmp_path: Path) -> None:
         data.load("uci:small", tmp_path, 2)
 
 
-def test_scores_against_a_slow_twin(bnn: ModuleType) -> None:
+def test_scores_against_a_slow_twin() -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(3, 40, 4)), rng.integers(0, 4, 40)
     scores, _ = bnn.classification_scores(logits, labels)
@@ -220,7 +204,7 @@ def test_scores_against_a_slow_twin(bnn: ModuleType) -> None:
     assert found == pytest.approx({"rmse": rmse, "log_likelihood": np.mean(expected)})
 
 
-def test_stored_data(bnn: ModuleType, data: ModuleType, data_dir: Path) -> None:
+def test_stored_data(data_dir: Path) -> None:
     mnist, concrete = data.load("mnist", data_dir), data.load("uci:concrete", data_dir, split=19)
     assert mnist.x_train.shape == (60000, 784)
     assert mnist.y_test[:5].tolist() == [7, 2, 1, 0, 4]
@@ -248,13 +232,11 @@ TINY_WORKLOADS = {
 
 
 @pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=6))
-def test_benchmark_from_run_to_page(
-    benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-) -> None:
-    workloads, run, figures = (benchmarks(module) for module in ("workloads", "run", "figures"))
+@pytest.mark.usefixtures("hardly_optimized")
+def test_benchmark_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     sizes = {"batch": 8, "micro_batches": 2, "training_steps": 1, **TINY_WORKLOADS[name]}
-    tiny = replace(workloads.WORKLOADS[name][0], **sizes)
-    monkeypatch.setitem(workloads.WORKLOADS, name, (tiny, tiny))
+    tiny = replace(WORKLOADS[name][0], **sizes)
+    monkeypatch.setitem(WORKLOADS, name, (tiny, tiny))
     output, page = tmp_path / "report.json", tmp_path / "page.md"
     run.main([name, "--rivals", "ours_4bit", "--repeats", "1", "--draws", "2", "--output", str(output)])
 
@@ -272,14 +254,11 @@ def test_benchmark_from_run_to_page(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.usefixtures("encode_all")
-def test_budget_curves_from_run_to_page(
-    benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    workloads, budgets, figures = (benchmarks(module) for module in ("workloads", "budgets", "figures"))
+@pytest.mark.usefixtures("encode_all", "hardly_optimized")
+def test_budget_curves_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = {"batch": 8, "micro_batches": 2, "training_steps": 1, **TINY_WORKLOADS["p1"]}
-    tiny = replace(workloads.WORKLOADS["p1"][0], **sizes)
-    monkeypatch.setitem(workloads.WORKLOADS, "p1", (tiny, tiny))
+    tiny = replace(WORKLOADS["p1"][0], **sizes)
+    monkeypatch.setitem(WORKLOADS, "p1", (tiny, tiny))
     output, page = tmp_path / "budgets.json", tmp_path / "page.md"
     settings = ["--rivals", "exact", "--budgets", "0.01,59.9,60", "--repeats", "1", "--draws", "2"]
     budgets.main(["p1", *settings, "--output", str(output)])
@@ -319,10 +298,8 @@ def test_budget_curves_from_run_to_page(
 
 
 @pytest.mark.parametrize("axis", few(["depth", "batch", "particles", "loop length"], slow=0))
-def test_growth_from_run_to_page(
-    benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, axis: str
-) -> None:
-    growth, figures = (benchmarks(module) for module in ("growth", "figures"))
+@pytest.mark.usefixtures("hardly_optimized")
+def test_growth_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, axis: str) -> None:
     few_rivals = replace(growth.AXES[axis], rivals=("exact", "ours_4bit"))  # each is compiled, of either size
     monkeypatch.setitem(growth.AXES, axis, few_rivals)
     output, page = tmp_path / "growth.json", tmp_path / "page.md"
@@ -346,12 +323,10 @@ def test_growth_from_run_to_page(
 
 
 @pytest.mark.slow
-def test_match_from_run_to_page(
-    benchmarks: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    workloads, match, figures = (benchmarks(module) for module in ("workloads", "match", "figures"))
-    tiny = replace(workloads.WORKLOADS["p1"][0], batch=8, micro_batches=2, **TINY_WORKLOADS["p1"])
-    monkeypatch.setitem(workloads.WORKLOADS, "p1", (tiny, tiny))
+@pytest.mark.usefixtures("hardly_optimized")
+def test_match_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = replace(WORKLOADS["p1"][0], batch=8, micro_batches=2, **TINY_WORKLOADS["p1"])
+    monkeypatch.setitem(WORKLOADS, "p1", (tiny, tiny))
     output = tmp_path / "match.json"
     match.main(["--workloads", "p1", "--rivals", "accumulate", "--rounds", "1", "--output", str(output)])
     report = json.loads(output.read_text(), parse_constant=pytest.fail)
@@ -362,8 +337,7 @@ def test_match_from_run_to_page(
 
 
 @pytest.mark.exhaustive
-def test_memory_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    memory, figures = (benchmarks(module) for module in ("memory", "figures"))
+def test_memory_from_run_to_page(tmp_path: Path) -> None:
     output, page = tmp_path / "memory.json", tmp_path / "page.md"
     tasks = ["exact_step", "to_arviz"]
     memory.main(["--quick", "--tasks", *tasks, "--output", str(output)])
@@ -376,10 +350,7 @@ def test_memory_from_run_to_page(benchmarks: Callable[[str], ModuleType], tmp_pa
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
-def test_budget_curves_say_what_they_cannot_read(
-    benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
-) -> None:
-    budgets = benchmarks("budgets")
+def test_budget_curves_say_what_they_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, complaint in (("--modes jiont", "unknown mode 'jiont'"), ("--budgets 50,0", "more than 0 percent")):
         with pytest.raises(SystemExit):
             budgets.main(["p1", *arguments.split()])
@@ -390,11 +361,11 @@ def test_budget_curves_say_what_they_cannot_read(
 
 
 @pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=9))
-def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], ModuleType], name: str) -> None:
+@pytest.mark.usefixtures("hardly_optimized")
+def test_every_variant_of_a_layer_is_that_layer(name: str) -> None:
     """The same loss and gradient from every way to write the layer, up to the precision of bfloat16."""
-    full, rivals = benchmarks("workloads").WORKLOADS[name][0], benchmarks("rivals").RIVALS
-    workload, data = replace(full, **TINY_WORKLOADS[name]).load(0, None)
-    variants = {rival.layer for rival in rivals.values() if rival.name not in workload.without}
+    workload, data = replace(WORKLOADS[name][0], **TINY_WORKLOADS[name]).load(0, None)
+    variants = {rival.layer for rival in RIVALS.values() if rival.name not in workload.without}
     if "checkpoint_dots" not in workload.without:  # which JAX decides whether that rival uses it
         variants.add("named_product")
     x, y = (array[:4] for array in data)
@@ -420,25 +391,24 @@ def test_every_variant_of_a_layer_is_that_layer(benchmarks: Callable[[str], Modu
             assert error < rtol, (variant, key, error)
 
 
-def test_benchmarks_read_stored_images(benchmarks: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_benchmarks_read_stored_images(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     write_cifar10(tmp_path)
-    workloads = benchmarks("workloads").WORKLOADS
     for name, shape in (("p2", (10, 784)), ("p3", (10, 32, 32, 3)), ("p5vae", (10, 28, 28, 1))):
-        workload, (x, y) = workloads[name][0].load(0, tmp_path)
+        workload, (x, y) = WORKLOADS[name][0].load(0, tmp_path)
         assert x.shape == shape
         assert workload.data_size == 10
         np.testing.assert_array_equal(y, x if name == "p5vae" else np.arange(10))
 
 
 @pytest.mark.parametrize("name", few(["p4", "p5", "p5vae"], slow=2))
-def test_quick_workloads_have_the_exact_gradient(benchmarks: Callable[[str], ModuleType], name: str) -> None:
+@pytest.mark.usefixtures("hardly_optimized")
+def test_quick_workloads_have_the_exact_gradient(name: str) -> None:
     """The exact plan and, for 8 bits, the same up to a small random error; no part of the gradient vanishes."""
-    quick, rivals, measure = benchmarks("workloads").WORKLOADS[name][1], benchmarks("rivals"), benchmarks("measure")
-    workload, data = quick.load(0, None)
+    workload, data = WORKLOADS[name][1].load(0, None)
     gradients = {}
     for rival in ("exact", "ours_exact", "ours_8bit"):
-        step = measure.build(rivals.RIVALS[rival], workload, data, 0, workload.batch)
+        step = measure.build(RIVALS[rival], workload, data, 0, workload.batch)
         params = step.svi.optim.get_params(step.state.optim_state)
         gradients[rival] = step.gradient()(params, jax.random.key(1), step.batch)
     for rival, rtol in (("ours_exact", 1e-5), ("ours_8bit", 0.05)):
@@ -449,10 +419,7 @@ def test_quick_workloads_have_the_exact_gradient(benchmarks: Callable[[str], Mod
         assert 0 < np.linalg.norm(value) < 1e9, key
 
 
-def test_a_rival_that_makes_no_sense_is_a_sentence(
-    benchmarks: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = benchmarks("run")
+def test_a_rival_that_makes_no_sense_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["p4", "--rivals", "small_batch"])
     assert "small_batch makes no sense for p4" in capsys.readouterr().err
@@ -480,16 +447,15 @@ def reaction_diffusion_misfit(workload: object, control: np.ndarray) -> float:
     return total
 
 
-@pytest.mark.usefixtures("double")
-def test_reaction_diffusion_gradient(benchmarks: Callable[[str], ModuleType]) -> None:
+@pytest.mark.usefixtures("double", "hardly_optimized")
+def test_reaction_diffusion_gradient() -> None:
     """Value and gradient of P4 in float64 against its slow twin; the equation stands still at the prior mean."""
-    workload, (initial, amplitude) = benchmarks("workloads").WORKLOADS["p4"][1].load(0, None)
-    variants = benchmarks("layers").VARIANTS
+    workload, (initial, amplitude) = WORKLOADS["p4"][1].load(0, None)
     rng = np.random.default_rng(0)
     control = workload.prior_mean() + workload.prior_scale * rng.normal(size=7)
 
     def misfit(control: jax.Array, variant: str = "plain") -> jax.Array:
-        return workload.misfit(control, initial, amplitude, variants[variant](workload.layer))[0]
+        return workload.misfit(control, initial, amplitude, VARIANTS[variant](workload.layer))[0]
 
     np.testing.assert_allclose(misfit(control), reaction_diffusion_misfit(workload, control), rtol=1e-10)
     differences = []
@@ -516,23 +482,22 @@ BUDGETS = ["budgets_p1", "budgets_p2", "budgets_p3"]
     ("page", "names"),
     [("README.md", ["p1"]), ("docs/benchmarks.md", ["p1", "p2", "p3", "match", "growth", "memory", *BUDGETS])],
 )
-def test_tables_come_from_the_stored_numbers(
-    benchmarks: Callable[[str], ModuleType], page: str, names: list[str]
-) -> None:
+def test_tables_come_from_the_stored_numbers(page: str, names: list[str]) -> None:
     text = (ROOT / page).read_text()
     for name in names:
         report = json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
-        assert benchmarks("figures").with_table(text, report) == text
+        assert figures.with_table(text, report) == text
 
 
 @pytest.mark.slow
 def test_default_run_learns(tmp_path: Path) -> None:
     """The program as it is started by make demo: it learns the digits, with either ELBO."""
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import bnn, json; print(json.dumps(bnn.main([])))"
+    program = "import json; from examples import bnn; print(json.dumps(bnn.main([])))"
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # it computes for longer than it compiles
     result = subprocess.run(
-        [sys.executable, "-c", program, str(EXAMPLES)],
+        [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},  # it computes for longer than it compiles
+        env={**env, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=900,
@@ -545,11 +510,8 @@ def test_default_run_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_noise_writes_its_reports(
-    bnn: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_noise_writes_its_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The smaller budget adds more variance, and each report is there."""
-    noise = importlib.import_module("noise")
     options = ["--hidden", "32", "--layers", "2", "--steps", "40", "--interval", "10", "--folder", str(tmp_path)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VarianceWarning)

@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from models import linear
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
@@ -120,12 +121,6 @@ def test_values_in_messages_are_short():
 
 
 # -- RAD_SVI -----------------------------------------------------------------------------------------------------------
-
-
-def linear(x, y=None):
-    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
-    with numpyro.plate("points", x.shape[0]):
-        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
 
 
 X, Y = np.ones((6, 3), np.float32), np.arange(6, dtype=np.float32)

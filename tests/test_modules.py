@@ -27,7 +27,7 @@ from numpyro_rad import (
 )
 from numpyro_rad.diagnostics import fit_quality, shadow, signal_to_noise
 from numpyro_rad.diagnostics.signal import gradient_signal
-from numpyro_rad.planning import Calibration, strategies
+from numpyro_rad.planning import Calibration
 from numpyro_rad.training import RAD_SVIRunResult, fit_record
 from numpyro_rad.transform import named_leaves
 
@@ -41,12 +41,6 @@ def prepared(problem, loss, **options):
 
 
 # Parameters that are trees
-
-
-@pytest.fixture
-def few_codecs(monkeypatch, arrays_of_any_size_count):
-    """Calibrations compile in a fraction of the time."""
-    monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:2])
 
 
 def two_layers(weights):
@@ -64,7 +58,8 @@ def two_layers(weights):
 
 
 @pytest.mark.slow
-def test_a_tree_is_calibrated_as_its_leaves_are(few_codecs):
+@pytest.mark.usefixtures("arrays_of_any_size_count", "few_codecs")
+def test_a_tree_is_calibrated_as_its_leaves_are():
     """The slow twin has one parameter for each leaf; order and values are the same, and so are all numbers."""
     start = jnp.ones((3, 4)), jnp.full((4, 1), 0.5)
 
@@ -84,7 +79,8 @@ def test_a_tree_is_calibrated_as_its_leaves_are(few_codecs):
 
 
 @pytest.mark.parametrize("name", few(["flax", "nnx", "random flax"], slow=3))
-def test_a_budget_is_planned_for(name, few_codecs):
+@pytest.mark.usefixtures("arrays_of_any_size_count", "few_codecs")
+def test_a_budget_is_planned_for(name):
     """``RAD_SVI`` calibrates before the first step; the calibration can be saved and is one of this program."""
     model, guide, args = TREES[name]()
     svi = RAD_SVI(model, guide, optax.adam(1e-3), RAD_ELBO(memory_budget="2kB"), tracking=None)
@@ -97,7 +93,8 @@ def test_a_budget_is_planned_for(name, few_codecs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain"])
-def test_a_band_of_rho_plans_anew(name, few_codecs):
+@pytest.mark.usefixtures("arrays_of_any_size_count", "few_codecs")
+def test_a_band_of_rho_plans_anew(name):
     model, guide, args = TREES[name]()
     tracking = Tracking(interval=1, replan=(0.9, 0.91), on_alarm="record")
     svi = RAD_SVI(model, guide, optax.adam(1e-3), tracking=tracking)
@@ -166,7 +163,8 @@ def test_a_plan_needs_the_mutable_state():
 
 @pytest.mark.exhaustive  # the matrix does the same
 @pytest.mark.parametrize("name", ["flax"])
-def test_everything_takes_mutable_state(name, few_codecs, tmp_path):
+@pytest.mark.usefixtures("arrays_of_any_size_count", "few_codecs")
+def test_everything_takes_mutable_state(name, tmp_path):
     model, guide, args = MUTABLE[name]()
     tracking = Tracking(interval=2, replan=(0.9, 0.91), on_alarm="record")
     optimizer = optax.chain(gradient_signal(), optax.adam(1e-3))

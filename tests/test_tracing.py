@@ -6,10 +6,9 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 import pytest
+from models import linear
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
@@ -84,11 +83,6 @@ def test_so_much_is_remembered_of_what_was_asked_last():
 
     assert [of(key) for key in "abacab"] == list("ABACAB")
     assert asked == list("abcb")
-
-
-def linear(x, y):
-    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-    numpyro.sample("y", dist.Normal(x @ w, 0.5).to_event(1), obs=y)
 
 
 def test_where_the_compiler_says_nothing(monkeypatch):

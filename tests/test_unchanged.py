@@ -4,34 +4,23 @@ import contextlib
 
 import jax
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 import pytest
+from models import linear
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, Tracking, advise, explain, gradient_variance
-from numpyro_rad.planning import strategies
+
+pytestmark = pytest.mark.usefixtures("few_codecs")
 
 KEY = jax.random.PRNGKey(3)
 X = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
 Y = (X @ np.array([1.0, -2.0, 0.5], np.float32)).astype(np.float32)
 
 
-def linear(x, y):
-    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
-    numpyro.sample("y", dist.Normal(x @ w, 0.5).to_event(1), obs=y)
-
-
 def made(elbo, kind=RAD_SVI, **options):
     return kind(linear, AutoNormal(linear), optax.adam(0.05), elbo, **options)
-
-
-@pytest.fixture(autouse=True)
-def few_codecs(monkeypatch):
-    """Each codec takes a while to compile, and here it does not matter which there are."""
-    monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:2])
 
 
 @contextlib.contextmanager

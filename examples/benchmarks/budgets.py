@@ -1,8 +1,8 @@
 """What a budget of bytes costs on one workload: recomputation alone, codes alone, and both chosen jointly.
 
-    python examples/benchmarks/budgets.py p1 --quick
-    python examples/benchmarks/budgets.py p1 --modes joint,recompute --rivals checkpoint_layer
-    python examples/benchmarks/figures.py docs/benchmarks/budgets_p1.json    # the figure, and the table
+    python -m examples.benchmarks.budgets p1 --quick
+    python -m examples.benchmarks.budgets p1 --modes joint,recompute --rivals checkpoint_layer
+    python -m examples.benchmarks.figures docs/benchmarks/budgets_p1.json    # the figure, and the table
 
 Budgets are shares of the exact residual bytes: the sum of the bytes of all residuals if each were stored exactly, as
 ``explain(...).exact_bytes`` of the exact plan (``RAD_ELBO(codec=Keep())``) says. Within each budget there are three
@@ -30,12 +30,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import measure
-from record import log
-from rivals import RIVALS, Kind, Rival
-from run import DEFAULT_FOLDER, Benchmark, common_parser, describe, sensible_rivals
-from workloads import WORKLOADS
 
+from examples.benchmarks import measure
+from examples.benchmarks.record import log
+from examples.benchmarks.rivals import RIVALS, Kind, Rival
+from examples.benchmarks.run import DEFAULT_FOLDER, Benchmark, common_parser, describe, sensible_rivals
+from examples.benchmarks.workloads import WORKLOADS
 from numpyro_rad import RAD_ELBO, NoiseKeys, StochasticRound
 from numpyro_rad.planning import Calibration
 from numpyro_rad.transform import path_seed, randomized, site_leaves

@@ -1,6 +1,6 @@
 """Draw the figure and print the table of a stored benchmark; both come from the JSON alone.
 
-    python examples/benchmarks/figures.py docs/benchmarks/p1.json
+    python -m examples.benchmarks.figures docs/benchmarks/p1.json
 
 writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers; with ``--into PAGE.md`` the table
 also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page. The same for the budget

@@ -1,7 +1,7 @@
 """How the memory of a step grows with depth, batch, particles and the length of a loop, and how long planning takes.
 
-    python examples/benchmarks/growth.py
-    python examples/benchmarks/figures.py docs/benchmarks/growth.json    # the figure, and the table
+    python -m examples.benchmarks.growth
+    python -m examples.benchmarks.figures docs/benchmarks/growth.json    # the figure, and the table
 
 Programs are compiled and not run, without LLVM's optimizations: what memory they need is decided before those. T and R
 are those of ``run.py``. Planning is timed alone, once the graph of the program is there: the choice of a plan for a
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import measure
 from numpyro.infer import Trace_ELBO
-from record import log, machine, versions
-from rivals import Rival
-from run import DEFAULT_FOLDER
-from workload import Workload
-from workloads import WORKLOADS
 
+from examples.benchmarks import measure
+from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.rivals import Rival
+from examples.benchmarks.run import DEFAULT_FOLDER
+from examples.benchmarks.workload import Workload
+from examples.benchmarks.workloads import WORKLOADS
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound
 
 Size = int

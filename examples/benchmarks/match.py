@@ -1,8 +1,8 @@
 """Give RAD_ELBO the memory that a rival takes: is it as fast, with as exact a gradient?
 
-    python examples/benchmarks/match.py
-    python examples/benchmarks/match.py --workloads p3 p5 --rivals accumulate
-    python examples/benchmarks/figures.py docs/benchmarks/match.json --table-only
+    python -m examples.benchmarks.match
+    python -m examples.benchmarks.match --workloads p3 p5 --rivals accumulate
+    python -m examples.benchmarks.figures docs/benchmarks/match.json --table-only
 
 For each workload, every rival with an exact gradient is compiled, and ``RAD_ELBO(memory_budget=T)`` for its temporary
 memory T; all of them take steps in turn, in one process. Workloads that are not named stay in the JSON as they were.
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import measure
-from record import log, machine, versions
-from rivals import RIVALS, Rival
-from workload import Workload
-from workloads import WORKLOADS
 
+from examples.benchmarks import measure
+from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.rivals import RIVALS, Rival
+from examples.benchmarks.workload import Workload
+from examples.benchmarks.workloads import WORKLOADS
 from numpyro_rad import RAD_ELBO
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "match.json"

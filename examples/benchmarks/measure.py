@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
-from rivals import RIVALS, Rival
-from workload import Workload
 
+from examples.benchmarks.rivals import RIVALS, Rival
+from examples.benchmarks.workload import Workload
 from numpyro_rad import NoiseKeys
 
 Gradient = Any  # a pytree of arrays, one per guide parameter

@@ -1,7 +1,7 @@
 """What runs and diagnostics take of the memory beside a plain training step, each in a process of its own.
 
-    python examples/benchmarks/memory.py
-    python examples/benchmarks/figures.py docs/benchmarks/memory.json    # the figure, and the table
+    python -m examples.benchmarks.memory
+    python -m examples.benchmarks.figures docs/benchmarks/memory.json    # the figure, and the table
 
 A process sets up SVI, compiles a plain ``svi.update`` and takes three steps; then it calls what is measured. Two
 numbers are taken of each:
@@ -30,14 +30,15 @@ from typing import Any
 
 import jax
 from numpyro.infer import SVI, Trace_ELBO
-from record import log, machine, versions
-from run import DEFAULT_FOLDER
-from workloads import WORKLOADS
 
+from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.run import DEFAULT_FOLDER
+from examples.benchmarks.workloads import WORKLOADS
 from numpyro_rad import RAD_ELBO, RAD_SVI, StochasticRound, gradient_variance, to_arviz
 from numpyro_rad.diagnostics import fit_quality, shadow
 
 KEY = 0
+ROOT = Path(__file__).resolve().parents[2]
 
 Task = Callable[[RAD_SVI, Any, tuple], Any]
 
@@ -114,8 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
         old = json.loads(options.output.read_text())
         rows = {row["task"]: row for row in old["memory"]} if old["workload"]["title"] == title else {}
     for task in options.tasks:
-        command = [sys.executable, __file__, "--alone", task, *["--quick"] * options.quick]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "examples.benchmarks.memory", "--alone", task, *["--quick"] * options.quick]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(result.stderr)
         rows[task] = {"task": task, "label": TASKS[task][0], **json.loads(result.stdout.splitlines()[-1])}

@@ -9,8 +9,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from layers import Apply, Layer, loop
-from workload import (
+
+from examples.benchmarks.layers import Apply, Layer, loop
+from examples.benchmarks.workload import (
     Arrays,
     Classifier,
     MeanFieldWorkload,

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from layers import VARIANTS, Apply, Block, Layer, loop
-from workload import Arrays, MeanFieldWorkload, weight
+
+from examples.benchmarks.layers import VARIANTS, Apply, Block, Layer, loop
+from examples.benchmarks.workload import Arrays, MeanFieldWorkload, weight
 
 DIFFUSIVITY = 0.25
 # 4 D dt / dx^2; explicit Euler steps in two dimensions are stable up to 1.

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax, random
-from layers import PRODUCT_NAME
 from numpyro.handlers import seed, substitute
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import compute_log_probs
-from workload import Workload
+
+from examples.benchmarks.layers import PRODUCT_NAME
+from examples.benchmarks.workload import Workload
 
 # exact: the gradient of Trace_ELBO to rounding.  rounded: deterministic, but not that gradient.
 # randomized: an unbiased estimate of it, with a path key of its own.  small_batch: the exact gradient of fewer rows.

@@ -1,9 +1,9 @@
 """Compare RAD_ELBO with its rivals on one workload, in one process, and write the numbers as JSON.
 
-    python examples/benchmarks/run.py p1 --quick
-    python examples/benchmarks/run.py p1 --rivals exact,checkpoint_layer,accumulate,ours_2bit
-    python examples/benchmarks/run.py p2 --data-dir DIR                 # MNIST; without it, scikit-learn's digits
-    python examples/benchmarks/figures.py docs/benchmarks/p1.json      # the figure, and the table on standard output
+    python -m examples.benchmarks.run p1 --quick
+    python -m examples.benchmarks.run p1 --rivals exact,checkpoint_layer,accumulate,ours_2bit
+    python -m examples.benchmarks.run p2 --data-dir DIR                 # MNIST; without it, scikit-learn's digits
+    python -m examples.benchmarks.figures docs/benchmarks/p1.json      # the figure, and the table on standard output
 
 What each number means is said in ``measure.py``, who is compared in ``rivals.py``, and on what in ``workload.py``. A
 rival that fails keeps the numbers it has and gets a ``failure``; ratios are to ``exact``, which is always run.
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import measure
-from record import log, machine, versions
-from rivals import RIVALS, Rival
-from workload import Workload
-from workloads import WORKLOADS
+
+from examples.benchmarks import measure
+from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.rivals import RIVALS, Rival
+from examples.benchmarks.workload import Workload
+from examples.benchmarks.workloads import WORKLOADS
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 # The small minibatch must fit in this part of the exact step's T when there is no 2-bit row to equal.

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from layers import Apply, Block, Layer
-from workload import Arrays, Classifier, linear_output, weight
+
+from examples.benchmarks.layers import Apply, Block, Layer
+from examples.benchmarks.workload import Arrays, Classifier, linear_output, weight
 
 
 def attention_scores(query: jax.Array, key: jax.Array) -> jax.Array:

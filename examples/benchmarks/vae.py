@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from layers import VARIANTS, Apply, Layer
-from workload import Arrays, Workload, average_pool, convolution, images
+
+from examples.benchmarks.layers import VARIANTS, Apply, Layer
+from examples.benchmarks.workload import Arrays, Workload, average_pool, convolution, images
 
 
 def parameters(name: str, shape: tuple[int, ...]) -> Arrays:

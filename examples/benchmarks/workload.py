@@ -8,7 +8,6 @@ guide, and the log likelihood of a minibatch is scaled by ``data_size / batch``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,12 +21,11 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from jax import lax
-from layers import VARIANTS, Apply, Block, Layer
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_sample
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import data as datasets
+from examples import data as datasets
+from examples.benchmarks.layers import VARIANTS, Apply, Block, Layer
 
 Arrays = tuple[jax.Array, jax.Array]
 

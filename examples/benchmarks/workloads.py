@@ -6,11 +6,11 @@ what every workload has to say is in ``workload.py``.
 
 from __future__ import annotations
 
-from networks import BayesianConvNet, BayesianIRNN, BayesianMLP
-from reaction_diffusion import ReactionDiffusion
-from transformer import BayesianTransformer
-from vae import ConvolutionalVAE
-from workload import Workload
+from examples.benchmarks.networks import BayesianConvNet, BayesianIRNN, BayesianMLP
+from examples.benchmarks.reaction_diffusion import ReactionDiffusion
+from examples.benchmarks.transformer import BayesianTransformer
+from examples.benchmarks.vae import ConvolutionalVAE
+from examples.benchmarks.workload import Workload
 
 # name on the command line -> (full size, quick size)
 WORKLOADS: dict[str, tuple[Workload, Workload]] = {

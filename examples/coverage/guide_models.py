@@ -20,7 +20,8 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.infer.initialization import init_to_value
 from numpyro.infer.reparam import LocScaleReparam
-from problem import Problem, adam, arrays, example, sigmoid
+
+from examples.coverage.problem import Problem, adam, arrays, example, sigmoid
 
 
 def logistic(x, y):

@@ -12,7 +12,8 @@ import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.infer.initialization import init_to_feasible, init_to_sample
-from problem import Problem, adam, arrays, example
+
+from examples.coverage.problem import Problem, adam, arrays, example
 
 
 def normal(model: Any, start: Any = None) -> AutoNormal:

@@ -4,11 +4,13 @@ The models are written anew after the kinds that NumPyro's examples and tutorial
 are tiny on purpose), and a small size for the tests.
 """
 
-import guide_models  # noqa: F401
-import latent_models  # noqa: F401
-import neural_models  # noqa: F401
-import regression_models  # noqa: F401
-import series_models  # noqa: F401
-from problem import MODELS, Example, Problem
+from examples.coverage import (  # noqa: F401
+    guide_models,
+    latent_models,
+    neural_models,
+    regression_models,
+    series_models,
+)
+from examples.coverage.problem import MODELS, Example, Problem
 
 __all__ = ["MODELS", "Example", "Problem"]

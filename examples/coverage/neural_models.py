@@ -11,7 +11,8 @@ import numpyro
 import numpyro.distributions as dist
 from jax.example_libraries import stax
 from numpyro.infer.autoguide import AutoNormal
-from problem import Problem, adam, arrays, example
+
+from examples.coverage.problem import Problem, adam, arrays, example
 
 
 def strokes(images: int, side: int, seed: int = 0) -> np.ndarray:

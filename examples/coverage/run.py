@@ -1,8 +1,8 @@
 """Measure ``RAD_ELBO`` against ``Trace_ELBO`` on models of the kinds in NumPyro's examples; write a table.
 
-    python examples/coverage/run.py                    # all models: docs/coverage.json and docs/coverage.md
-    python examples/coverage/run.py vae annotation     # these again; the other rows stay as they are
-    python examples/coverage/run.py --table-only       # the Markdown from the stored JSON
+    python -m examples.coverage.run                    # all models: docs/coverage.json and docs/coverage.md
+    python -m examples.coverage.run vae annotation     # these again; the other rows stay as they are
+    python -m examples.coverage.run --table-only       # the Markdown from the stored JSON
 
 What is measured, for each model and with the guide's first parameters:
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -32,15 +31,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models import MODELS, Example, Problem
 from numpyro.infer import SVI, Trace_ELBO
-from table import SMALL_BYTES, markdown
 
+from examples.benchmarks import measure
+from examples.benchmarks.record import log, machine, versions
+from examples.coverage.models import MODELS, Example, Problem
+from examples.coverage.table import SMALL_BYTES, markdown
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import measure
-from record import log, machine, versions
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 KEPT_SHOWN = 5

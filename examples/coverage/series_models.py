@@ -15,7 +15,8 @@ from numpyro.handlers import reparam
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_feasible, init_to_sample, init_to_value
 from numpyro.infer.reparam import LocScaleReparam
-from problem import Problem, adam, arrays, example
+
+from examples.coverage.problem import Problem, adam, arrays, example
 
 
 def normal(model: Any, scale: float = 0.05) -> AutoNormal:

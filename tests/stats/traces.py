@@ -2,7 +2,7 @@
 
 Each kind of trace is 10,000 steps of some projections, in units of the spread that the noise alone has. A rule is asked
 every 200 steps. To stop while some projection is still farther than one spread from where it is going is a false alarm.
-``python tests/traces.py`` prints the table of the docstring of ``Iterates``.
+``python tests/stats/traces.py`` prints the table of the docstring of ``Iterates``.
 """
 
 import dataclasses

@@ -16,12 +16,13 @@ import modules
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from coverage_examples import models as coverage
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from numpyro.infer.initialization import init_to_feasible
+
+from examples.coverage import models as coverage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

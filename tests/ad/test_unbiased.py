@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from programs import few
+from programs import few, normal, positions
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
 from numpyro_rad import Keep, StochasticRound, explain, rad
@@ -22,6 +22,8 @@ from numpyro_rad.ad import control, primitives
 from numpyro_rad.ad.seeds import fold
 from numpyro_rad.codecs import Codec, RandomProjection, SampleAxis, SampledRound
 from numpyro_rad.planning import readers
+
+pytestmark = pytest.mark.usefixtures("no_residual_is_too_small")
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (8, 4, 2, 1)]
@@ -33,16 +35,6 @@ SAMPLING = [
     SampledRound(),
 ]
 CODECS = [*ROUNDING, *SAMPLING]
-
-
-@pytest.fixture(autouse=True)
-def no_residual_is_too_small(priced):
-    """Small programs are compared quickly, so that even their residuals have to be encoded."""
-    priced(least_encoded_bytes=0)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
 
 
 # Programs: name -> (function, arguments, residuals that must be encoded)
@@ -153,10 +145,6 @@ def triangular_system(x, w, b):
 def product_over_time(c, xs, w):
     """All steps have the same coefficients, so that a draw shared by two of them shows."""
     return (lax.scan(lambda c, y: (c * y, None), c, jnp.tanh(xs @ w))[0] ** 2).sum()
-
-
-def positions(args, start=0):
-    return tuple(range(start, start + len(args)))
 
 
 def gradients(f, args, codec, draws=DRAWS, start=0):

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import few, normal
+from programs import few, normal, planned, positions, temp_bytes
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, rad
@@ -154,14 +154,6 @@ def half_precision_carry(h, w):
         return jnp.tanh(h.astype(jnp.float32) @ w).astype(jnp.bfloat16), None
 
     return lax.scan(step, h.astype(jnp.bfloat16), None, length=LENGTH)[0].astype(jnp.float32).sum()
-
-
-def positions(args, start=0):
-    return tuple(range(start, start + len(args)))
-
-
-def planned(f, args, **options):
-    return rad(f, **options).planned(args, {}, positions(args))[0]
 
 
 def cuts(plan):
@@ -467,10 +459,6 @@ def test_budgets_are_met_and_more_never_costs_more(name, exact):
     assert all(b <= a + 0.005 * abs(a) for a, b in itertools.pairwise(costs)), costs
     with pytest.raises(BudgetError, match=f"{least} bytes"):
         planned(f, args, memory_budget=least - 1, exact=exact)
-
-
-def temp_bytes(gradient, *args):
-    return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_compiled_memory_of_a_long_loop():

@@ -30,6 +30,7 @@ from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.report.archive import to_arviz
 from numpyro_rad.training import results
 
+ROOT = Path(__file__).parents[2]
 ROWS, WIDTH, DEPTH = 4096, 32, 2
 
 
@@ -260,10 +261,10 @@ def test_reports_leave_no_file_open(tmp_path, suffix):
 def test_process_grows_by_no_more_than_a_step_and_its_compiler():
     """Draws for ArviZ in a fresh process: what they take besides the compiler is far below the 200 MiB of 20 draws at
     once. A process that compiles a plain step stands for the compiler."""
-    program = Path(__file__).parents[1] / "examples" / "benchmarks" / "memory.py"
+    program = [sys.executable, "-m", "examples.benchmarks.memory", "--alone"]
     rows = {}
     for task in ("step", "to_arviz"):
-        result = subprocess.run([sys.executable, program, "--alone", task], capture_output=True, text=True, timeout=900)
+        result = subprocess.run([*program, task], cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr
         rows[task] = json.loads(result.stdout.splitlines()[-1])
     assert rows["to_arviz"]["program_bytes"] < 2 * rows["step"]["program_bytes"]

@@ -13,17 +13,14 @@ import pytest
 from jax import lax
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from test_random_programs import ARGS, INDEX, loss, seeded
+from programs import numbers, planned
+from random_programs import ARGS, INDEX, loss, seeded
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform, value_and_grad
 from numpyro_rad.ad import _jax, axes, primitives
 from numpyro_rad.planning.costs import CostModel
 
 ROWS, INPUTS, HIDDEN, CLASSES = 12, 5, 6, 3
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 X, LABELS = numbers(ROWS, INPUTS), np.arange(ROWS) % CLASSES
@@ -151,10 +148,6 @@ def prints(w, v, b):
 
 
 ALONE = {f.__name__: f for f in (batch_norm, over_rows, neighbours, two_numbers, prints)}
-
-
-def planned(f, args, **options):
-    return rad(f, **options).planned(args, {}, tuple(range(len(args))))[0]
 
 
 def gradients(f, args, **options):

@@ -199,6 +199,22 @@ def linear_model():
     return Problem(logistic, AutoNormal(logistic), classes(), optax.adam(2e-2), 300, kwargs)
 
 
+# -- by themselves -----------------------------------------------------------------------------------------------------
+
+
+def linear(x, y=None):
+    """Linear regression with noise of known scale."""
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
+    with numpyro.plate("points", x.shape[0]):
+        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def looks_at_data(labels, y):
+    """A model with as many levels as there are different labels: it needs numbers, not arrays that are traced."""
+    levels = numpyro.sample("levels", dist.Normal(0.0, 1.0).expand([len(np.unique(labels))]).to_event(1))
+    numpyro.sample("y", dist.Normal(levels[labels], 1.0).to_event(1), obs=y)
+
+
 PROBLEMS = {
     "Bayesian network": bayesian_network,
     "autoencoder": autoencoder,

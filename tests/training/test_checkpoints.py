@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro.infer.autoguide import AutoNormal
+from programs import same_run
 
 from numpyro_rad import RAD_ELBO
 from numpyro_rad.ad._jax import digest
@@ -47,13 +47,6 @@ def run(steps, folder=None, key=0, svi=None, every=7, data=(X, Y), **options):
     checkpoint = None if folder is None else Checkpoint(folder, every)
     svi = fit() if svi is None else svi
     return svi.run(jax.random.PRNGKey(key), steps, *data, progress_bar=False, checkpoint=checkpoint, **options)
-
-
-def same_run(a, b):
-    pairs = zip(
-        jax.tree.leaves((a.params, a.state, a.losses)), jax.tree.leaves((b.params, b.state, b.losses)), strict=True
-    )
-    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def shuffled(epoch):
@@ -300,25 +293,27 @@ def test_calibrations_survive_json():
         Calibration.from_dict({"program": "ab"})
 
 
+# Other processes import what these tests do.
+PATH = {"PYTHONPATH": os.pathsep.join(sys.path)}
+
 SAME_PROGRAM = """
-import sys; sys.path.insert(0, {tests!r})
+import sys
 from test_checkpoints import RAD_ELBO, X, Y, fit
 from numpyro_rad.training.fingerprint import fingerprint
 import jax, json
 svi = fit()
 state = svi.init(jax.random.key(0), X, Y)
-print(json.dumps(fingerprint(svi, state, {{}}, ((X, Y), {{"scale": float(sys.argv[1])}}))))
+print(json.dumps(fingerprint(svi, state, {}, ((X, Y), {"scale": float(sys.argv[1])}))))
 """
 
 
 @pytest.mark.slow
 def test_the_program_of_a_run_is_known_in_other_processes():
     """NumPyro adds up sites in the order of a set of names, which is another one with another seed of the hashes."""
-    program = SAME_PROGRAM.format(tests=str(Path(__file__).parent))
 
     def of_process(seed, scale):
-        env = {**os.environ, "PYTHONHASHSEED": str(seed)}
-        done = subprocess.run([sys.executable, "-c", program, scale], env=env, capture_output=True, text=True)
+        env = {**os.environ, **PATH, "PYTHONHASHSEED": str(seed)}
+        done = subprocess.run([sys.executable, "-c", SAME_PROGRAM, scale], env=env, capture_output=True, text=True)
         return json.loads(done.stdout)
 
     known = [of_process(seed, "0.5") for seed in (0, 1)]
@@ -334,7 +329,6 @@ STEPS = 3000
 PROGRAM = """
 import sys
 import numpy as np
-sys.path.insert(0, {tests!r})
 from test_checkpoints import Checkpoint, jax, long_run
 result = long_run(Checkpoint(sys.argv[1], 40) if sys.argv[1] != "None" else None)
 np.savez(sys.argv[2], *jax.tree.leaves(result.params), losses=result.losses)
@@ -348,13 +342,12 @@ def long_run(checkpoint=None):
 
 
 def start(folder, out):
-    program = PROGRAM.format(tests=str(Path(__file__).parent))
     cache = {"DIR": str(out) + ".cache", "MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "0"}  # for speed alone
     names = {"DIR": "JAX_COMPILATION_CACHE_DIR"}
     env = {names.get(k, f"JAX_PERSISTENT_CACHE_{k}"): v for k, v in cache.items()}
     # NumPyro adds up sites in the order of a set of names: the same bits take the same order
     env["PYTHONHASHSEED"] = "0"
-    return subprocess.Popen([sys.executable, "-c", program, str(folder), str(out)], env={**os.environ, **env})
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(out)], env={**os.environ, **PATH, **env})
 
 
 def kill_and_resume(tmp_path, kills, seed):

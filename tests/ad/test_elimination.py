@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from programs import few
+from programs import few, numbers
 from zscores import assert_unbiased
 
 from numpyro_rad import Keep, StochasticRound, rad
@@ -24,12 +24,8 @@ LARGE = 20  # elements: what has fewer is a parameter
 pytestmark = pytest.mark.usefixtures("double")
 
 
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
-X, Y = normal(ROWS, 3), normal(ROWS)
-W, WIDE = normal(3, seed=1), normal(3, CLASSES, seed=1)
+X, Y = numbers(ROWS, 3), numbers(ROWS)
+W, WIDE = numbers(3, seed=1), numbers(3, CLASSES, seed=1)
 CODES = np.random.default_rng(0).integers(CLASSES, size=ROWS)
 CUTS = np.linspace(-1.0, 1.0, CLASSES - 1)
 
@@ -74,7 +70,7 @@ def rearranged(w, cuts):
     return jnp.log(jnp.take_along_axis(between, CODES[:, None], 1)).sum()
 
 
-@program(WIDE, normal(CLASSES), shapes=[(ROWS, CLASSES)], before=4)
+@program(WIDE, numbers(CLASSES), shapes=[(ROWS, CLASSES)], before=4)
 def mixture(w, logits):
     eta = X @ w
     return jax.nn.logsumexp(jax.nn.log_softmax(logits) - 0.5 * (Y[:, None] - eta) ** 2 + jnp.tanh(eta), axis=1).sum()
@@ -83,7 +79,7 @@ def mixture(w, logits):
 @program(WIDE, 0.2, shapes=[(ROWS,)], before=3)
 def sum_of_rows(w, shift):
     """The coefficient of the sums is smaller than that of what is summed, so the sum stays as it is."""
-    rows = (X @ w * normal(ROWS, CLASSES, seed=7)).sum(1)
+    rows = (X @ w * numbers(ROWS, CLASSES, seed=7)).sum(1)
     return jnp.sum(jnp.tanh(rows) * jnp.exp(shift * rows))
 
 
@@ -98,10 +94,10 @@ def loop(w, rate):
     """In the body of a loop, whose log densities are scalars; the state needs a coefficient of its own."""
 
     def step(z, y):
-        eta = jnp.tanh(rate * (normal(ROWS, ROWS, seed=5) / 7) @ z)
+        eta = jnp.tanh(rate * (numbers(ROWS, ROWS, seed=5) / 7) @ z)
         return eta, jnp.sum(jnp.where(eta > 0, jnp.sin(eta) * y - eta**2, jnp.exp(eta) * rate))
 
-    return lax.scan(step, X @ w, normal(4, ROWS, seed=2))[1].sum()
+    return lax.scan(step, X @ w, numbers(4, ROWS, seed=2))[1].sum()
 
 
 def graphs(f, args):
@@ -178,7 +174,7 @@ def test_coefficient_waits_for_no_later_value():
         early = jnp.sum(jnp.tanh(eta) * jnp.exp(eta)) + jnp.sum(jnp.cos(eta))
         return early * jnp.sum(jnp.sin(jnp.tanh(eta) @ v))
 
-    (graph,) = graphs(f, (W, normal(ROWS, ROWS)))
+    (graph,) = graphs(f, (W, numbers(ROWS, ROWS)))
     contractions = [e.outputs[0] for e in graph.equations if e.expensive]
     (early,) = [e.residuals[0] for e in graph.edges if e.name == "weighted sum" and e.inputs[0].aval.shape == (ROWS,)]
     todo, seen = [early], set()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from programs import few, normal
+from programs import few, normal, temp_bytes
 
 from numpyro_rad import Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import sweep
@@ -184,11 +184,7 @@ def test_short_programs_are_not_cut():
 
 def test_compiled_memory_falls():
     x, ws = normal(1024, 64), [normal(64, 64, seed=i, scale=0.125) for i in range(16)]
-
-    def temp(gradient, *args):
-        return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
-
-    exact = temp(jax.grad(layers, argnums=(0, 1)), x, ws)
+    exact = temp_bytes(jax.grad(layers, argnums=(0, 1)), x, ws)
     budget = 7 * x.nbytes
-    ours = temp(jax.grad(rad(layers, memory_budget=budget, exact=True), argnums=(1, 2)), KEY, x, ws)
+    ours = temp_bytes(jax.grad(rad(layers, memory_budget=budget, exact=True), argnums=(1, 2)), KEY, x, ws)
     assert ours < 0.45 * exact

@@ -16,9 +16,9 @@ import pytest
 from jax import lax
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import assert_close, assert_equal_trees, few, network, small_network
-from test_coverage import models as examples
+from programs import assert_close, assert_equal_trees, few, network, normal, small_network, temp_bytes
 
+from examples.coverage.models import MODELS
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, grad, rad, value_and_grad
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Offload
@@ -30,10 +30,6 @@ from numpyro_rad.planning.request import PlanRequest, any_of
 from numpyro_rad.planning.strategies import LADDER, plan_for_variance
 
 KEY = jax.random.key(0)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
 
 
 X = normal(64, 32)
@@ -547,7 +543,7 @@ def test_run_and_update_see_one_program(encode_all, programs_planned):
 
 @pytest.mark.parametrize("name", ["bayesian_network", "hidden_markov_model", "vae"])
 def test_budgets_of_examples(name, cheap_starts):
-    problem = examples.MODELS[name].make(small=True)
+    problem = MODELS[name].make(small=True)
     jax.eval_shape(lambda key: check_budgets(problem, key), KEY)  # without running, hence without compiling anything
 
 
@@ -569,21 +565,16 @@ def check_budgets(problem, key):
     assert saved(plan(plan=saved(tightest))) == saved(tightest)
 
 
-def temp_bytes(svi, state, *args):
-    compiled = jax.jit(svi.update).lower(state, *args).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
 @pytest.mark.parametrize("name", few(["hidden_markov_model", "predator_prey_rk4", "deep_markov_model"], slow=3))
 def test_compiled_updates_of_examples_meet_their_budget(name):
     """Besides the budget a step has only its working memory, which is the same at every budget."""
-    problem = examples.MODELS[name].make()
+    problem = MODELS[name].make()
 
     def compiled_bytes(loss):
         svi = SVI(problem.model, problem.guide, problem.optimizer, loss, **problem.settings)
         state = svi.init(KEY, *problem.args)
         plan = loss.plan_of_update(svi, state, *problem.args)[0] if isinstance(loss, RAD_ELBO) else None
-        return plan, temp_bytes(svi, state, *problem.args)
+        return plan, temp_bytes(svi.update, state, *problem.args)
 
     def sizes(budget):
         plan, compiled = compiled_bytes(RAD_ELBO(**problem.elbo, memory_budget=budget))
@@ -621,7 +612,7 @@ def test_compiled_memory_of_an_update_falls_with_the_budget():
         state = svi.init(jax.random.key(0), *args)
         plan, _ = svi.loss.plan(KEY, svi.get_params(state), model, svi.guide, *args)
         assert budget is None or plan.stored_bytes <= budget
-        temp.append((plan.stored_bytes, temp_bytes(svi, state, *args)))
+        temp.append((plan.stored_bytes, temp_bytes(svi.update, state, *args)))
     stored, compiled = zip(*temp, strict=True)
     assert all(b < a for a, b in itertools.pairwise(stored))
     # How much the compiler adds for work in progress differs between its versions, by several of these arrays.

@@ -11,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from models import looks_at_data
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.primitives import mutable
@@ -123,11 +124,6 @@ def test_mutable_state_is_used_and_left_alone():
     elbo = Trace_ELBO()
     expected = [elbo.loss_with_mutable_state(k, values, counting, svi.guide, Y_OUT)["loss"] for k in keys[SOME]]
     np.testing.assert_allclose(result.record.validation.losses[-1, SOME], expected, rtol=1e-5)
-
-
-def looks_at_data(labels, y):
-    levels = numpyro.sample("levels", dist.Normal(0.0, 1.0).expand([len(np.unique(labels))]).to_event(1))
-    numpyro.sample("y", dist.Normal(levels[labels], 1.0).to_event(1), obs=y)
 
 
 @pytest.mark.slow

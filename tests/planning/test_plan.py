@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from jax.extend import core as jex_core
 from jax.interpreters import ad, mlir
-from programs import few
+from programs import few, temp_bytes
 
 import numpyro_rad
 from numpyro_rad import BudgetError, Keep, StochasticRound, explain, rad
@@ -23,15 +23,12 @@ from numpyro_rad.planning.readers import disjoint_groups
 from numpyro_rad.planning.request import PlanRequest, uniform
 from numpyro_rad.planning.strategies import make_plan
 
+pytestmark = pytest.mark.usefixtures("no_residual_is_too_small")
+
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((32, 32)).astype(np.float32) * 0.3
 WIDE = np.random.default_rng(2).standard_normal((32, 64)).astype(np.float32) * 0.3  # too large for a draw to be kept
-
-
-@pytest.fixture(autouse=True)
-def no_residual_is_too_small(priced):
-    priced(least_encoded_bytes=0)
 
 
 def planned(f, *args, codec=None, argnums=None, **options):
@@ -151,10 +148,6 @@ def test_what_a_loop_keeps_of_its_inputs_is_not_kept_outside_as_well():
     assert sum(plan.kept_bytes(v) for v in p.kept) in (0, y_bytes)
     assert p.stored_bytes <= 2 * y_bytes
     assert p.stored_bytes == inner.stored_bytes + sum(plan.kept_bytes(v) for v in p.kept)
-
-
-def temp_bytes(gradient, *args):
-    return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_compiled_memory_of_a_deep_network():

@@ -9,9 +9,9 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from closed_form import BATCH, SIZE, START, A, B, initialised, linear_guide, linear_model, linear_parts
 from numpyro.infer import SVI, Trace_ELBO
 from programs import assert_equal_trees, normal
-from test_variance import BATCH, SIZE, START, A, B, initialised, linear_guide, linear_model, linear_parts
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, StochasticRound

@@ -14,14 +14,19 @@ from models import wave
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_rad import explain
+from numpyro_rad import explain, rad
 
 KEY = 5
 
 
+def numbers(*shape, seed=0, scale=1.0, shift=0.0):
+    """Normal numbers in double precision, others for each shape and seed; NumPy's, so that a module may hold them."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape) * scale + shift
+
+
 def normal(*shape, seed=0, scale=1.0):
-    """Normal numbers in float32, others for each shape and seed."""
-    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape) * scale, jnp.float32)
+    """The same numbers in float32."""
+    return jnp.asarray(numbers(*shape, seed=seed, scale=scale), jnp.float32)
 
 
 def few(names, *usual, slow=1):
@@ -107,3 +112,39 @@ def flat(tree):
 
 def is_random(explanation):
     return any(row.relative_variance > 0 for row in explanation.rows)
+
+
+def words(tree):
+    """Leaves as NumPy arrays, typed keys as their words."""
+    leaves = jax.tree.leaves(tree)
+    typed = [isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+    return [np.asarray(jax.random.key_data(x) if on else x) for x, on in zip(leaves, typed, strict=True)]
+
+
+def same(a, b, equal_nan=False):
+    """Whether all leaves are the same to the bit, keys included."""
+    a, b = words(a), words(b)
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and np.array_equal(x, y, equal_nan=equal_nan and x.dtype.kind == "f")
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def same_run(a, b):
+    """Whether two runs end with the same parameters and state after the same losses."""
+    return same((a.params, a.state, a.losses), (b.params, b.state, b.losses))
+
+
+def positions(args, start=0):
+    """Positions of all arguments; 1 is where they start after a key."""
+    return tuple(range(start, start + len(args)))
+
+
+def planned(f, args, **options):
+    """The plan of a function that is differentiated with respect to all of its arguments."""
+    return rad(f, **options).planned(args, {}, positions(args))[0]
+
+
+def temp_bytes(f, *args):
+    """Temporary bytes of the compiled function, as the compiler says."""
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes

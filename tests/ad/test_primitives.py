@@ -30,7 +30,7 @@ from jax.flatten_util import ravel_pytree
 from jax.interpreters import ad, batching, mlir
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from programs import few
+from programs import few, numbers
 from zscores import assert_unbiased
 
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain, rad
@@ -38,21 +38,10 @@ from numpyro_rad.ad import primitives
 
 KEY = jax.random.key(7)  # the path key
 
-pytestmark = pytest.mark.usefixtures("ordered")
+pytestmark = pytest.mark.usefixtures("double", "ordered")
 CODEC = StochasticRound(2)
 DRAWS = 1024
 REFERENCES = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)  # whether mutable arrays are differentiated
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
-def no_residual_is_too_small(priced):
-    priced(least_encoded_bytes=0)
 
 
 # Cases: label -> (function, inputs). A label is the primitive's name, then perhaps a colon and what is special.
@@ -107,11 +96,6 @@ def family(names, *inputs):
 def in_dtypes(label, f, *inputs, dtypes=DTYPES):
     for dtype in dtypes:
         case(f"{label}: {dtype}", f, *(dataclasses.replace(i, dtype=dtype) for i in inputs))
-
-
-def normal(*shape, seed=0):
-    """Fixed numbers: NumPy's, so that a module may hold them."""
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
 # Elementwise
@@ -571,15 +555,15 @@ excluded("experimental logs and boxes", "box_get box_set log_extend log_read new
 def weights_of(label):
     """Parameters of the layer in front of the case and of the layer behind it."""
     f, inputs = CASES[label]
-    first = [normal(3, max(1, int(np.prod(i.shape[1:]))), seed=n + 1) * 0.6 for n, i in enumerate(inputs)]
+    first = [numbers(3, max(1, int(np.prod(i.shape[1:]))), seed=n + 1) * 0.6 for n, i in enumerate(inputs)]
     widths = jax.eval_shape(lambda: [_matrix(y) for y in jax.tree.leaves(_run(f, inputs, first))])
-    second = [normal(w.shape[1], 2, seed=n + 50) / np.sqrt(w.shape[1]) for n, w in enumerate(widths)]
+    second = [numbers(w.shape[1], 2, seed=n + 50) / np.sqrt(w.shape[1]) for n, w in enumerate(widths)]
     return first, second
 
 
 def _run(f, inputs, weights):
     rows = [i.shape[0] if i.shape else 1 for i in inputs]
-    return f(*(i.of(normal(r, 3, seed=99) @ w) for i, r, w in zip(inputs, rows, weights, strict=True)))
+    return f(*(i.of(numbers(r, 3, seed=99) @ w) for i, r, w in zip(inputs, rows, weights, strict=True)))
 
 
 def _matrix(y):
@@ -849,7 +833,7 @@ def unknown_primitive():
 def test_unknown_primitive():
     """A model with it trains: its residual is exact, whatever is encoded around it, and the table says so."""
     curve = unknown_primitive()
-    x = jnp.asarray(normal(16, 3))
+    x = jnp.asarray(numbers(16, 3))
     y = jnp.sin(x[:, 0]) + x[:, 1]
 
     def model(x, y):

@@ -12,10 +12,10 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from models import PROBLEMS, logistic, network_regression, wave
+from models import PROBLEMS, linear, logistic, looks_at_data, network_regression, wave
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
-from programs import few
+from programs import few, same, same_run, words
 
 from numpyro_rad import RAD_ELBO, BudgetError
 from numpyro_rad.diagnostics.records import FitRecord
@@ -25,24 +25,6 @@ from numpyro_rad.training.results import RAD_SVIRunResult
 from numpyro_rad.training.svi import RAD_SVI
 
 KEY = 3
-
-
-def words(tree):
-    """Leaves as NumPy arrays, typed keys as their words."""
-    leaves = jax.tree.leaves(tree)
-    typed = [isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
-    return [np.asarray(jax.random.key_data(x) if on else x) for x, on in zip(leaves, typed, strict=True)]
-
-
-def same(a, b):
-    a, b = words(a), words(b)
-    return len(a) == len(b) and all(
-        x.dtype == y.dtype and np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in zip(a, b, strict=True)
-    )
-
-
-def same_run(a, b):
-    return same((a.params, a.state, a.losses), (b.params, b.state, b.losses))
 
 
 def assert_runs_agree(a, b):
@@ -55,12 +37,6 @@ def assert_runs_agree(a, b):
 
 def quiet(interval=7, **options):
     return Tracking(interval=interval, on_alarm="record", **options)
-
-
-def linear(x, y=None):
-    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
-    with numpyro.plate("points", x.shape[0]):
-        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
 
 
 X = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
@@ -185,11 +161,6 @@ def test_forward_mode_is_for_exact_elbos():
     assert_runs_agree(small(Trace_ELBO(), tracking=quiet(3)).run(key, 10, X, Y, **options), expected)
     with pytest.raises(NotImplementedError, match="no forward mode"):
         small().run(key, 10, X, Y, **options)
-
-
-def looks_at_data(labels, y):
-    levels = numpyro.sample("levels", dist.Normal(0.0, 1.0).expand([len(np.unique(labels))]).to_event(1))
-    numpyro.sample("y", dist.Normal(levels[labels], 1.0).to_event(1), obs=y)
 
 
 @pytest.mark.slow

@@ -12,27 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from programs import few
+from programs import few, numbers, positions
 
 import numpyro_rad
 from numpyro_rad import Keep, StochasticRound, rad
 
 KEY = jax.random.key(7)  # the path key: no value or exact gradient may depend on it
 
-pytestmark = pytest.mark.usefixtures("ordered")
+pytestmark = pytest.mark.usefixtures("double", "ordered")
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 1e-6}
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-def normal(*shape, seed=0, scale=1.0, shift=0.0):
-    """Fixed numbers in double precision: NumPy's, so that a module may hold them."""
-    return np.random.default_rng([seed, *shape]).standard_normal(shape) * scale + shift
 
 
 def positive_definite(x):
@@ -55,7 +44,7 @@ def program(*args, data=(), name=None):
 
 
 def elementwise(name, f, shift=0.0, scale=1.0):
-    program(normal(2, 5, scale=scale, shift=shift), name=name)(f)
+    program(numbers(2, 5, scale=scale, shift=shift), name=name)(f)
 
 
 elementwise("gelu", jax.nn.gelu)
@@ -113,63 +102,63 @@ elementwise("zero_gradient", lambda x: jnp.zeros(3) + x[0, 0] * 0)
 elementwise("identity", lambda x: x)
 
 
-@program(normal(3, 2, 4), normal(3, 4, 5, seed=1))
+@program(numbers(3, 2, 4), numbers(3, 4, 5, seed=1))
 def batched_dot(a, b):
     return jnp.tanh(lax.dot_general(a, b, (((2,), (1,)), ((0,), (0,)))))
 
 
-@program(normal(2, 3, 4), normal(4, 3, 2, seed=1), normal(3, 5))
+@program(numbers(2, 3, 4), numbers(4, 3, 2, seed=1), numbers(3, 5))
 def einsum(a, b, c):
     return jnp.einsum("ijk,kjl,jm->mil", a, jnp.sin(b), c) + jnp.einsum("ijk,kji,jm->m", a, b, c)[:, None, None]
 
 
-@program(normal(2, 3, 8), normal(4, 3, 3, seed=1))
+@program(numbers(2, 3, 8), numbers(4, 3, 3, seed=1))
 def convolution(x, kernel):
     h = jax.nn.gelu(lax.conv_general_dilated(x, kernel, (2,), "SAME"))  # (2, 4, 4)
     return lax.conv_general_dilated(h, kernel.swapaxes(0, 1)[:, :, :2], (1,), [(1, 0)], rhs_dilation=(2,))
 
 
-@program(normal(4, 6), normal(6, 6, seed=1, scale=0.5), normal(6))
+@program(numbers(4, 6), numbers(6, 6, seed=1, scale=0.5), numbers(6))
 def dense_network(x, w, b):
     h = jax.nn.gelu(x @ w + b)
     return jax.nn.relu(h @ w.T + b) @ w[:, :2]
 
 
-@program(normal(3, 4), normal(4, 2), normal(3, 2, seed=2))
+@program(numbers(3, 4), numbers(4, 2), numbers(3, 2, seed=2))
 def scale_and_location(loc, w, x):
     return jnp.square((x - loc @ w) / jax.nn.softplus(loc @ w)) + jnp.log(jax.nn.softplus(loc @ w))
 
 
-@program(normal(6, 3), data=(np.array([0, 2, 2, 5]), np.array([True, False, True, True])))
+@program(numbers(6, 3), data=(np.array([0, 2, 2, 5]), np.array([True, False, True, True])))
 def gather_with_mask(table, index, mask):
     rows = table[index] * mask[:, None]
     return jnp.tanh(rows) * index[:, None] + lax.dynamic_slice(table, (index[1], 0), (4, 3)) ** 2
 
 
-@program(normal(5, 3))
+@program(numbers(5, 3))
 def dynamic_update(x):
     return jnp.sin(lax.dynamic_update_slice(x, x[:2] ** 2, (jnp.argmax(x[:, 0]) // 2, 0))) * x
 
 
-@program(normal(4, 4), normal(4, 2))
+@program(numbers(4, 4), numbers(4, 2))
 def cholesky(x, b):
     factor = jnp.linalg.cholesky(positive_definite(x))
     return lax.linalg.triangular_solve(factor, b, left_side=True, lower=True) + jnp.log(jnp.diag(factor)).sum()
 
 
-@program(normal(4, 4), normal(4, 2))
+@program(numbers(4, 4), numbers(4, 2))
 def linear_solve(x, b):
     a = positive_definite(x)
     return jnp.linalg.solve(a, jnp.tanh(b)) * jnp.linalg.slogdet(a)[1] + jax.scipy.linalg.cho_solve((a, False), b)
 
 
-@program(normal(3, 3))
+@program(numbers(3, 3))
 def decompositions(x):
     values, vectors = jnp.linalg.eigh(positive_definite(x))
     return jnp.log(values) @ vectors**2 + jnp.linalg.svd(x, compute_uv=False) + jnp.linalg.qr(x)[1] ** 2
 
 
-@program(normal(3), normal(3, 3, scale=0.5), normal(5, 3))
+@program(numbers(3), numbers(3, 3, scale=0.5), numbers(5, 3))
 def recurrence(h, w, xs):
     """Carry, constants, stacked inputs and outputs, something computed from each outside."""
 
@@ -181,12 +170,12 @@ def recurrence(h, w, xs):
     return last, jnp.tanh(ys)
 
 
-@program(normal(3), normal(3, 3, scale=0.5), normal(5, 3))
+@program(numbers(3), numbers(3, 3, scale=0.5), numbers(5, 3))
 def reverse_unrolled_scan(h, w, xs):
     return lax.scan(lambda h, x: (jnp.sin(w @ h) * x, h.sum()), h, xs, reverse=True, unroll=2)
 
 
-@program(normal(3), normal(4, 2, 3))
+@program(numbers(3), numbers(4, 2, 3))
 def nested_scan(h, xs):
     def outer(h, rows):
         h, ys = lax.scan(lambda h, x: (jnp.tanh(h * x) + h[0], h * h), h, rows)
@@ -195,7 +184,7 @@ def nested_scan(h, xs):
     return lax.scan(outer, h, xs)
 
 
-@program(normal(4, 3), normal(3, 3))
+@program(numbers(4, 3), numbers(3, 3))
 def scan_over_computed(x, w):
     """Stacked inputs that cannot be made again cheaply, read where the pullback is not linear in them."""
 
@@ -205,7 +194,7 @@ def scan_over_computed(x, w):
     return lax.scan(step, jnp.eye(3), x @ w)
 
 
-@program(normal(3), normal(3, 3))
+@program(numbers(3), numbers(3, 3))
 def short_scans(h, w):
     def step(h, _):
         return jnp.sin(w @ h), h
@@ -213,7 +202,7 @@ def short_scans(h, w):
     return [lax.scan(step, h, None, length=n) for n in (0, 1)]
 
 
-@program(normal(3), data=(np.arange(1, 5),))
+@program(numbers(3), data=(np.arange(1, 5),))
 def scan_with_integers(h, xs):
     def step(carry, x):
         h, count = carry
@@ -222,7 +211,7 @@ def scan_with_integers(h, xs):
     return lax.scan(step, (h, jnp.int32(1)), xs)
 
 
-@program(normal(3), normal(2, 3))
+@program(numbers(3), numbers(2, 3))
 def scan_of_cond(h, xs):
     def step(h, x):
         h = lax.cond(
@@ -233,7 +222,7 @@ def scan_of_cond(h, xs):
     return lax.scan(step, h, xs)
 
 
-@program(normal(3), data=(5,))
+@program(numbers(3), data=(5,))
 def while_not_differentiated(x, n):
     """Its condition and its carry have no tangents: a stopping time, say."""
     steps = lax.while_loop(lambda s: s[0] < n, lambda s: (s[0] + 1, s[1] * 2), (0, 1))
@@ -241,7 +230,7 @@ def while_not_differentiated(x, n):
     return x**2 * steps[1] * halvings
 
 
-@program(normal(2, 3), normal(3, 3))
+@program(numbers(2, 3), numbers(3, 3))
 def custom_vjp(x, w):
     @jax.custom_vjp
     def f(x, w):
@@ -253,7 +242,7 @@ def custom_vjp(x, w):
     return lax.scan(lambda c, row: (f(c, w)[0], None), a, w)[0] * b
 
 
-@program(normal(2, 3))
+@program(numbers(2, 3))
 def custom_jvp(x):
     @jax.custom_jvp
     def f(x, y):
@@ -263,7 +252,7 @@ def custom_jvp(x):
     return f(jnp.tanh(x), x**2)
 
 
-@program(normal(2, 3), normal(2, 3), data=(jax.random.key_data(jax.random.key(3)),))
+@program(numbers(2, 3), numbers(2, 3), data=(jax.random.key_data(jax.random.key(3)),))
 def sampled_weights(loc, log_scale, raw_key):
     """A key among the arguments in either form, reparameterized draws, splits."""
     noise, other = jax.random.split(raw_key)
@@ -271,7 +260,7 @@ def sampled_weights(loc, log_scale, raw_key):
     return w @ w.T + jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(other), 3), (2, 2)) * loc[0, 0]
 
 
-@program(normal(3, shift=3.0, scale=0.3))
+@program(numbers(3, shift=3.0, scale=0.3))
 def gamma_draws(concentration):
     key = jax.random.key(0)
     return jax.random.gamma(key, concentration) ** 2
@@ -282,23 +271,23 @@ def scalars(x, y):
     return jnp.sin(x) * y + 3.0, y
 
 
-@program({"w": normal(3, 2), "b": [normal(2), np.float64(0.5)]}, (normal(4, 3),))
+@program({"w": numbers(3, 2), "b": [numbers(2), np.float64(0.5)]}, (numbers(4, 3),))
 def pytrees(params, data):
     return {"y": jnp.tanh(data[0] @ params["w"] + params["b"][0]), "z": params["b"][1] ** 2}
 
 
-@program(np.zeros((0, 3)), np.zeros((4, 0)), normal(3))
+@program(np.zeros((0, 3)), np.zeros((4, 0)), numbers(3))
 def empty_arrays(x, y, z):
     return jnp.tanh(x @ z[:, None]).sum() + (y @ jnp.zeros((0, 3)) + 1) * z + jnp.concatenate([x, x]).sum(0) * z
 
 
-@program(normal(3, 4).astype(np.float32), normal(4, 2))
+@program(numbers(3, 4).astype(np.float32), numbers(4, 2))
 def mixed_precision(x, w):
     h = jnp.tanh(x @ w.astype(jnp.float32))
     return (h.astype(jnp.float64) @ w.T) ** 2
 
 
-@program(normal(2, 3) + 1j * normal(2, 3, seed=1))
+@program(numbers(2, 3) + 1j * numbers(2, 3, seed=1))
 def complex_arguments(z):
     return jnp.abs(jnp.tanh(z) @ z.conj().T) ** 2
 
@@ -340,23 +329,19 @@ def assert_close(got, expected, what, **tolerance):
         np.testing.assert_allclose(a, b, err_msg=what, **tolerance)
 
 
-def positions(args):
-    return tuple(range(1, len(args) + 1))
-
-
 # Wrappers: (make, f, args, data) -> gradients, where ``make`` is ``exactly`` or ``with_keep``
 
 
 def vmap_over_data(make, f, args, data):
     """A batch of two: as given and scaled."""
     batch = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]).astype(x.dtype), args)
-    gradient = jax.value_and_grad(make(f), positions(args))
+    gradient = jax.value_and_grad(make(f), positions(args, 1))
     axes = (None, *(0 for _ in args), *(None for _ in data))
     return jax.vmap(gradient, axes)(KEY, *batch, *data)
 
 
 def vmap_over_keys(make, f, args, data):
-    gradient = jax.value_and_grad(make(f), positions(args))
+    gradient = jax.value_and_grad(make(f), positions(args, 1))
     return jax.vmap(lambda key: gradient(key, *args, *data))(jax.random.split(KEY, 2))
 
 
@@ -364,14 +349,14 @@ def scan_around(make, f, args, data):
     """Two steps of gradient descent."""
 
     def step(args, key):
-        value, gradients = jax.value_and_grad(make(f), positions(args))(key, *args, *data)
+        value, gradients = jax.value_and_grad(make(f), positions(args, 1))(key, *args, *data)
         return jax.tree.map(lambda x, g: x - (0.01 * g).astype(x.dtype), args, gradients), value
 
     return lax.scan(step, jax.tree.map(jnp.asarray, args), jax.random.split(KEY, 2))
 
 
 def checkpoint_around(make, f, args, data):
-    return jax.grad(jax.checkpoint(make(f)), positions(args))(KEY, *args, *data)
+    return jax.grad(jax.checkpoint(make(f)), positions(args, 1))(KEY, *args, *data)
 
 
 def closed_over(make, f, args, data):
@@ -381,7 +366,7 @@ def closed_over(make, f, args, data):
         scaled = jax.tree.map(lambda x: (x * factor).astype(x.dtype), args)
         return make(lambda: f(*scaled, *data))(KEY) * factor
 
-    return jax.grad(outer, (0, *positions(args)))(1.1, *args)
+    return jax.grad(outer, (0, *positions(args, 1)))(1.1, *args)
 
 
 def through_scan_of_cond(make, f, args, data):
@@ -399,12 +384,12 @@ def through_scan_of_cond(make, f, args, data):
 def rerun_in_python(make, f, args, data):
     """Without the compiler, loops and branches included."""
     with jax.disable_jit():
-        return jax.value_and_grad(make(f), positions(args))(KEY, *args, *data)
+        return jax.value_and_grad(make(f), positions(args, 1))(KEY, *args, *data)
 
 
 def eager(make, f, args, data):
     """Operation by operation, as in a notebook."""
-    return jax.value_and_grad(make(f), positions(args))(KEY, *args, *data)
+    return jax.value_and_grad(make(f), positions(args, 1))(KEY, *args, *data)
 
 
 WRAPPERS = (vmap_over_data, vmap_over_keys, scan_around, checkpoint_around, closed_over, through_scan_of_cond)
@@ -486,7 +471,7 @@ def test_gradient_of_the_gradient(name):
     f, args, data = PROGRAMS[name]
 
     def outer(make):
-        gradient = jax.grad(make(loss_of(f)), positions(args))
+        gradient = jax.grad(make(loss_of(f)), positions(args, 1))
         return jax.grad(lambda *args: sum((g**3).sum() for g in gradient(KEY, *args, *data)), tuple(range(len(args))))
 
     expected = compiled(outer(exactly))(*args)
@@ -497,7 +482,7 @@ def test_gradient_of_the_gradient(name):
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_gradient_of_a_randomized_gradient_is_refused(wrap):
     """Codes are integers: JAX would take their derivative for zero, without a word."""
-    x, w = normal(128, 64), normal(64, 64)
+    x, w = numbers(128, 64), numbers(64, 64)
     f = rad(lambda w: jnp.sin(jnp.tanh(x @ w) @ w).sum(), codec=StochasticRound(4))
     gradient = wrap(jax.grad(lambda w: f(KEY, w)))
     assert np.isfinite(gradient(w)).all()
@@ -507,7 +492,7 @@ def test_gradient_of_a_randomized_gradient_is_refused(wrap):
 
 def test_hessian_vector_product_by_reverse_over_reverse():
     f, (x,), _ = PROGRAMS["shared_in_contractions"]
-    v = normal(2, 5, seed=5)
+    v = numbers(2, 5, seed=5)
 
     def product(g):
         return jax.grad(lambda x: (jax.grad(g, 1)(KEY, x) * v).sum())(x)
@@ -546,7 +531,7 @@ def test_half_precision(dtype):
     def f(w, x):
         return (jax.nn.gelu(x @ w) @ w.T).astype(jnp.float32).sum()
 
-    w, x = jnp.asarray(normal(6, 6, scale=0.4), dtype), jnp.asarray(normal(4, 6), dtype)
+    w, x = jnp.asarray(numbers(6, 6, scale=0.4), dtype), jnp.asarray(numbers(4, 6), dtype)
     value, got = jax.jit(jax.value_and_grad(with_keep(f), (1, 2)))(KEY, w, x)
     expected = jax.jit(jax.grad(f, (0, 1)))(w, x)
     assert value.dtype == jnp.float32
@@ -570,7 +555,7 @@ def test_single_precision_value_and_gradient():
 
 @pytest.mark.parametrize("key", [jax.random.key(1), jax.random.PRNGKey(1), jax.random.key(1, impl="rbg")])
 def test_kinds_of_keys_and_keys_as_arguments(key):
-    x = normal(3)
+    x = numbers(3)
 
     def f(x, key):
         return (jax.random.normal(key, (3,)) * x**2).sum()
@@ -586,7 +571,7 @@ def product(a, b, *, power=1, shift=None):
 
 @pytest.mark.parametrize("argnums", [0, 1, (0,), (1, 0), -1, (0, -1), [0, 1]])
 def test_argnums_are_counted_without_the_key(argnums):
-    a, b = normal(3), {"w": normal(3, seed=1), "b": normal(2)}
+    a, b = numbers(3), {"w": numbers(3, seed=1), "b": numbers(2)}
     expected = jax.grad(product, argnums)(a, b, power=2)
     got = numpyro_rad.grad(product, argnums, codec=Keep())(KEY, a, b, power=2)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
@@ -594,7 +579,7 @@ def test_argnums_are_counted_without_the_key(argnums):
 
 
 def test_keyword_arguments_are_passed_and_may_be_differentiated_outside():
-    a, b, shift = normal(3), {"w": normal(3, seed=1)}, normal(2)
+    a, b, shift = numbers(3), {"w": numbers(3, seed=1)}, numbers(2)
     g = rad(product, codec=Keep())
     np.testing.assert_array_equal(g(KEY, a, b=b, power=3), product(a, b, power=3))
     np.testing.assert_array_equal(jax.grad(lambda s: g(KEY, a, b, shift=s) * 2)(shift), [2.0, 2.0])
@@ -604,7 +589,7 @@ def test_auxiliary_output():
     def f(x):
         return (x**2).sum(), {"twice": 2 * x, "n": 3}
 
-    x = normal(3)
+    x = numbers(3)
     (value, aux), gradient = numpyro_rad.value_and_grad(f, has_aux=True, codec=Keep())(KEY, x)
     np.testing.assert_allclose(value, f(x)[0])
     np.testing.assert_array_equal(gradient, 2 * x)
@@ -622,7 +607,7 @@ def test_arrays_that_are_not_differentiated_pass_through():
     def f(x, n):
         return x * n, n + 1, x > 0, key
 
-    x = normal(3)
+    x = numbers(3)
     outs, pullback = jax.vjp(lambda x: with_keep(f)(KEY, x, 2), x)
     assert all(isinstance(o, jax.Array) for o in outs)
     assert [o.dtype for o in outs[1:3]] == [jnp.asarray(2).dtype, bool] and outs[3] == key
@@ -632,7 +617,7 @@ def test_arrays_that_are_not_differentiated_pass_through():
 
 def test_constant_value():
     for compile in (jax.jit, lambda f: f):
-        value, gradient = compile(numpyro_rad.value_and_grad(lambda x: 2.0))(KEY, normal(3))
+        value, gradient = compile(numpyro_rad.value_and_grad(lambda x: 2.0))(KEY, numbers(3))
         assert isinstance(value, jax.Array) and value == 2.0
         np.testing.assert_array_equal(gradient, np.zeros(3))
 
@@ -648,7 +633,7 @@ def test_only_some_outputs_are_used():
 
 def test_inner_and_outer_differentiation_at_once():
     """A gradient inside a loss whose closed-over parameter is differentiated outside: bilevel optimization."""
-    x, scale = normal(3), 0.7
+    x, scale = numbers(3), 0.7
 
     def outer(make):
         def loss(scale):

@@ -18,14 +18,11 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, plan_figure, rad
 from numpyro_rad.planning.figures import exact_timeline, timeline
 
+pytestmark = pytest.mark.usefixtures("no_residual_is_too_small")
+
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((32, 32)).astype(np.float32) * 0.3
-
-
-@pytest.fixture(autouse=True)
-def no_residual_is_too_small(priced):
-    priced(least_encoded_bytes=0)
 
 
 def network(x, w):

@@ -1,0 +1,1 @@
+"""Programs that show what the library does; run them from this folder's parent, as ``python -m examples.bnn``."""
