@@ -74,9 +74,9 @@ class Plan:
     :ivar segments: loops that store their carry at the beginning of each segment instead of a tape for every iteration,
         with the numbers of iterations in a segment, in the segments of that (if it is cut again), and so on; the
         backward sweep runs a segment again when it comes to it.
-    :ivar late: stored values that are not stored by the forward sweep but when the backward sweep comes to their
+    :ivar segment_of: stored values that are not stored by the forward sweep but when the backward sweep comes to their
         segment of the program, which then runs again; with the numbers of these segments.
-    :ivar chain_length: the number of such segments of the program; 0 if it was not cut.
+    :ivar n_chain_segments: the number of such segments of the program; 0 if it was not cut.
     :ivar reads: inputs of the graph that the backward sweep needs.
     :ivar repeat: how often the graph runs in one call (the product of the lengths of the scans around it).
     :ivar held: of how many of these runs the tape is held at once.
@@ -93,8 +93,8 @@ class Plan:
     carrier: dict[Value, Value]
     children: dict[ControlFlow, tuple[Plan, ...]]
     segments: dict[Scan, tuple[int, ...]]
-    late: dict[Value, int]
-    chain_length: int
+    segment_of: dict[Value, int]
+    n_chain_segments: int
     reads: frozenset[Value]
     predicted: Prediction | None = None
     untouched: bool = False
@@ -102,8 +102,8 @@ class Plan:
     @property
     def runs_again(self) -> dict[int, list[Value]]:
         """The segments that the backward sweep runs again, and what is stored then; all but the last one."""
-        found: dict[int, list[Value]] = {s: [] for s in range(self.chain_length - 1)}
-        for value, segment in self.late.items():
+        found: dict[int, list[Value]] = {s: [] for s in range(self.n_chain_segments - 1)}
+        for value, segment in self.segment_of.items():
             if segment in found:
                 found[segment].append(value)
         return {segment: values for segment, values in found.items() if values}
@@ -118,8 +118,8 @@ class Plan:
         counted.
         """
         sizes = [(v, self.kept_bytes(v)) for v in self.kept] + [(v, e.stored_bytes) for v, e in self.encoded.items()]
-        early = sum(size for v, size in sizes if v not in self.late)
-        late = [sum(size for v, size in sizes if self.late.get(v) == s) for s in set(self.late.values())]
+        early = sum(size for v, size in sizes if v not in self.segment_of)
+        late = [sum(size for v, size in sizes if self.segment_of.get(v) == s) for s in set(self.segment_of.values())]
         own = early + max(late, default=0) + sum(self.boundary_bytes(node) for node in self.segments)
         return own * self.held + sum(p.stored_bytes for plans in self.children.values() for p in plans)
 
@@ -158,7 +158,7 @@ class Plan:
             "offloaded": [path for path, codec in kept if isinstance(codec, Offload)],
             "encoded": encoded,
             "segments": segments,
-            "chain": self.chain_length,
+            "chain": self.n_chain_segments,
             "untouched": self.untouched,
             "slices": 1 if self.graph.slices is None else self.graph.slices.number,
         }

@@ -46,14 +46,14 @@ class Chain:
     """A graph cut into segments along its expensive steps.
 
     :ivar n_segments: how many there are.
-    :ivar late: values that belong to one segment alone, with its number. They follow from what is there when the
+    :ivar segment_of: values that belong to one segment alone, with its number. They follow from what is there when the
         segment runs again. All others are there from the beginning of the backward sweep, or are made of such.
     :ivar taken: what the segments that run again take from outside.
     :ivar again: the equations that run twice. The last segment does not: the backward sweep begins with it.
     """
 
     n_segments: int
-    late: dict[Value, int]
+    segment_of: dict[Value, int]
     taken: frozenset[Value]
     again: tuple[Equation, ...]
 
@@ -73,13 +73,13 @@ def cut_chain(graph: Graph, n_segments: int) -> Chain | None:
         weight[level[value]] += kept_bytes(value)
     if len(weight) <= 2 * n_segments:
         return None
-    total, done, segment_of = sum(weight[1:]), 0, [-1]
+    total, done, at_level = sum(weight[1:]), 0, [-1]
     for size in weight[1:]:
-        segment_of.append(min(n_segments - 1, int(n_segments * done / max(total, 1))))
+        at_level.append(min(n_segments - 1, int(n_segments * done / max(total, 1))))
         done += size
     # What does not depend on an expensive step is cheap to make whenever it is wanted and belongs to no segment.
     given = {o for e in graph.equations if e.node is not None or e.acts for o in e.outputs}
-    segment = {v: segment_of[n] for v, n in level.items() if n and v not in given}
+    segment = {v: at_level[n] for v, n in level.items() if n and v not in given}
     crossing, taken, again = set(), set(), []
     for equation in graph.equations:
         here = max((segment.get(o, -1) for o in equation.outputs), default=-1)
@@ -90,5 +90,5 @@ def cut_chain(graph: Graph, n_segments: int) -> Chain | None:
         if here < n_segments - 1:
             again.append(equation)
             taken |= outside
-    late = {v: s for v, s in segment.items() if v not in crossing}
-    return Chain(n_segments, late, frozenset(taken), tuple(again))
+    segment_of = {v: s for v, s in segment.items() if v not in crossing}
+    return Chain(n_segments, segment_of, frozenset(taken), tuple(again))

@@ -55,7 +55,7 @@ class _Assembly:
                 needed |= set(node.outside)
         own = {v for e in graph.equations for v in e.outputs} | problem.carried.get(graph, set())
         stored = {v for v in own if problem.number[v] in self._kept or v in problem.offloadable}
-        chain, segment = cuts.chain if graph is problem.graph else None, cuts.segment
+        chain, segment = cuts.chain if graph is problem.graph else None, cuts.segment_of
         if chain is not None:
             needed |= chain.taken
             early = stored - set(segment)
@@ -77,7 +77,7 @@ class _Assembly:
             readers.carrier,
             children,
             segments={node: lengths for node, lengths in cuts.loops.items() if node in children},
-            late={v: segment[v] for v in (*keeps, *encoded) if v in segment},
-            chain_length=chain.n_segments if chain is not None else 0,
+            segment_of={v: segment[v] for v in (*keeps, *encoded) if v in segment},
+            n_chain_segments=chain.n_segments if chain is not None else 0,
             reads=frozenset(leaves - stored) & frozenset(graph.inputs),
         )

@@ -480,7 +480,7 @@ def _decision(plan: Plan, residual: Value, linear: bool) -> tuple[str, Value | N
 
 def _stored(plan: Plan, value: Value, codec: Codec) -> str:
     """How a value is stored, and with which segment of a chain: those of one segment are held at a time."""
-    where = f", segment {plan.late[value] + 1} of {plan.chain_length}" if value in plan.late else ""
+    where = f", segment {plan.segment_of[value] + 1} of {plan.n_chain_segments}" if value in plan.segment_of else ""
     return f"{codec}{where}"
 
 

@@ -12,9 +12,9 @@ v_j = E|e_j|^2 / |r_j|^2, so that
     tr Cov(g) = sum over residuals of  c_i A_i,        A_i = reach of i with codes / reach of i without,
 
 where the *reach* of a place is the energy that one unit of unstructured error there has when it comes to the gradient.
-Reaches follow from one another, from the gradient on, by the energies of the Jacobians in between. ``Flow`` computes
-them, and the energy U_j that comes to each residual from the codes before it: the sum is linear in each c_j and v_j,
-and changes with them by A_j and U_j.
+Reaches follow from one another, from the gradient on, by the energies of the Jacobians in between. They, and the energy
+U_j that comes to each residual from the codes before it, are what :class:`ErrorPropagation` computes: the sum is linear
+in each c_j and v_j, and changes with them by A_j and U_j.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class VarianceModel(Protocol):
     """What the codes of a program do to its gradient. Residuals are named by their paths.
 
     :cvar knows_energies: whether it can tell what a step makes of the energy of an error. If not, a step is taken to
-        share it out to its ways.
+        share it out to its routes.
     """
 
     knows_energies: ClassVar[bool]
@@ -133,7 +133,7 @@ class Effects:
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class _Way:
+class _Route:
     """From an output of an edge to one of its inputs, in the direction of cotangents.
 
     :ivar gain: how much of the energy of an error comes out.
@@ -153,8 +153,8 @@ class _Way:
         return min(energy * self.gain * (1 + variance), HUGE)
 
 
-class Flow:
-    """The ways of errors through a program.
+class ErrorPropagation:
+    """How the errors of codes travel through a program.
 
     :param graph: the program.
     :param model: what is known about its residuals.
@@ -162,8 +162,8 @@ class Flow:
 
     def __init__(self, graph: Graph, model: VarianceModel) -> None:
         self._graph, self._model = graph, model
-        self._ways = {
-            edge: list(_ways(place, edge, model))
+        self._routes = {
+            edge: list(_routes(place, edge, model))
             for place in graph.places()
             for edge in place.graph.edges
             if not isinstance(edge, ControlFlowEdge)
@@ -172,12 +172,12 @@ class Flow:
         self._damping: dict[Scan, float] = {}
         self._plain = self._reaches({})
         signal = self._energies({}, {}, 1.0)
-        through: dict[Path, list[tuple[_Way, float]]] = {}
-        for way in itertools.chain(*self._ways.values()):
-            if way.residual is not None:
-                energy = way.passed(signal[way.source], {}) * self._plain[way.target]
-                through.setdefault(way.residual, []).append((way, energy))
-        self._shares = {path: _normalized(ways) for path, ways in through.items()}
+        through: dict[Path, list[tuple[_Route, float]]] = {}
+        for route in itertools.chain(*self._routes.values()):
+            if route.residual is not None:
+                energy = route.passed(signal[route.source], {}) * self._plain[route.target]
+                through.setdefault(route.residual, []).append((route, energy))
+        self._shares = {path: _normalized(routes) for path, routes in through.items()}
 
     def code(self, path: Path, value: Value, codec: Codec) -> CodeNoise:
         """What a code of a residual does."""
@@ -190,18 +190,18 @@ class Flow:
         """
         relative = {path: code.relative for path, code in codes.items()}
         reaches = self._reaches(relative)
-        made: dict[_Way, float] = {}
+        made: dict[_Route, float] = {}
         amplified: dict[Path, float] = {}
-        for path, ways in self._shares.items():
-            parts = [(w, s, self._plain[w.target]) for w, s in ways if self._plain[w.target] > 0]
-            amplified[path] = sum(s * reaches[w.target] / plain for w, s, plain in parts) if parts else 1.0
+        for path, routes in self._shares.items():
+            parts = [(r, s, self._plain[r.target]) for r, s in routes if self._plain[r.target] > 0]
+            amplified[path] = sum(s * reaches[r.target] / plain for r, s, plain in parts) if parts else 1.0
             if path in codes:
-                for way, share, plain in parts:
-                    made[way] = min(codes[path].alone * share / plain, HUGE)
+                for route, share, plain in parts:
+                    made[route] = min(codes[path].alone * share / plain, HUGE)
         energies = self._energies(relative, made)
         arriving = {
-            path: min(sum(energies[w.source] * w.gain * reaches[w.target] * w.repeat for w, _ in ways), HUGE)
-            for path, ways in self._shares.items()
+            path: min(sum(energies[r.source] * r.gain * reaches[r.target] * r.repeat for r, _ in routes), HUGE)
+            for path, routes in self._shares.items()
         }
         total = sum(code.alone * amplified[path] for path, code in codes.items())
         return Effects(total, amplified, arriving)
@@ -222,8 +222,8 @@ class Flow:
         found.update(zip(graph.tangent_inputs, at_inputs, strict=True))
         for edge in graph.edges:
             if not isinstance(edge, ControlFlowEdge):
-                for way in self._ways[edge]:
-                    found[way.source] = min(found[way.source] + way.passed(found[way.target], relative), HUGE)
+                for route in self._routes[edge]:
+                    found[route.source] = min(found[route.source] + route.passed(found[route.target], relative), HUGE)
                 continue
             node = edge.node
             inside = [0.0 if t is None else found[t] for t in node.tangents]
@@ -265,11 +265,11 @@ class Flow:
     # -- towards the gradient: the energy that comes to every place
 
     def _energies(
-        self, relative: Mapping[Path, float], made: Mapping[_Way, float], at_outputs: float = 0.0
+        self, relative: Mapping[Path, float], made: Mapping[_Route, float], at_outputs: float = 0.0
     ) -> dict[Value, float]:
         """Of the error in the cotangent of each tangent; in loops the mean over the iterations.
 
-        :param made: energies of the errors that codes make, on the ways that meet them.
+        :param made: energies of the errors that codes make, on the routes that meet them.
         """
         found: dict[Value, float] = {}
         self._pull_through(self._graph, [at_outputs] * len(self._graph.tangent_outputs), relative, made, found)
@@ -280,7 +280,7 @@ class Flow:
         graph: Graph,
         at_outputs: list[float],
         relative: Mapping[Path, float],
-        made: Mapping[_Way, float],
+        made: Mapping[_Route, float],
         found: dict[Value, float],
         times: float = 1.0,
     ) -> list[float]:
@@ -292,8 +292,8 @@ class Flow:
                 found[tangent] = found.get(tangent, 0.0) + energy
         for edge in reversed(graph.edges):
             if not isinstance(edge, ControlFlowEdge):
-                for way in self._ways[edge]:
-                    found[way.target] += way.passed(found[way.source], relative) + made.get(way, 0.0) / times
+                for route in self._routes[edge]:
+                    found[route.target] += route.passed(found[route.source], relative) + made.get(route, 0.0) / times
                 continue
             node = edge.node
             outs = [found[t] for t in edge.outputs]
@@ -313,7 +313,7 @@ class Flow:
         node: Scan,
         outs: list[float],
         relative: Mapping[Path, float],
-        made: Mapping[_Way, float],
+        made: Mapping[_Route, float],
         found: dict[Value, float],
         times: float,
     ) -> list[float]:
@@ -329,8 +329,8 @@ class Flow:
         return [*(c * length for c in consts), *first.tolist(), *(x * length for x in xs)]
 
 
-def _ways(place: Place, edge: Edge, model: VarianceModel) -> Iterator[_Way]:
-    """The ways through an edge that is no control flow."""
+def _routes(place: Place, edge: Edge, model: VarianceModel) -> Iterator[_Route]:
+    """The routes through an edge that is no control flow."""
     share = 1 / max(1, len(edge.inputs))
     arrays = iter(edge.residuals)
     for position, (target, entries) in enumerate(zip(edge.inputs, edge.entries, strict=True)):
@@ -346,12 +346,12 @@ def _ways(place: Place, edge: Edge, model: VarianceModel) -> Iterator[_Way]:
             square = MASK if square and residual.aval.dtype == bool else model.mean_square(name)
         for source in edge.outputs:
             gain = share if square is None else scale * square * entries / max(1, source.aval.size)
-            yield _Way(source, target, gain if math.isfinite(gain) else share, name, place.repeats)
+            yield _Route(source, target, gain if math.isfinite(gain) else share, name, place.repeats)
 
 
-def _normalized(ways: list[tuple[_Way, float]]) -> list[tuple[_Way, float]]:
-    total = sum(share for _, share in ways)
-    return [(way, share / total if total > 0 else 1 / len(ways)) for way, share in ways]
+def _normalized(routes: list[tuple[_Route, float]]) -> list[tuple[_Route, float]]:
+    total = sum(share for _, share in routes)
+    return [(route, share / total if total > 0 else 1 / len(routes)) for route, share in routes]
 
 
 def _growth(step: np.ndarray) -> float:
@@ -376,6 +376,6 @@ def _repeated(step: np.ndarray, start: np.ndarray, each: np.ndarray, length: int
 
 def effects_of(plan: Plan, model: VarianceModel) -> Effects:
     """What the codes of a plan do together."""
-    flow = Flow(plan.graph, model)
+    propagation = ErrorPropagation(plan.graph, model)
     coded = [((*p.path, v.number), v, e.codec) for p in plan.walk() for v, e in p.encoded.items()]
-    return flow.effects({path: flow.code(path, value, codec) for path, value, codec in coded})
+    return propagation.effects({path: propagation.code(path, value, codec) for path, value, codec in coded})

@@ -28,7 +28,7 @@ from numpyro_rad.mistakes import fields_checked, shown
 from numpyro_rad.planning import costs, strategies, ways
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.costs import CostModel
-from numpyro_rad.planning.noise import EqualShares, Flow
+from numpyro_rad.planning.noise import EqualShares, ErrorPropagation
 from numpyro_rad.planning.request import OBJECTIVES, Codecs, PlanRequest, any_of, forced, uniform
 from numpyro_rad.planning.ways import Way
 from numpyro_rad.wording import arguments_text, call_text
@@ -298,7 +298,8 @@ class Planner:
         if self.plan is not None:
             return strategies.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
-        request = PlanRequest(self._codecs(graph, names or {}), self.prices, Flow(graph, model), self.objective)
+        propagation = ErrorPropagation(graph, model)
+        request = PlanRequest(self._codecs(graph, names or {}), self.prices, propagation, self.objective)
         if self.offload:
             if not _jax.has_host_memory():
                 raise ValueError(

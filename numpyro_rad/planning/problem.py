@@ -24,7 +24,7 @@ from numpyro_rad.ad.loops import n_boundaries
 from numpyro_rad.ad.plan import Encoded, kept_bytes
 from numpyro_rad.ad.segments import Chain
 from numpyro_rad.planning import solver
-from numpyro_rad.planning.noise import CodeNoise, Effects, EqualShares, Flow
+from numpyro_rad.planning.noise import CodeNoise, Effects, EqualShares, ErrorPropagation
 from numpyro_rad.planning.readers import Readers
 from numpyro_rad.planning.request import PlanRequest
 from numpyro_rad.planning.timing import Timing
@@ -51,13 +51,13 @@ class Cuts:
         return bool(self.loops) or self.chain is not None
 
     @property
-    def segment(self) -> Mapping[Value, int]:
+    def segment_of(self) -> Mapping[Value, int]:
         """The segment of the chain that a value belongs to, of those that belong to one."""
-        return self.chain.late if self.chain is not None else {}
+        return self.chain.segment_of if self.chain is not None else {}
 
     def held(self, value: Value, runs: int) -> float:
         """Of how many runs a value is held at once; one that belongs to a segment counts for its share."""
-        return runs / self.chain.n_segments if self.chain is not None and value in self.segment else runs
+        return runs / self.chain.n_segments if self.chain is not None and value in self.segment_of else runs
 
     def held_iterations(self, node: ControlFlow) -> int:
         """Of how many iterations of one run of control flow the tape is held at once."""
@@ -113,7 +113,8 @@ class PlanProblem:
         """
         self.graph, self.cuts, self._request = graph, cuts, request
         self.timing = Timing(graph, request.costs) if like is None else like.timing
-        self._flow = (request.flow or Flow(graph, EqualShares(graph))) if like is None else like._flow
+        known = request.propagation if like is None else like._propagation
+        self._propagation = known or ErrorPropagation(graph, EqualShares(graph))
         self._known_readers = {} if like is None else like.readers
         self._time_weight, self._variance_weight = request.weights
         self.residuals: list[Demanded] = []
@@ -172,10 +173,10 @@ class PlanProblem:
 
     def _may_be_made(self, value: Value) -> bool:
         """Whether the operands of a value are there in the backward sweep before its own segment has run again."""
-        late = self.cuts.segment
-        if value in late or value not in self.graph.producer:
+        segment_of = self.cuts.segment_of
+        if value in segment_of or value not in self.graph.producer:
             return True
-        return not any(a in late for a in self.graph.producer[value].inputs)
+        return not any(a in segment_of for a in self.graph.producer[value].inputs)
 
     def _add_bodies(self, node: ControlFlow, repeat: int, held: int, path: Path) -> None:
         times, inside = repeat * node.repeats, held * self.cuts.held_iterations(node)
@@ -201,7 +202,7 @@ class PlanProblem:
         nanoseconds = self.timing.coding(entry.codec, value) * (repeat * len(entry.readers))
         size = entry.stored_bytes * self.cuts.held(value, held)
         code = solver.Code(size, self._price(nanoseconds + self.timing.holding(size)))
-        return Choice(entry, code, self._flow.code(name, value, entry.codec))
+        return Choice(entry, code, self._propagation.code(name, value, entry.codec))
 
     def _ask(self, residual: Demanded) -> None:
         self.residuals.append(residual)
@@ -248,8 +249,8 @@ class PlanProblem:
 
     def together(self, solution: solver.Solution, most: float = math.inf) -> Effects:
         """What the codes of a solution do together, if their relative variances were at most so large."""
-        chosen = self.chosen(solution).items()
-        return self._flow.effects({r.path: CodeNoise(c.noise.alone, min(c.noise.relative, most)) for r, c in chosen})
+        noise = {r.path: choice.noise for r, choice in self.chosen(solution).items()}
+        return self._propagation.effects({p: CodeNoise(n.alone, min(n.relative, most)) for p, n in noise.items()})
 
     def judged(self, solution: solver.Solution, effects: Effects) -> solver.Solution:
         """A solution with the cost of its codes together, as far from its bound as before."""

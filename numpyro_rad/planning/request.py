@@ -9,7 +9,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Path, Value
 from numpyro_rad.planning.costs import CPU, CostModel
-from numpyro_rad.planning.noise import Flow
+from numpyro_rad.planning.noise import ErrorPropagation
 
 Codecs = Callable[[Path, Value, int], tuple[Codec, ...]]
 """From a residual's path (loop numbers, then its own) and its number of repetitions to the codecs that it may have
@@ -28,7 +28,7 @@ class PlanRequest:
 
     :ivar codecs: what each residual may be coded with.
     :ivar costs: what work costs. Where it does not matter, for plans that nothing chooses, it need not be said.
-    :ivar flow: what codes do to the gradient; None for the model without data.
+    :ivar propagation: what codes do to the gradient; None for the model without data.
     :ivar offload: which values of the program, outside of its loops, may wait in the memory of the host.
     :ivar objective: ``"balanced"`` for the sum of added time and added variance; ``"time"`` or ``"variance"`` for that
         one, the other deciding between equals.
@@ -36,7 +36,7 @@ class PlanRequest:
 
     codecs: Codecs
     costs: CostModel = CPU
-    flow: Flow | None = None
+    propagation: ErrorPropagation | None = None
     objective: str = "balanced"
     offload: MayOffload = lambda path, value: False
 

@@ -112,7 +112,7 @@ def gradient(f, **options):
 def test_gradients_are_exact(monkeypatch, name, n_segments):
     f = PROGRAMS[name]
     plan = cut(monkeypatch, f, n_segments, codec=Keep())
-    assert plan.chain_length == n_segments and plan.runs_again
+    assert plan.n_chain_segments == n_segments and plan.runs_again
     exact = ravel_pytree(jax.jit(jax.grad(f, argnums=(0, 1)))(X, WS))[0]
     np.testing.assert_allclose(gradient(f, codec=Keep()), exact, rtol=2e-4, atol=2e-5 * float(jnp.abs(exact).max()))
 
@@ -151,8 +151,8 @@ def test_bytes_count_one_segment_at_a_time(monkeypatch):
     layer = X.nbytes
     assert once.stored_bytes >= 12 * layer
     assert 5 * layer <= plan.stored_bytes <= 7 * layer  # four layers of a segment, two boundaries
-    late = {s: sum(kept_bytes(v) for v in plan.kept if plan.late.get(v) == s) for s in range(3)}
-    early = sum(kept_bytes(v) for v in plan.kept if v not in plan.late)
+    late = {s: sum(kept_bytes(v) for v in plan.kept if plan.segment_of.get(v) == s) for s in range(3)}
+    early = sum(kept_bytes(v) for v in plan.kept if v not in plan.segment_of)
     assert plan.stored_bytes == early + max(late.values())
     tape = jax.eval_shape(
         lambda *args: sweep.forward(plan, jnp.zeros(2, jnp.uint32), args)[1], *jax.tree.leaves((X, WS))
@@ -165,16 +165,16 @@ def test_the_planner_cuts_where_an_exact_budget_asks_for_it():
     once = rad(layers, exact=True).planned((X, WS), {}, (0, 1))[0]
     budget = int(0.6 * once.stored_bytes)
     plan = rad(layers, memory_budget=budget, exact=True).planned((X, WS), {}, (0, 1))[0]
-    assert plan.stored_bytes <= budget and plan.chain_length > 1 and not plan.encoded
+    assert plan.stored_bytes <= budget and plan.n_chain_segments > 1 and not plan.encoded
     shown = explain(rad(layers, memory_budget=budget, exact=True), KEY, X, WS, argnums=(0, 1))
     assert shown.stored_bytes == plan.stored_bytes < sum(r.stored_bytes for r in shown.rows)
-    assert f"keep, segment 1 of {plan.chain_length}" in shown.table()
+    assert f"keep, segment 1 of {plan.n_chain_segments}" in shown.table()
     exact = ravel_pytree(jax.grad(layers, argnums=(0, 1))(X, WS))[0]
     found = gradient(layers, memory_budget=budget, exact=True)
     np.testing.assert_allclose(found, exact, rtol=2e-4, atol=2e-5 * float(jnp.abs(exact).max()))
     saved = plan.to_dict()
     again = rad(layers, plan=saved).planned((X, WS), {}, (0, 1))[0]
-    assert again.to_dict() == saved and again.chain_length == plan.chain_length
+    assert again.to_dict() == saved and again.n_chain_segments == plan.n_chain_segments
 
 
 def test_short_programs_are_not_cut():

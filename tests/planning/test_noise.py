@@ -13,7 +13,7 @@ from jax import lax
 from programs import few, normal
 
 from numpyro_rad import Keep, rad
-from numpyro_rad.planning.noise import CodeNoise, EqualShares, Flow
+from numpyro_rad.planning.noise import CodeNoise, EqualShares, ErrorPropagation
 
 pytestmark = pytest.mark.usefixtures("encode_all")
 
@@ -100,7 +100,9 @@ def test_a_chain():
     assert len(paths) == 4
     v, c = np.array([0.1, 3.0, 0.5, 2.0]), np.array([1.0, 0.2, 5.0, 0.1])
     expected = np.append(np.cumprod(1 + v[::-1])[::-1][1:], 1.0)
-    found = Flow(graph, Known(dict(zip(paths, (0.3, 7.0, 2.0, 0.1), strict=True)))).effects(codes_of(paths, v, c))
+    found = ErrorPropagation(graph, Known(dict(zip(paths, (0.3, 7.0, 2.0, 0.1), strict=True)))).effects(
+        codes_of(paths, v, c)
+    )
     assert [found.amplified[p] for p in paths] == pytest.approx(expected)
     assert found.total == pytest.approx((c * expected).sum())
     assert found.arriving[paths[0]] == 0  # nothing comes before it
@@ -113,7 +115,7 @@ def test_what_the_codes_of_a_chain_add_in_all():
     graph, paths = graph_and_paths(chain, X, *WEIGHTS)
     v = np.array([0.4, 1.0, 0.2, 2.0])
     alone = v  # what each adds to a gradient of norm one
-    total = Flow(graph, Known()).effects(codes_of(paths, v, alone)).total
+    total = ErrorPropagation(graph, Known()).effects(codes_of(paths, v, alone)).total
     assert total == pytest.approx(np.prod(1 + v) - 1)
     draws = np.random.default_rng(0)
     norms = []
@@ -134,7 +136,7 @@ def skip(x, a, b, c):
 
 def test_an_error_multiplies_on_its_own_way_only():
     graph, paths = graph_and_paths(skip, X, *WEIGHTS[:3])
-    found = Flow(graph, Known()).effects(codes_of(paths, 1.0))
+    found = ErrorPropagation(graph, Known()).effects(codes_of(paths, 1.0))
     assert sorted(found.amplified.values()) == pytest.approx([1.0, 1.0, 2.0])
     assert sorted(found.arriving.values()) == pytest.approx([0.0, 0.0, 1.0])
 
@@ -149,11 +151,11 @@ def shared(x, a, b):
 def test_shares_of_two_ways(square):
     """A unit of error in the cotangent of y + x reaches x directly, and 8 mean squares of it through a."""
     graph, (b, a) = graph_and_paths(shared, X, *WEIGHTS[:2])
-    found = Flow(graph, Known({a: square})).effects({a: CodeNoise(0.0, 3.0), b: CodeNoise(1.0, 0.0)})
+    found = ErrorPropagation(graph, Known({a: square})).effects({a: CodeNoise(0.0, 3.0), b: CodeNoise(1.0, 0.0)})
     through = 8 * square
     assert found.amplified[b] == pytest.approx((1 + 4 * through) / (1 + through))
     assert found.arriving[a] == pytest.approx(through / (1 + through))
-    equal = Flow(graph, EqualShares(graph)).effects({a: CodeNoise(0.0, 3.0), b: CodeNoise(1.0, 0.0)})
+    equal = ErrorPropagation(graph, EqualShares(graph)).effects({a: CodeNoise(0.0, 3.0), b: CodeNoise(1.0, 0.0)})
     assert equal.amplified[b] == pytest.approx((1 + 4) / 2)
 
 
@@ -169,18 +171,18 @@ def test_a_loop(length):
     """What is made k iterations from the end of the sweep is multiplied k times."""
     graph, (path,) = graph_and_paths(loop, X, normal(length, 16, 8))
     v = 1e-3
-    found = Flow(graph, Known()).effects({path: CodeNoise(1.0, v)})
+    found = ErrorPropagation(graph, Known()).effects({path: CodeNoise(1.0, v)})
     assert found.total == pytest.approx(((1 + v) ** length - 1) / (length * v))
-    contracting = Flow(graph, Known({path: 0.5})).effects({path: CodeNoise(1.0, v)})
+    contracting = ErrorPropagation(graph, Known({path: 0.5})).effects({path: CodeNoise(1.0, v)})
     assert contracting.total < found.total or length == 1
 
 
 def test_a_loop_that_explodes_says_nothing():
     """A mean gain above one, to the power of the iterations, is no prediction: only what codes add to it counts."""
     graph, (path,) = graph_and_paths(loop, X, normal(4000, 16, 8))
-    found = Flow(graph, Known({path: 4.0})).effects({path: CodeNoise(1.0, 1e-4)})
+    found = ErrorPropagation(graph, Known({path: 4.0})).effects({path: CodeNoise(1.0, 1e-4)})
     assert found.total == pytest.approx((1.0001**4000 - 1) / 0.4)
-    assert np.isfinite(Flow(graph, Known()).effects({path: CodeNoise(1.0, 1.0)}).total)
+    assert np.isfinite(ErrorPropagation(graph, Known()).effects({path: CodeNoise(1.0, 1.0)}).total)
 
 
 @pytest.mark.parametrize("square", [1e30, 1e-30, np.inf, np.nan, 0.0])
@@ -188,17 +190,17 @@ def test_a_loop_that_explodes_says_nothing():
 def test_numbers_out_of_range(f, square):
     """A plan is found whatever the residuals are like."""
     graph, paths = graph_and_paths(f, X, *((normal(4000, 16, 8),) if f is loop else WEIGHTS * 6))
-    flow = Flow(graph, Known(dict.fromkeys(paths, square)))
-    found = flow.effects(codes_of(paths, 100.0))
+    propagation = ErrorPropagation(graph, Known(dict.fromkeys(paths, square)))
+    found = propagation.effects(codes_of(paths, 100.0))
     for numbers in ([found.total], found.amplified.values(), found.arriving.values()):
         assert np.isfinite(list(numbers)).all()
-    between = found.towards(flow.effects(codes_of(paths, 0.1)), 0.5)
+    between = found.towards(propagation.effects(codes_of(paths, 0.1)), 0.5)
     assert np.isfinite([*between.amplified.values(), *between.arriving.values()]).all()
 
 
 def test_a_loop_that_never_runs():
     graph, (path,) = graph_and_paths(loop, X, normal(0, 16, 8))
-    assert Flow(graph, Known()).effects({path: CodeNoise(0.0, 1.0)}).total == 0
+    assert ErrorPropagation(graph, Known()).effects({path: CodeNoise(0.0, 1.0)}).total == 0
 
 
 def nested(x, scales):
@@ -214,7 +216,7 @@ def nested(x, scales):
 def test_loops_in_loops():
     graph, (path,) = graph_and_paths(nested, X, normal(6, 5, 16, 8))
     v = 0.01
-    found = Flow(graph, Known()).effects({path: CodeNoise(1.0, v)})
+    found = ErrorPropagation(graph, Known()).effects({path: CodeNoise(1.0, v)})
     assert found.total == pytest.approx(((1 + v) ** 30 - 1) / (30 * v))
 
 
@@ -225,7 +227,7 @@ def branches(x, a, b, c):
 def test_branches():
     """Both count alike: which one is taken is not known."""
     graph, paths = graph_and_paths(branches, X, *WEIGHTS[:3])
-    found = Flow(graph, Known()).effects(codes_of(paths, 1.0))
+    found = ErrorPropagation(graph, Known()).effects(codes_of(paths, 1.0))
     assert sorted(found.amplified.values()) == pytest.approx([1.0, 1.0, 2.0])
 
 
@@ -240,28 +242,30 @@ def test_one_code_changes_as_much_as_its_price_says():
     graph, paths = graph_and_paths(mixed, X, normal(3, 16, 8), *WEIGHTS[:2])
     assert len(paths) >= 7
     draws = np.random.default_rng(3)
-    flow = Flow(graph, Known({p: m for p, m in zip(paths, draws.uniform(0.05, 0.2, len(paths)), strict=True)}))
+    propagation = ErrorPropagation(
+        graph, Known({p: m for p, m in zip(paths, draws.uniform(0.05, 0.2, len(paths)), strict=True)})
+    )
     codes = codes_of(paths, draws.uniform(0, 2, len(paths)), draws.uniform(0, 1, len(paths)))
-    before = flow.effects(codes)
+    before = propagation.effects(codes)
     for path in paths:
         other = CodeNoise(*draws.uniform(0, 3, 2))
-        after = flow.effects({**codes, path: other})
+        after = propagation.effects({**codes, path: other})
         slope = before.change(path, other) - before.change(path, codes[path])
         assert after.total - before.total == pytest.approx(slope, rel=1e-9, abs=1e-9)
 
 
 def test_in_loops_the_price_is_near():
     graph, (path,) = graph_and_paths(loop, X, normal(50, 16, 8))
-    flow = Flow(graph, Known())
-    before, after = (flow.effects({path: CodeNoise(1.0, v)}) for v in (0.01, 0.0101))
+    propagation = ErrorPropagation(graph, Known())
+    before, after = (propagation.effects({path: CodeNoise(1.0, v)}) for v in (0.01, 0.0101))
     slope = (after.total - before.total) / 0.0001
     assert slope < before.arriving[path] < 2 * slope
 
 
 def test_towards():
     graph, paths = graph_and_paths(chain, X, *WEIGHTS)
-    flow = Flow(graph, Known())
-    a, b = (flow.effects(codes_of(paths, v)) for v in (0.1, 3.0))
+    propagation = ErrorPropagation(graph, Known())
+    a, b = (propagation.effects(codes_of(paths, v)) for v in (0.1, 3.0))
     for weight, other in ((0.0, a), (1.0, b)):
         found = a.towards(b, weight)
         assert [found.amplified[p] for p in paths] == pytest.approx([other.amplified[p] for p in paths])

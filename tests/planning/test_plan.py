@@ -372,7 +372,7 @@ def test_no_budget_is_exceeded_and_more_never_makes_it_worse(name):
     for budget in np.unique(np.geomspace(least, most + 1, 16).astype(int)).tolist():
         p = planned(f, *args, memory_budget=budget)
         assert p.stored_bytes <= budget
-        if not p.chain_length:  # chains are cut only where codes alone do not fit: another kind of plan
+        if not p.n_chain_segments:  # chains are cut only where codes alone do not fit: another kind of plan
             costs.append(p.predicted.added_seconds + p.predicted.added_variance)
     assert all(b <= a * (1 + solver.GOOD_GAP) for a, b in itertools.pairwise(costs)), costs
     assert costs[-1] < costs[0] / 2

@@ -25,7 +25,7 @@ from numpyro_rad.ad.codecs import Offload
 from numpyro_rad.codecs import SampleAxis
 from numpyro_rad.planning import Planner, planner
 from numpyro_rad.planning.explain import explained
-from numpyro_rad.planning.noise import EqualShares, Flow
+from numpyro_rad.planning.noise import EqualShares, ErrorPropagation
 from numpyro_rad.planning.request import PlanRequest, any_of
 from numpyro_rad.planning.strategies import LADDER, plan_for_variance
 
@@ -150,7 +150,7 @@ def test_no_added_variance_where_codes_hardly_add_any(cheap_starts, monkeypatch)
     graph = planned(layers, PARAMS, X).graph
     model = EqualShares(graph)
     monkeypatch.setattr(model, "alone", lambda *residual: 1e-12)
-    request = PlanRequest(any_of(LADDER), cheap_starts, Flow(graph, model))
+    request = PlanRequest(any_of(LADDER), cheap_starts, ErrorPropagation(graph, model))
     found = [plan_for_variance(graph, a, request) for a in (0.0, 1e-30, 1.0)]
     assert [bool(codecs(plan)) for plan in found] == [False, False, True]
 

@@ -11,7 +11,7 @@ from programs import few, normal
 from numpyro_rad import Keep, StochasticRound, rad
 from numpyro_rad.codecs import SampledRound
 from numpyro_rad.planning import costs, search, solver
-from numpyro_rad.planning.noise import EqualShares, Flow
+from numpyro_rad.planning.noise import EqualShares, ErrorPropagation
 from numpyro_rad.planning.problem import PlanProblem
 from numpyro_rad.planning.request import PlanRequest, any_of
 
@@ -53,7 +53,7 @@ PRICES = dataclasses.replace(costs.CPU, keep_start=0.0, code_start=0.0, make_sta
 
 
 def problem(graph, seed, scale=1.0):
-    return PlanProblem(graph, PlanRequest(any_of(CODECS), PRICES, Flow(graph, Uneven(graph, seed, scale))))
+    return PlanProblem(graph, PlanRequest(any_of(CODECS), PRICES, ErrorPropagation(graph, Uneven(graph, seed, scale))))
 
 
 def everything(made):
