@@ -83,7 +83,7 @@ class Program:
 
     def __init__(self, jaxpr: _jax.Jaxpr, out_tree: Any, planner: Planner, names: Sequence[str]) -> None:
         self._jaxpr, self._out_tree, self._planner, self._names = jaxpr, out_tree, planner, names
-        self._made_bytes = _jax.made_bytes(jaxpr)
+        self._at_sight: dict[tuple[bool, ...], bool] = {}
         self._planned: dict[tuple[bool, ...], Planned] = {}
 
     def planned(self, active: tuple[bool, ...]) -> Planned:
@@ -91,7 +91,9 @@ class Program:
         if active not in self._planned:
             names = [name for name, on in zip(self._names, active, strict=True) if on]
             taken = partial(self._temporary_bytes, active)
-            self._planned[active] = self._planner.planned(self._jaxpr, active, names, taken)
+            self._planned[active] = self._planner.planned(
+                self._jaxpr, active, names, taken, self._left_at_sight(active)
+            )
         return self._planned[active]
 
     def _temporary_bytes(self, active: tuple[bool, ...], plan: Plan) -> int | None:
@@ -108,10 +110,15 @@ class Program:
         key = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()  # with the fingerprint of the program
         return TEMPORARY_BYTES.of(key, lambda: _jax.temporary_bytes(gradient, types))
 
+    def _left_at_sight(self, active: tuple[bool, ...]) -> bool:
+        if active not in self._at_sight:
+            self._at_sight[active] = self._planner.leaves_at_sight(self._jaxpr, active)
+        return self._at_sight[active]
+
     def _sweeps(self, active: tuple[bool, ...]) -> Plan | None:
-        """The plan of the sweeps; None where JAX's own reverse mode differentiates. What computes little is not even
+        """The plan of the sweeps; None where JAX's own reverse mode differentiates. What is left at sight is not even
         linearized."""
-        if self._planner.leaves_alone(self._made_bytes):
+        if self._left_at_sight(active):
             return None
         plan = self.planned(active).plan
         return None if plan.untouched else plan

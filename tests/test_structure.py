@@ -30,7 +30,7 @@ LAYERS = (
     ("ad._jax", "ad.codecs"),
     ("ad.primitives",),
     ("ad.graph", "ad.invariants", "ad.axes", "ad.tangents"),
-    ("ad.coefficients", "ad.plan"),
+    ("ad.coefficients", "ad.plan", "ad.bounds"),
     ("ad.edges", "ad.segments", "ad.recompute", "ad.schedule"),
     ("ad.elimination", "ad.control"),
     ("ad.sweep",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import hashlib
 import importlib.util
 import os
@@ -280,16 +281,6 @@ def names_axes(jaxpr: Jaxpr) -> bool:
     return any(isinstance(effect, NamedAxisEffect) for effect in jaxpr.jaxpr.effects)
 
 
-def made_bytes(jaxpr: Jaxpr) -> int:
-    """Bytes of all that a program computes, in all iterations of its loops where their number is known."""
-    total = 0
-    for equation in jaxpr.jaxpr.eqns:
-        repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += repeat * sum(map(made_bytes, inner_jaxprs(equation)))
-        total += sum(aval_bytes(v.aval) for v in equation.outvars)
-    return total
-
-
 def as_arrays(results: Sequence[ArrayLike]) -> list[jax.Array]:
     """Results of a program, of which a constant one is a literal until here."""
     return [r if isinstance(r, jax.Array) else jnp.asarray(r) for r in results]
@@ -544,10 +535,15 @@ def array_type(shape: tuple[int, ...], dtype: DTypeLike) -> Aval:
 
 def aval_bytes(aval: Aval) -> int:
     """Bytes of an array of this type; typed keys count their raw words."""
-    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    return aval.size * _entry_bytes(aval.dtype)
+
+
+@functools.cache
+def _entry_bytes(dtype: np.dtype) -> int:
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
         return raw.size * raw.dtype.itemsize
-    return aval.size * aval.dtype.itemsize
+    return dtype.itemsize
 
 
 def source_line(equation: JaxprEquation) -> str:
@@ -558,7 +554,7 @@ def source_line(equation: JaxprEquation) -> str:
     """
     found = ""
     for frame in source_info_util.user_frames(equation.source_info.traceback):
-        name = os.path.abspath(frame.file_name) if os.path.exists(frame.file_name) else frame.file_name
+        name = _whole_name(frame.file_name)
         if name.startswith(_MACHINERY):
             continue
         line = f"{os.path.basename(name)}:{frame.start_line}"
@@ -566,6 +562,11 @@ def source_line(equation: JaxprEquation) -> str:
             return line
         found = found or line
     return found
+
+
+@functools.lru_cache(4096)
+def _whole_name(file_name: str) -> str:
+    return os.path.abspath(file_name) if os.path.exists(file_name) else file_name
 
 
 def distribution(equation: JaxprEquation) -> str:

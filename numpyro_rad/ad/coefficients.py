@@ -49,6 +49,7 @@ class Coefficients:
         self.new_value = new_value
         self._equations = equations
         self._known: dict[Hashable, Value] = {}
+        self._types: dict[Hashable, _jax.Aval] = {}  # layers that repeat make the same things of the same types
 
     def local(self, name: str, operands: Sequence[Atom], position: int, line: str) -> Term:
         """The coefficient that an elementwise linear step puts in front of its tangent operand at ``position``."""
@@ -102,20 +103,22 @@ class Coefficients:
         return Term(1.0, self.derive("constant", lambda: jnp.asarray(array), (), line, id(array)))
 
     def derive(
-        self, name: str, run: Callable[..., jax.Array], operands: tuple[Atom, ...], line: str, parameters: Hashable = ()
+        self,
+        name: str,
+        run: Callable[..., jax.Array],
+        operands: tuple[Atom, ...],
+        line: str,
+        parameters: Hashable = (),
+        aval: _jax.Aval | None = None,
     ) -> Value:
         """What ``run`` makes of operands, as a value of the primal program.
 
         :param parameters: what ``run`` depends on besides its name.
+        :param aval: the type of that, where it is known.
         """
         known = (name, parameters, *operands)
         if known not in self._known:
-            structs = [
-                o.value if isinstance(o, Constant) else jax.ShapeDtypeStruct(o.aval.shape, o.aval.dtype)
-                for o in operands
-            ]
-            aval = jax.eval_shape(run, *structs)
-            output = self.new_value(_jax.array_type(aval.shape, aval.dtype))
+            output = self.new_value(aval or self._type(name, run, operands, parameters))
             self._equations.append(
                 Equation(
                     name,
@@ -124,11 +127,28 @@ class Coefficients:
                     lambda *args: [run(*args)],
                     True,
                     line,
-                    work=Entries(aval.size, "derived"),
+                    work=Entries(output.aval.size, "derived"),
                 )
             )
             self._known[known] = output
         return self._known[known]
+
+    def _type(
+        self, name: str, run: Callable[..., jax.Array], operands: tuple[Atom, ...], parameters: Hashable
+    ) -> _jax.Aval:
+        if any(isinstance(o, Constant) for o in operands):
+            structs = [o.value if isinstance(o, Constant) else _struct(o) for o in operands]
+            aval = jax.eval_shape(run, *structs)
+            return _jax.array_type(aval.shape, aval.dtype)
+        known = (name, parameters, *((o.aval.shape, o.aval.dtype) for o in operands if isinstance(o, Value)))
+        if known not in self._types:
+            aval = jax.eval_shape(run, *(_struct(o) for o in operands if isinstance(o, Value)))
+            self._types[known] = _jax.array_type(aval.shape, aval.dtype)
+        return self._types[known]
+
+
+def _struct(value: Value) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype)
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:

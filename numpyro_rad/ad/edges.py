@@ -44,7 +44,9 @@ def composed(edge: Edge, cotangent: Term, coefficients: Coefficients) -> list[Te
 
     def term(position: int) -> Term:
         run, name_of_run = partial(_pulled, edge, position), name or f"pull {edge.name}"
-        return Term(cotangent.scale, coefficients.derive(name_of_run, run, operands, edge.line, (edge, position)))
+        aval = _jax.array_type(edge.inputs[position].aval.shape, edge.inputs[position].aval.dtype)
+        value = coefficients.derive(name_of_run, run, operands, edge.line, (edge, position), aval)
+        return Term(cotangent.scale, value)
 
     return [term(i) for i in range(len(edge.inputs))]
 

@@ -8,6 +8,7 @@ carries them out, ``explain`` prints them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,6 +108,11 @@ class Plan:
             if segment in found:
                 found[segment].append(value)
         return {segment: values for segment, values in found.items() if values}
+
+    @functools.cached_property
+    def computed_bytes(self) -> int:
+        """Bytes of all that one run of the graph's own equations computes."""
+        return sum(kept_bytes(o) for e in self.graph.equations for o in e.outputs)
 
     def kept_bytes(self, value: Value) -> int:
         """Bytes that a kept value takes on the device."""

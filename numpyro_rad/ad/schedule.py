@@ -20,8 +20,7 @@ next to no memory to be gained, and barriers would keep it from fusing small ope
 
 def is_ordered(plan: Plan) -> bool:
     """Whether the compiler is held to the order of the stages."""
-    size = sum(kept_bytes(o) for e in plan.graph.equations for o in e.outputs)
-    return plan.repeat <= 1 or size >= ORDERED_FROM
+    return plan.repeat <= 1 or plan.computed_bytes >= ORDERED_FROM
 
 
 def forward_stages(plan: Plan, quiet: bool) -> list[list[Equation]]:

@@ -65,9 +65,9 @@ class Iterates:
     move about one place, and while those pass, hundreds of the fast ones do, so that a drift is seen. The theory is for
     a constant learning rate: where it decays, iterates that hardly move may be far from the optimum.
 
-    How reliable that is, in traces of 10,000 steps where it is asked every 200 (``tests/stats/traces.py``; 30 traces of 4
-    projections, 6 of 64; a false alarm is a stop while some projection is still a spread away from where it goes; none:
-    most did not stop):
+    How reliable that is, in traces of 10,000 steps where it is asked every 200 (``tests/stats/traces.py``; 30 traces of
+    4 projections, 6 of 64; a false alarm is a stop while some projection is still a spread away from where it goes;
+    none: most did not stop):
 
     ::
 

@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 
 import jax
 
-from numpyro_rad.ad import _jax
+from numpyro_rad.ad import _jax, bounds
 from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
 from numpyro_rad.ad.linearize import linearize
@@ -227,11 +227,15 @@ class Planner:
             self, plan=saved, codec=None, memory_budget=None, added_variance=None, exact=False, slices=None
         )
 
-    def leaves_alone(self, n_bytes: int) -> bool:
-        """Whether a program that computes so many bytes, or stores so many residuals, is left to JAX: where it is
-        small, and a budget if there is one is ample."""
-        ample = self._budget_bytes is None or 2 * n_bytes <= self._budget_bytes
-        return self._may_leave and ample and n_bytes < self.prices.untouched_bytes
+    def leaves_at_sight(self, jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> bool:
+        """Whether a program is left to JAX without a look at its graph: where its residuals cannot be many, or a budget
+        would hold twice all that it computes."""
+        if not self._may_leave:
+            return False
+        computed, most = bounds.computed_bytes(jaxpr), self.prices.untouched_bytes
+        if self._budget_bytes is not None:
+            return computed < most and 2 * computed <= self._budget_bytes
+        return computed < most or bounds.residual_bytes(jaxpr, active) < most
 
     @property
     def prices(self) -> CostModel:
@@ -250,15 +254,21 @@ class Planner:
         return free and not (self.exact or self.offload or self.overrides)
 
     def planned(
-        self, jaxpr: _jax.Jaxpr, active: Sequence[bool], names: Sequence[str], taken: Callable[[Plan], int | None]
+        self,
+        jaxpr: _jax.Jaxpr,
+        active: Sequence[bool],
+        names: Sequence[str],
+        taken: Callable[[Plan], int | None],
+        at_sight: bool,
     ) -> Planned:
         """A program, linearized and, once that is asked for, planned.
 
         :param active: which of its inputs are differentiated.
         :param names: the site or argument that each of them belongs to.
         :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
+        :param at_sight: whether it is left to JAX at sight.
         """
-        if self.leaves_alone(_jax.made_bytes(jaxpr)):
+        if at_sight:
             graph = linearize(jaxpr, active)
             return Planned(self, Way(graph, plan=strategies.untouched_plan(graph)), names)
         return Planned(self, self._way(jaxpr, active, names, taken), names)
@@ -307,9 +317,9 @@ class Planner:
                     "host's, so nothing is gained. Leave it out here."
                 )
             request = dataclasses.replace(request, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
-        if self.memory_budget is None and self.leaves_alone(0):
+        if self.memory_budget is None and self._may_leave:
             plan = strategies.untouched_plan(graph)
-            if self.leaves_alone(plan.stored_bytes):
+            if plan.stored_bytes < self.prices.untouched_bytes:
                 return plan
         if self.added_variance is not None:
             return strategies.plan_for_variance(graph, self.added_variance, request)

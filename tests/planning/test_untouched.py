@@ -19,7 +19,6 @@ from programs import assert_equal_trees, few, program
 import numpyro_rad.planning.ways
 from numpyro_rad import RAD_ELBO, RAD_SVI, Keep, StochasticRound, explain, rad
 from numpyro_rad.planning import worth
-from numpyro_rad.transform import Program
 
 pytestmark = pytest.mark.untouched
 
@@ -161,14 +160,6 @@ def test_large_programs_are_planned(priced):
     for limit, untouched in ((whole.stored_bytes + 1, True), (whole.stored_bytes, False)):
         priced(untouched_bytes=limit)
         assert p.explain(RAD_ELBO()).untouched == untouched
-
-
-def test_made_bytes_count_iterations():
-    def f(x):
-        return jax.lax.scan(lambda c, _: (jnp.sin(c), jnp.cos(c)), x, None, 10)
-
-    program, _ = Program.trace(f, (jnp.ones(8),), RAD_ELBO().planner)
-    assert program._made_bytes == 10 * 2 * 32 + (1 + 10) * 32
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
