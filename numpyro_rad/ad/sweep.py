@@ -46,12 +46,20 @@ def _in_order(plan: Plan, first: list[jax.Array], then: list[jax.Array]) -> tupl
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _encode(codec: Codec, seed: jax.Array, array: jax.Array) -> tuple[jax.Array, ...]:
+def _code(codec: Codec, seed: jax.Array, array: jax.Array) -> tuple[jax.Array, ...]:
     return codec.encode(seed, array)
 
 
-@_encode.defjvp
-def _encode_jvp(codec: Codec, primals: tuple, tangents: tuple) -> NoReturn:
+_encode = jax.jit(_code, static_argnums=0, inline=True)  # each codec is traced once for each shape, and inlined
+
+
+@partial(jax.jit, static_argnums=(0, 3), inline=True)
+def _decode(codec: Codec, seed: jax.Array, code: tuple[jax.Array, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
+    return codec.decode(seed, code, like)
+
+
+@_code.defjvp
+def _code_jvp(codec: Codec, primals: tuple, tangents: tuple) -> NoReturn:
     raise NotImplementedError(
         f"a randomized gradient was differentiated once more, but the '{codec}' codes that it reads have no "
         "derivative, so second derivatives would be wrong. Pass codec=Keep() where a gradient is differentiated."
@@ -278,7 +286,7 @@ class _Stage:
         if draw not in self._estimates:
             like = jax.ShapeDtypeStruct(carrier.aval.shape, carrier.aval.dtype)
             seed = _seed_of(self._plan, self._seed, carrier, group)
-            self._estimates[draw] = self._plan.encoded[carrier].codec.decode(seed, self._codes[draw], like)
+            self._estimates[draw] = _decode(self._plan.encoded[carrier].codec, seed, self._codes[draw], like)
         return self._rearranged(residual, carrier, self._estimates[draw])
 
     def _rearranged(self, residual: Value, carrier: Value, array: jax.Array) -> jax.Array:

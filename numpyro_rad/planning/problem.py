@@ -15,6 +15,7 @@ Both are predictions: seconds from a cost model (``timing``), variance from a ``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -113,8 +114,7 @@ class PlanProblem:
         """
         self.graph, self.cuts, self._request = graph, cuts, request
         self.timing = Timing(graph, request.costs) if like is None else like.timing
-        known = request.propagation if like is None else like._propagation
-        self._propagation = known or ErrorPropagation(graph, EqualShares(graph))
+        self._like = like
         self._known_readers = {} if like is None else like.readers
         self._time_weight, self._variance_weight = request.weights
         self.residuals: list[Demanded] = []
@@ -131,6 +131,13 @@ class PlanProblem:
             for value in cuts.chain.taken:
                 self._ask(Demanded(self.number[value]))
             self._add_boundary(0, self._price(self.timing.making(cuts.chain.again)))
+
+    @functools.cached_property
+    def _propagation(self) -> ErrorPropagation:
+        """How errors travel; only where there are codes is it asked for."""
+        if self._like is not None:
+            return self._like._propagation
+        return self._request.propagation or ErrorPropagation(self.graph, EqualShares(self.graph))
 
     def cut(self, cuts: Cuts) -> PlanProblem:
         """The same problem, of the program cut into segments."""
@@ -249,6 +256,8 @@ class PlanProblem:
 
     def together(self, solution: solver.Solution, most: float = math.inf) -> Effects:
         """What the codes of a solution do together, if their relative variances were at most so large."""
+        if not self.has_codes:
+            return Effects(0.0, {}, {})
         noise = {r.path: choice.noise for r, choice in self.chosen(solution).items()}
         return self._propagation.effects({p: CodeNoise(n.alone, min(n.relative, most)) for p, n in noise.items()})
 
