@@ -211,8 +211,10 @@ def match_table(report: dict[str, Any]) -> str:
         "| gradient |",
         "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    rounds = set()
-    for found in report["match"].values():
+    rounds: set[int] = set()
+    measured: dict[str, list[str]] = {}  # workloads, by when and where they were measured
+    for name, found in report["match"].items():
+        measured.setdefault(circumstances({**found, "workload": report["workload"]}), []).append(name.upper())
         for row in found["rows"]:
             rounds.add(len(row["step"]["all_seconds"]))
             ours, time = row["ours"], row["step"]["median_seconds"]
@@ -229,7 +231,8 @@ def match_table(report: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{circumstances(report)} Medians of {' or '.join(map(str, sorted(rounds)))} interleaved rounds. Ours is "
+            *(f"{', '.join(names)}: {where}" for where, names in measured.items()),
+            f"Medians of {' or '.join(map(str, sorted(rounds)))} interleaved rounds. Ours is "
             "`RAD_ELBO(memory_budget=T)` with the T of the rival. Build: tracing and compiling. Gradient: its "
             "difference from that of `Trace_ELBO`, relative to its norm, or the predicted ρ where codes were taken.",
         ]

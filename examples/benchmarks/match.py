@@ -45,12 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.workloads:
         workload = WORKLOADS[name][options.quick]
         rivals = [RIVALS[r] for r in options.rivals if r not in workload.without]
-        found[name] = {"title": workload.title, "rows": compared(workload, rivals, options.rounds)}
-        report = {
-            "workload": {"name": "match", "title": "RAD_ELBO with the memory of its rivals"},
+        found[name] = {
+            "title": workload.title,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "versions": versions(),
+            "rows": compared(workload, rivals, options.rounds),
+        }
+        report = {
+            "workload": {"name": "match", "title": "RAD_ELBO with the memory of its rivals"},
             "match": {n: found[n] for n in WORKLOADS if n in found},
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)
