@@ -144,6 +144,12 @@ def _rounding(bits: int) -> Rival:
     return Rival(f"ours_{bits}bit", label, "ours", "randomized", elbo, note=f"StochasticRound(bits={bits})")
 
 
+def _dithered(bits: int) -> Rival:
+    plain, elbo = _rounding(bits), _rad(lambda codecs: codecs.DitheredRound(bits=bits))
+    name, label = f"{plain.name}_dithered", f"{plain.label}, dithered"
+    return Rival(name, label, "ours", "randomized", elbo, note=f"DitheredRound(bits={bits})")
+
+
 def _exact(_: Workload) -> Trace_ELBO:
     return Trace_ELBO()
 
@@ -225,6 +231,9 @@ _ALL = [
     _rounding(4),
     _rounding(2),
     _rounding(1),
+    _dithered(4),
+    _dithered(2),
+    _dithered(1),
     Rival("ours_default", "ours, default", "ours", "randomized", _rad(None), note="RAD_ELBO()"),
 ]
 RIVALS: dict[str, Rival] = {rival.name: rival for rival in _ALL}

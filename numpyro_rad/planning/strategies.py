@@ -12,7 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from numpyro_rad.ad import primitives
-from numpyro_rad.ad.codecs import Codec, PassThrough, RandomProjection, SampleAxis, SampledRound, StochasticRound
+from numpyro_rad.ad.codecs import (
+    Codec,
+    DitheredRound,
+    PassThrough,
+    RandomProjection,
+    SampleAxis,
+    SampledRound,
+    StochasticRound,
+)
 from numpyro_rad.ad.graph import Graph, Path, Scan, Value
 from numpyro_rad.ad.plan import BudgetError, Plan, Prediction
 from numpyro_rad.ad.segments import cut_chain, segment_lengths
@@ -218,7 +226,8 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
 
 def codec_from(fields: dict[str, Any]) -> Codec:
     """The codec of which a name and fields were saved."""
-    kinds = {kind.__name__: kind for kind in (StochasticRound, SampledRound, SampleAxis, RandomProjection)}
+    known = (StochasticRound, DitheredRound, SampledRound, SampleAxis, RandomProjection)
+    kinds = {kind.__name__: kind for kind in known}
     return kinds[fields.pop("name")](**fields)
 
 

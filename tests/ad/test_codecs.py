@@ -19,6 +19,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import (
     BitMask,
     Codec,
+    DitheredRound,
     Keep,
     RandomProjection,
     SampleAxis,
@@ -29,10 +30,11 @@ from numpyro_rad.ad.seeds import fold, seed_words
 
 DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (1, 2, 4, 8)] + [StochasticRound(2, group=16)]
+DITHERED = [DitheredRound(bits) for bits in (1, 2, 4, 8)] + [DitheredRound(2, group=16)]
 SAMPLING = [SampleAxis(0.1), SampleAxis(0.3, "shared"), SampleAxis(0.3, centred=True), SampleAxis(0.1, "shared", True)]
 LINEAR = [*SAMPLING, RandomProjection(0.1), RandomProjection(0.5)]
 SAMPLED = [SampledRound(), SampledRound(1, 16, 3), SampledRound(2, 64, 2)]
-RANDOM = [*ROUNDING, *LINEAR, *SAMPLED]
+RANDOM = [*ROUNDING, *LINEAR, *SAMPLED, *DITHERED]
 SHAPES = [(), (0,), (1,), (3,), (7,), (255,), (257,), (1000,), (5, 3, 129), (0, 4), (4, 0), (6, 512), (3, 2000)]
 
 
@@ -117,7 +119,9 @@ def test_unbiased_in_every_entry(codec):
 
 @pytest.mark.parametrize("dtype", few([jnp.bfloat16, jnp.float16], jnp.bfloat16, slow=0))
 @pytest.mark.parametrize(
-    "codec", [*ROUNDING, SampleAxis(0.1), SampleAxis(0.3, centred=True), RandomProjection(0.5)], ids=label
+    "codec",
+    [*ROUNDING, *DITHERED[1:3], SampleAxis(0.1), SampleAxis(0.3, centred=True), RandomProjection(0.5)],
+    ids=label,
 )
 def test_unbiased_in_half_precision(codec, dtype):
     x = (normal((2, 40)) + 3).astype(dtype)  # off zero, where numbers are too far apart to round to the nearest
@@ -133,9 +137,31 @@ def test_unbiased_in_double_precision(codec):
         assert_unbiased(draws, x, str(codec))
 
 
-def test_unbiased_where_levels_are_a_few_ulps_apart():
+@pytest.mark.parametrize("codec", [StochasticRound(2), DitheredRound(2), DitheredRound(4)], ids=label)
+def test_unbiased_where_levels_are_a_few_ulps_apart(codec):
     x = jnp.float32(1000) + normal((300,)) * 1e-3  # spacing of float32 there: 6e-5
-    assert_unbiased(draw(StochasticRound(2), x), x)
+    assert_unbiased(draw(codec, x), x)
+
+
+ADVERSARIAL = {
+    "spike": np.eye(1, 256)[0] * 1e6 + 1e-3,
+    "one sign": np.random.default_rng(0).random(256),
+    "powers of two": 2.0 ** np.arange(-20, 12).repeat(8),
+    "tiny": np.random.default_rng(1).standard_normal(256) * 1e-33,  # what is below 1e-38 is flushed to zero
+    "alternating signs": np.where(np.arange(256) % 2, 1.0, -1.0) * np.linspace(1, 2, 256),
+    "sorted": np.sort(np.random.default_rng(2).standard_normal(256)),
+    "rank one": np.outer(np.linspace(-1, 1, 16), np.linspace(0.5, 3, 16)).reshape(-1),
+    "heavy tail": np.random.default_rng(3).standard_t(2, 256),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", [StochasticRound(4), DitheredRound(1), DitheredRound(4)], ids=label)
+def test_unbiased_on_adversarial_arrays(codec):
+    """A hundred thousand draws: a bias of a fiftieth of the standard deviation of an entry would be seen."""
+    for name, array in ADVERSARIAL.items():
+        x = jnp.asarray(array, jnp.float32)
+        assert_unbiased(draw(codec, x, draws=100_000), x, f"{codec} of {name}")
 
 
 class Nearest(StochasticRound):
@@ -161,13 +187,21 @@ class OtherSeed(RandomProjection):
         return super().decode(fold(seed, 3), code, like)
 
 
+class OffCentre(DitheredRound):
+    def decode(self, seed, code, like):
+        packed, low, step = code
+        return super().decode(seed, (packed, low + step * 0.03, step), like)
+
+
 class SlightlyLarge(StochasticRound):
     def decode(self, seed, code, like):
         packed, low, step = code
         return super().decode(seed, (packed, low, step * 1.02), like)
 
 
-@pytest.mark.parametrize("codec", [Nearest(), Clipped(8), Unscaled(0.1), OtherSeed(0.5), SlightlyLarge(4)], ids=repr)
+@pytest.mark.parametrize(
+    "codec", [Nearest(), Clipped(8), Unscaled(0.1), OtherSeed(0.5), SlightlyLarge(4), OffCentre(4)], ids=repr
+)
 def test_checker_catches_a_planted_bias(codec):
     x = normal((2, 60))
     with pytest.raises(AssertionError, match="biased"):
@@ -192,6 +226,33 @@ def test_variance_is_the_measured_one(codec):
     assert abs(squared.mean() - float(codec.variance(x))) < bound(1) * error
 
 
+def test_dither_spreads_every_error_alike():
+    """Whatever an entry is: uniform over one step, half the variance of plain rounding for normal entries."""
+    x = normal((2, 256))
+    for bits, ratio in ((1, 0.36), (2, 0.5), (4, 0.5)):
+        codec = DitheredRound(bits)
+        step = np.repeat(np.asarray(codec.encode(seed(0), x)[2]), 256).reshape(x.shape)
+        places = (draw(codec, x) - np.asarray(x)) / step
+        assert np.abs(places).max() < 0.5 + 1e-5
+        assert np.all(np.abs(places.var(0) * 12 - 1) < 0.1)
+        assert codec.relative_variance(x.shape) == pytest.approx(
+            ratio * StochasticRound(bits).relative_variance(x.shape), rel=0.1
+        )
+
+
+def test_dither_of_another_seed_is_no_help():
+    """What the test of variances would say of a decoder that takes back the wrong noise."""
+
+    class Forgetful(DitheredRound):
+        def decode(self, seed, code, like):
+            return super().decode(fold(seed, 5), code, like)
+
+    x = normal((3, 300)) + 0.5
+    squared = ((draw(Forgetful(4), x).astype(np.float64) - np.asarray(x)) ** 2).sum((1, 2))
+    assert squared.mean() > 2 * float(DitheredRound(4).variance(x))
+    assert_unbiased(draw(Forgetful(4), x), x)
+
+
 @pytest.mark.parametrize("codec", [Keep(), *RANDOM], ids=label)
 @pytest.mark.parametrize("shape", few([(7,), (40,), (30, 129), (2, 2000)], (40,), (30, 129), slow=0), ids=str)
 def test_relative_variance_model(codec, shape):
@@ -201,7 +262,7 @@ def test_relative_variance_model(codec, shape):
     assert codec.relative_variance(shape) == pytest.approx(float(measured), rel=0.25)
 
 
-UNCORRELATED = [*ROUNDING, SampleAxis(0.1), RandomProjection(0.1)]
+UNCORRELATED = [*ROUNDING, DitheredRound(4), SampleAxis(0.1), RandomProjection(0.1)]
 
 
 @pytest.mark.parametrize("codec", few(UNCORRELATED, *UNCORRELATED[::2], slow=0), ids=label)
@@ -247,7 +308,7 @@ def test_keep_and_mask_are_exact():
     assert float(Keep().variance(jnp.ones(3))) == float(BitMask().variance(jnp.ones(3, bool))) == 0
 
 
-@pytest.mark.parametrize("codec", few(ROUNDING, *ROUNDING[::2], slow=9), ids=label)
+@pytest.mark.parametrize("codec", few([*ROUNDING, *DITHERED], *ROUNDING[::2], *DITHERED[::2], slow=9), ids=label)
 def test_constant_groups_are_exact(codec):
     for value in (0.0, -0.1, 3e30, 2e-38):
         x = jnp.full((2, 513), value, jnp.float32)
