@@ -75,6 +75,10 @@ class CostModel:
     def __repr__(self) -> str:
         return call_text(self, [f"name={self.name!r}"])
 
+    def holding(self, size: float) -> float:
+        """What it takes to hold a byte from one sweep to the other, where so many residuals are held in all."""
+        return self.hold_per_byte if size >= self.hold_from_bytes else 0.0
+
     def nanoseconds(self, work: Work) -> float:
         """About how long work takes, without what it takes to start it."""
         match work:

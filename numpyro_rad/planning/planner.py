@@ -285,8 +285,7 @@ class Planner:
         def request(graph: Graph) -> PlanRequest:
             with warnings.catch_warnings():  # what there is to say of rules is said once there is a plan
                 warnings.simplefilter("ignore")
-                codecs = self._codecs(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
-            return PlanRequest(codecs, self.prices, objective=self.objective)
+                return self._request(graph, dict(zip(graph.tangent_inputs, names, strict=True)))
 
         return ways.Search(jaxpr, active, budget, request, self.prices, taken).way(self._may_leave)
 
@@ -308,8 +307,7 @@ class Planner:
         if self.plan is not None:
             return strategies.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
-        propagation = ErrorPropagation(graph, model)
-        request = PlanRequest(self._codecs(graph, names or {}), self.prices, propagation, self.objective)
+        request = dataclasses.replace(self._request(graph, names or {}), propagation=ErrorPropagation(graph, model))
         if self.offload:
             if not _jax.has_host_memory():
                 raise ValueError(
@@ -344,17 +342,33 @@ class Planner:
             )
         return plan
 
-    def _codecs(self, graph: Graph, names: Mapping[Value, str]) -> Codecs:
-        """What each residual may be coded with, the overrides applied."""
+    def _request(self, graph: Graph, names: Mapping[Value, str]) -> PlanRequest:
+        """What a plan is chosen from, the overrides applied. Outside of slices codes are taken only where a budget
+        cannot be met without: they would hold the compiler to an order in which more is alive.
+        """
+        special = self._special(graph, names) if self.overrides else {}
+
+        def overridden(general: Codecs) -> Codecs:
+            def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
+                codec = special.get(path)
+                return general(path, value, repeat) if codec is None else forced(codec, value)
+
+            return codecs if special else general
+
+        first = overridden(any_of(())) if graph.slices is not None else None
+        return PlanRequest(overridden(self._general), self.prices, objective=self.objective, first=first)
+
+    @property
+    def _general(self) -> Codecs:
+        """What residuals may be coded with where no rule says otherwise."""
         if self.exact:
-            general = any_of(())
-        elif self.memory_budget is not None or self.added_variance is not None:
-            general = any_of(strategies.LADDER, self.prices.least_encoded_bytes)
-        else:
-            codec = DEFAULT_CODEC if self.codec is None else self.codec
-            general = uniform(codec, self.prices.least_encoded_bytes)
-        if not self.overrides:
-            return general
+            return any_of(())
+        if self.memory_budget is not None or self.added_variance is not None:
+            return any_of(strategies.LADDER, self.prices.least_encoded_bytes)
+        return uniform(DEFAULT_CODEC if self.codec is None else self.codec, self.prices.least_encoded_bytes)
+
+    def _special(self, graph: Graph, names: Mapping[Value, str]) -> dict[Path, Codec]:
+        """What the overrides say, by residual."""
         residuals = dict(_residuals(graph, names, ()))
         special: dict[Path, Codec] = {}
         for path, seen in residuals.items():
@@ -370,12 +384,7 @@ class Planner:
                     "explain(...) prints all residuals with their lines.",
                     stacklevel=2,
                 )
-
-        def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
-            codec = special.get(path)
-            return general(path, value, repeat) if codec is None else forced(codec, value)
-
-        return codecs
+        return special
 
 
 class Planned:

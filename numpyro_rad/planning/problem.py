@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 
 from numpyro_rad.ad import _jax
-from numpyro_rad.ad.graph import ControlFlow, Equation, Graph, Path, Scan, Value
+from numpyro_rad.ad.graph import Atom, ControlFlow, Equation, Graph, Path, Scan, Value
 from numpyro_rad.ad.loops import n_boundaries
 from numpyro_rad.ad.plan import Encoded, kept_bytes
 from numpyro_rad.ad.segments import Chain
@@ -146,8 +146,9 @@ class PlanProblem:
     # -- posed
 
     def _add(self, graph: Graph, repeat: int, held: int, path: Path) -> None:
+        forward = _of_the_values(graph)
         for equation in graph.equations:
-            self._add_equation(graph, equation, repeat, held)
+            self._add_equation(graph, equation, repeat, held, equation in forward)
         readers = self.readers[graph] = self._known_readers.get(graph) or Readers.of(graph)
         for value in readers.stored:
             name, choices = (*path, value.number), ()
@@ -160,14 +161,18 @@ class PlanProblem:
         for node in graph.control_flow:
             self._add_bodies(node, repeat, held, path)
 
-    def _add_equation(self, graph: Graph, equation: Equation, repeat: int, held: int) -> None:
-        """What an equation makes: to be kept, or made again from its operands."""
+    def _add_equation(self, graph: Graph, equation: Equation, repeat: int, held: int, forward: bool) -> None:
+        """What an equation makes: to be kept, or made again from its operands.
+
+        :param forward: whether it runs in the forward sweep in any case. What only derivatives read is made once,
+            wherever that is.
+        """
         operands = [self.number[a] for a in equation.inputs if isinstance(a, Value)]
         for value in equation.outputs:
             self.number[value] = self._keep(kept_bytes(value), repeat, self.cuts.held(value, held))
         made = [v for v in equation.outputs if _is_made_again(equation, v, repeat) and self._may_be_made(v)]
         if made:
-            cost = self._price(self.timing.making([equation]) * repeat)
+            cost = self._price(self.timing.making([equation]) * repeat) if forward else 0.0
             self._problem.add_maker([self.number[v] for v in made], operands, cost)
         if graph is not self.graph or self.cuts.chain is not None:
             return
@@ -309,6 +314,17 @@ class PlanProblem:
         """The codes of a solution."""
         pairs = zip(self.residuals, solution.codes, strict=True)
         return {r: r.choices[code] for r, code in pairs if code is not None}
+
+
+def _of_the_values(graph: Graph) -> set[Equation]:
+    """The equations that the values of a program follow from."""
+    live: set[Atom] = set(graph.outputs)
+    found = set()
+    for equation in reversed(graph.equations):
+        if equation.acts or equation.node is not None or any(o in live for o in equation.outputs):
+            live.update(equation.inputs)
+            found.add(equation)
+    return found
 
 
 def _is_made_again(equation: Equation, value: Value, repeat: int) -> bool:

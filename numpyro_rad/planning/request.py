@@ -32,6 +32,7 @@ class PlanRequest:
     :ivar offload: which values of the program, outside of its loops, may wait in the memory of the host.
     :ivar objective: ``"balanced"`` for the sum of added time and added variance; ``"time"`` or ``"variance"`` for that
         one, the other deciding between equals.
+    :ivar first: what they may be coded with where that is enough to meet a budget.
     """
 
     codecs: Codecs
@@ -39,6 +40,7 @@ class PlanRequest:
     propagation: ErrorPropagation | None = None
     objective: str = "balanced"
     offload: MayOffload = lambda path, value: False
+    first: Codecs | None = None
 
     @property
     def weights(self) -> tuple[float, float]:

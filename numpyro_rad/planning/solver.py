@@ -103,7 +103,8 @@ class Solution:
     @property
     def gap(self) -> float:
         """How much dearer than the cheapest this may be, relative to its cost."""
-        return max(0.0, self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
+        gap = (self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
+        return gap if gap > 1e-12 else 0.0  # rounding
 
 
 class Infeasible(ValueError):

@@ -84,6 +84,11 @@ def solved_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> tupl
 
     :raises BudgetError: if there is none; it names the smallest feasible budget.
     """
+    if request.first is not None:
+        try:
+            return solved_within(graph, budget_bytes, dataclasses.replace(request, codecs=request.first, first=None))
+        except BudgetError:
+            pass
     in_slices = 0 if graph.slices is None else graph.slices.bytes_each
     best: tuple[PlanProblem, solver.Solution] | None = None
     too_large: list[Plan] = []

@@ -20,7 +20,7 @@ class Timing:
     def __init__(self, graph: Graph, costs: CostModel) -> None:
         self._graph, self._costs = graph, costs
         storing, size = self._exact_storing()
-        self._hold = costs.hold_per_byte if size >= costs.hold_from_bytes else 0.0
+        self._hold = costs.holding(size)
         self.storing = storing + self.holding(size)
         # the backward sweep has two products for each of the forward sweep
         self.step = max(1.0, 3 * self.forward(graph) + self.storing)

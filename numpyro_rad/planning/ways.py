@@ -32,6 +32,9 @@ from numpyro_rad.planning.timing import Timing
 SLACK = 1.1
 """A compiled gradient may take so many times the budget before another way is tried."""
 
+WORTH = 0.01
+"""More slices than it takes are worth their trouble where they save so much of the time of a step."""
+
 TRIES = 4
 """So many ways are compiled, at most."""
 
@@ -65,23 +68,29 @@ def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: C
 def _cut(part: Part, n_slices: int, has_tangent: Sequence[bool], active: Sequence[bool], costs: CostModel) -> Graph:
     both, slices = part.cut(n_slices, functools.partial(exact_plan, costs=costs))
     graph = graph_of_both(both, has_tangent, active)
-    graph.slices = slices
+    # each slice writes its gradient, reads it and what was added up before, and writes the sum
+    adding = 1.5 * costs.keep_per_byte * part.gradient_bytes
+    graph.slices = dataclasses.replace(slices, nanoseconds=slices.nanoseconds + slices.number * adding)
     return graph
 
 
 def exact_plan(graph: Graph, costs: CostModel) -> tuple[Plan, float]:
     """The plan of a slice, in which nothing is random and what is cheap is computed again, and what it takes for that
-    and to be started.
+    and to be started, without what is held: that memory is the same for all slices.
     """
     problem = PlanProblem(graph, PlanRequest(any_of(()), costs))
     solution = solver.smallest(problem.priced())
-    time = problem.nanoseconds(solution) + costs.slice_start * problem.timing.launches + _of_slices(graph)
-    return plan_of(problem, solution), time
+    plan = plan_of(problem, solution)
+    time = problem.nanoseconds(solution) - problem.timing.holding(plan.stored_bytes)
+    inner = graph.slices.nanoseconds if graph.slices is not None else 0.0
+    return plan, time + costs.slice_start * problem.timing.launches + inner
 
 
-def _of_slices(graph: Graph) -> float:
+def _of_slices(graph: Graph, costs: CostModel) -> float:
     """Nanoseconds that the slices of a graph take more than the whole; 0 where it has none."""
-    return graph.slices.nanoseconds if graph.slices is not None else 0.0
+    if graph.slices is None:
+        return 0.0
+    return graph.slices.nanoseconds + costs.holding(graph.slices.bytes_each) * graph.slices.bytes_each
 
 
 class Search:
@@ -131,6 +140,8 @@ class Search:
         if part is not None and part.gradient_bytes > self._budget:
             part = None
         sliced = self._fewest(part) if part is not None else None
+        if part is not None and sliced is not None:
+            sliced = self._faster(part, sliced)
         found: list[tuple[float, Way]] = []
         priced = [self._priced(graph, self._budget) for graph in (self._whole, sliced) if graph is not None]
         for _, way in sorted(priced, key=lambda pair: pair[0]):
@@ -169,15 +180,33 @@ class Search:
             problem, solution = strategies.solved_within(graph, held_bytes, self._request(graph))
         except BudgetError:
             return math.inf, Way(graph, held_bytes)
-        nanoseconds = problem.nanoseconds(solution) + _of_slices(graph)
+        nanoseconds = problem.nanoseconds(solution) + _of_slices(graph, self._costs)
         cost = nanoseconds / self._step + problem.together(solution).total
         return cost, Way(graph, held_bytes, plan_of(problem, solution))
+
+    def _most(self, part: Part) -> int:
+        return MOST_UNROLLED if part.slow_in_loops else self._costs.most_slices
+
+    def _faster(self, part: Part, graph: Graph) -> Graph:
+        """Twice as many slices, and twice as many again, as long as the smaller memory saves more time than starting
+        them takes."""
+        while True:
+            slices = graph.slices
+            assert slices is not None
+            held, half = (self._costs.holding(size) * size for size in (slices.bytes_each, slices.bytes_each / 2))
+            if held - half < WORTH * self._step or 2 * slices.number > self._most(part):
+                return graph
+            more = _cut(part, 2 * slices.number, self._has_tangent, self._active, self._costs)
+            saved = _of_slices(graph, self._costs) - _of_slices(more, self._costs)
+            if more.slices is None or more.slices.number < 2 * slices.number or saved < WORTH * self._step:
+                return graph
+            graph = more
 
     def _fewest(self, part: Part, number: int = 2) -> Graph | None:
         """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
         codes of it."""
-        most, coded = MOST_UNROLLED if part.slow_in_loops else self._costs.most_slices, None
-        while number <= most:
+        coded = None
+        while number <= self._most(part):
             graph = _cut(part, number, self._has_tangent, self._active, self._costs)
             assert graph.slices is not None
             room = self._budget - exact_plan(graph, self._costs)[0].stored_bytes
