@@ -138,6 +138,16 @@ def _rad(make_codec: Callable[[Any], Any] | None) -> Callable[[Workload], Trace_
     return elbo
 
 
+def _sliced(number: int) -> Rival:
+    def elbo(_: Workload) -> Trace_ELBO:
+        from numpyro_rad import RAD_ELBO
+
+        return RAD_ELBO(slices=number, exact=True)
+
+    note = f"RAD_ELBO(slices={number}, exact=True)"
+    return Rival(f"ours_{number}slices", f"ours, exact, {number} slices", "ours", "exact", elbo, note=note)
+
+
 def _rounding(bits: int) -> Rival:
     elbo = _rad(lambda codecs: codecs.StochasticRound(bits=bits))
     label = f"ours, {bits} bit" + ("s" if bits > 1 else "")
@@ -227,6 +237,8 @@ _ALL = [
         note="RandomProjection(0.1)",
     ),
     Rival("ours_exact", "ours, exact", "ours", "exact", _rad(lambda codecs: codecs.Keep()), note="Keep()"),
+    _sliced(4),
+    _sliced(8),
     _rounding(8),
     _rounding(4),
     _rounding(2),

@@ -340,6 +340,26 @@ def test_a_budget_takes_as_few_slices_as_it_needs():
 
 
 @pytest.mark.usefixtures("of_themselves")
+def test_more_slices_where_less_memory_saves_time(priced):
+    """Down to where what a slice holds is no longer dear."""
+    numbers = [budgeted(60_000).graph.slices.number]
+    for hold_from in (16_000, 2_000):
+        priced(slice_start=0.0, most_slices=CostModel.most_slices, hold_per_byte=1e3, hold_from_bytes=hold_from)
+        slices = budgeted(60_000).graph.slices
+        assert slices.bytes_each < hold_from
+        numbers.append(slices.number)
+    assert numbers[0] < numbers[1] < numbers[2]
+
+
+@pytest.mark.usefixtures("of_themselves", "arrays_of_any_size_count")
+def test_outside_of_slices_codes_are_taken_where_nothing_else_fits():
+    within = budgeted(60_000, slices=8)
+    assert not any(p.encoded for p in within.walk())
+    tight = budgeted(within.graph.slices.bytes_each + 300, slices=8)
+    assert tight.encoded and tight.peak_bytes <= within.graph.slices.bytes_each + 300
+
+
+@pytest.mark.usefixtures("of_themselves")
 def test_a_budget_bounds_what_the_compiled_step_takes():
     """Where Trace_ELBO fits, the step is its own; where not, it takes slices until the compiler says that it fits."""
     most = step(Trace_ELBO())[0].memory_analysis().temp_size_in_bytes

@@ -22,10 +22,12 @@ from examples.coverage.models import MODELS
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, grad, rad, value_and_grad
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Offload
+from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.codecs import SampleAxis
 from numpyro_rad.planning import Planner, planner
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.noise import EqualShares, ErrorPropagation
+from numpyro_rad.planning.problem import PlanProblem
 from numpyro_rad.planning.request import PlanRequest, any_of
 from numpyro_rad.planning.strategies import LADDER, plan_for_variance
 
@@ -166,6 +168,23 @@ def test_exact_within_a_budget(f, cheap_starts):
         assert plan.stored_bytes <= options.get("memory_budget", np.inf)
         assert_close(jax.jit(grad(f, **options))(KEY, PARAMS, X), expected, 1e-5)
     assert codecs(planned(f, PARAMS, X, memory_budget=info.value.smallest_bytes // 2))
+
+
+def test_derivatives_are_made_once_wherever_that_is():
+    """To make again costs time where the values follow from it; a derivative is computed for the backward sweep alone,
+    whether before it or in it."""
+    x = normal(64, 8)
+    jaxpr, _, _ = _jax.trace(lambda w: jax.nn.gelu(x @ w).sum(), normal(8, 16))
+    graph = linearize(jaxpr, [v.aval.shape == (8, 16) for v in jaxpr.jaxpr.invars])
+    problem = PlanProblem(graph, PlanRequest(any_of(())))
+    costs: dict[bool, list[float]] = {True: [], False: []}
+    for equation in graph.equations:
+        maker = problem.timed.maker[problem.number[equation.outputs[0]]]
+        if maker >= 0:
+            derived = equation.name.startswith(("affine", "sum ")) or "mask" in equation.name
+            costs[derived].append(problem.timed.makers[maker].cost)
+    assert costs[True] and not any(costs[True])
+    assert any(costs[False])
 
 
 @pytest.fixture
