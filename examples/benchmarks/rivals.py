@@ -127,24 +127,19 @@ def _dots_rival() -> Rival:
     return Rival("checkpoint_dots", "checkpoint, dots", "rival", "exact", lambda _: CheckpointELBO(policy), layer, note)
 
 
-def _rad(make_codec: Callable[[Any], Any] | None) -> Callable[[Workload], Trace_ELBO]:
-    """A builder of ``RAD_ELBO`` with one codec everywhere, or with its defaults."""
+def _rad(make_codec: Callable[[Any], Any] | None = None, **options: Any) -> Callable[[Workload], Trace_ELBO]:
+    """A builder of ``RAD_ELBO`` with one codec everywhere, with other options, or with its defaults."""
 
     def elbo(_: Workload) -> Trace_ELBO:
         from numpyro_rad import RAD_ELBO, codecs  # late on purpose: see the module's docstring
 
-        return RAD_ELBO() if make_codec is None else RAD_ELBO(codec=make_codec(codecs))
+        return RAD_ELBO(**options) if make_codec is None else RAD_ELBO(codec=make_codec(codecs))
 
     return elbo
 
 
 def _sliced(number: int) -> Rival:
-    def elbo(_: Workload) -> Trace_ELBO:
-        from numpyro_rad import RAD_ELBO
-
-        return RAD_ELBO(slices=number, exact=True)
-
-    note = f"RAD_ELBO(slices={number}, exact=True)"
+    elbo, note = _rad(slices=number, exact=True), f"RAD_ELBO(slices={number}, exact=True)"
     return Rival(f"ours_{number}slices", f"ours, exact, {number} slices", "ours", "exact", elbo, note=note)
 
 
@@ -246,6 +241,6 @@ _ALL = [
     _dithered(4),
     _dithered(2),
     _dithered(1),
-    Rival("ours_default", "ours, default", "ours", "randomized", _rad(None), note="RAD_ELBO()"),
+    Rival("ours_default", "ours, default", "ours", "randomized", _rad(), note="RAD_ELBO()"),
 ]
 RIVALS: dict[str, Rival] = {rival.name: rival for rival in _ALL}

@@ -281,11 +281,14 @@ class StochasticRound(Codec):
         return *layout.pack(number + up), low, step
 
     def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
-        *packed, low, step = code
         layout = self._layout(like.shape)
+        return layout.join(self._levels(layout, code, like.dtype), like.shape).astype(like.dtype)
+
+    def _levels(self, layout: Layout, code: Sequence[jax.Array], dtype: DTypeLike) -> jax.Array:
+        """The level of each entry that was encoded."""
+        *packed, low, step = code
         number = layout.unpack(packed).astype(low.dtype)
-        level = layout.to_entries(low) + number * layout.to_entries(step)
-        return layout.join(_to_nearest(level, like.dtype), like.shape).astype(like.dtype)
+        return _to_nearest(layout.to_entries(low) + number * layout.to_entries(step), dtype)
 
     def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
         layout = self._layout(shape)
@@ -346,7 +349,7 @@ class DitheredRound(StochasticRound):
 
     work = 1.5
 
-    def _width(self, low: jax.Array, step: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _width(self, low: jax.Array, step: jax.Array) -> jax.Array:
         """Over how much the errors of each group are spread: a step, or nothing where rounding what is decoded to the
         numbers that there are would bias it."""
         largest = jnp.maximum(jnp.abs(low), jnp.abs(low + (2**self.bits - 1) * step))
@@ -354,13 +357,12 @@ class DitheredRound(StochasticRound):
         return jnp.where(fine | jnp.isnan(step), step, 0)
 
     def decode(self, seed: jax.Array, code: Sequence[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
-        *packed, low, step = code
+        *_, low, step = code
         layout = self._layout(like.shape)
-        number = layout.unpack(packed).astype(low.dtype)
-        level = _to_nearest(layout.to_entries(low) + number * layout.to_entries(step), like.dtype)
+        level = self._levels(layout, code, like.dtype)
         middle = np.asarray(0.5 - 2.0**-25, low.dtype)  # the mean of the draws, which are multiples of 2**-24
-        noise = uniform(seed, number.shape, low.dtype) - middle
-        whole = level + noise * layout.to_entries(self._width(low, step, like.dtype))
+        noise = uniform(seed, level.shape, low.dtype) - middle
+        whole = level + noise * layout.to_entries(self._width(low, step))
         return _cast_unbiased(layout.join(whole, like.shape), like.dtype, fold(seed, 1))
 
     def _variances(self, x: jax.Array) -> jax.Array:
@@ -368,7 +370,7 @@ class DitheredRound(StochasticRound):
         grouped = layout.split(x).astype(_work_dtype(x.dtype))
         low, step = self._fit(layout, grouped)
         _, below, above = self._neighbours(layout, grouped, low, step, x.dtype)
-        width = layout.to_entries(self._width(low, step, x.dtype))
+        width = layout.to_entries(self._width(low, step))
         plain = (grouped - below) * (above - grouped)
         between = above - below
         taken = jnp.where(between > 0, plain * width / jnp.where(between > 0, between, 1), 0)  # about all of it

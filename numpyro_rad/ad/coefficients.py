@@ -136,19 +136,15 @@ class Coefficients:
     def _type(
         self, name: str, run: Callable[..., jax.Array], operands: tuple[Atom, ...], parameters: Hashable
     ) -> _jax.Aval:
-        if any(isinstance(o, Constant) for o in operands):
-            structs = [o.value if isinstance(o, Constant) else _struct(o) for o in operands]
-            aval = jax.eval_shape(run, *structs)
-            return _jax.array_type(aval.shape, aval.dtype)
-        known = (name, parameters, *((o.aval.shape, o.aval.dtype) for o in operands if isinstance(o, Value)))
+        given = [
+            o.value if isinstance(o, Constant) else jax.ShapeDtypeStruct(o.aval.shape, o.aval.dtype) for o in operands
+        ]
+        pairs = zip(operands, given, strict=True)
+        known = (name, parameters, *(o if isinstance(o, Constant) else struct for o, struct in pairs))
         if known not in self._types:
-            aval = jax.eval_shape(run, *(_struct(o) for o in operands if isinstance(o, Value)))
+            aval = jax.eval_shape(run, *given)
             self._types[known] = _jax.array_type(aval.shape, aval.dtype)
         return self._types[known]
-
-
-def _struct(value: Value) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype)
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:

@@ -355,7 +355,7 @@ class Planner:
 
             return codecs if special else general
 
-        first = overridden(any_of(())) if graph.slices is not None else None
+        first = overridden(any_of(())) if graph.slices is not None and not self.exact else None
         return PlanRequest(overridden(self._general), self.prices, objective=self.objective, first=first)
 
     @property

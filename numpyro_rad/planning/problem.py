@@ -20,9 +20,10 @@ import math
 from collections.abc import Mapping
 
 from numpyro_rad.ad import _jax
-from numpyro_rad.ad.graph import Atom, ControlFlow, Equation, Graph, Path, Scan, Value
+from numpyro_rad.ad.graph import ControlFlow, Equation, Graph, Path, Scan, Value
 from numpyro_rad.ad.loops import n_boundaries
 from numpyro_rad.ad.plan import Encoded, kept_bytes
+from numpyro_rad.ad.recompute import recompute_equations
 from numpyro_rad.ad.segments import Chain
 from numpyro_rad.planning import solver
 from numpyro_rad.planning.noise import CodeNoise, Effects, EqualShares, ErrorPropagation
@@ -318,13 +319,9 @@ class PlanProblem:
 
 def _of_the_values(graph: Graph) -> set[Equation]:
     """The equations that the values of a program follow from."""
-    live: set[Atom] = set(graph.outputs)
-    found = set()
-    for equation in reversed(graph.equations):
-        if equation.acts or equation.node is not None or any(o in live for o in equation.outputs):
-            live.update(equation.inputs)
-            found.add(equation)
-    return found
+    inner = [a for e in graph.equations if e.acts or e.node is not None for a in e.inputs]
+    ends = [a for a in (*graph.outputs, *inner) if isinstance(a, Value)]
+    return set(recompute_equations(graph, ends, ()))
 
 
 def _is_made_again(equation: Equation, value: Value, repeat: int) -> bool:

@@ -197,8 +197,9 @@ class Search:
             if held - half < WORTH * self._step or 2 * slices.number > self._most(part):
                 return graph
             more = _cut(part, 2 * slices.number, self._has_tangent, self._active, self._costs)
+            assert more.slices is not None
             saved = _of_slices(graph, self._costs) - _of_slices(more, self._costs)
-            if more.slices is None or more.slices.number < 2 * slices.number or saved < WORTH * self._step:
+            if more.slices.number < 2 * slices.number or saved < WORTH * self._step:
                 return graph
             graph = more
 
