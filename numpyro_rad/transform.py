@@ -226,8 +226,8 @@ def rad(f: Callable, **options: Unpack[Options]) -> Callable:
     :param f: a function of arrays (any pytree) that JAX can differentiate in reverse mode.
     :param options: those of :class:`numpyro_rad.planning.Planner`, above all ``memory_budget="64MiB"``, the most bytes
         that may be held between the sweeps (the arguments of ``f`` do not count), or ``codec=``. Without any, a program
-        with less than 16 MiB of residuals is left to JAX's own reverse mode, and of a larger one residuals are rounded
-        to 4 bits where the bytes saved are worth the time.
+        with less than 16 MiB of residuals is left to JAX's own reverse mode, and a larger one runs in slices or is
+        rounded to 4 bits where the bytes saved are worth the time.
     :return: a function ``g(key, *args, **kwargs)``. ``key`` is one JAX PRNG key, typed or raw, from which only the
         derivative draws: use a fresh one for every call.
     :raises TypeError: for a wrong option or key.

@@ -247,6 +247,7 @@ class Slices:
     :ivar bytes_each: what one slice holds between its two sweeps.
     :ivar line: the user's line where the axis is summed up.
     :ivar nanoseconds: what all slices take besides what the part takes in one go, about.
+    :ivar nanoseconds_each: what of that one more slice would take, with its share of the part's own work left out.
     """
 
     number: int
@@ -254,6 +255,7 @@ class Slices:
     bytes_each: int
     line: str
     nanoseconds: float
+    nanoseconds_each: float
 
 
 @dataclasses.dataclass(eq=False, slots=True)

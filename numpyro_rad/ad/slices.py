@@ -37,9 +37,22 @@ _SLOW_IN_LOOPS = frozenset({"conv_general_dilated"})
 """Primitives that are many times slower inside of a loop than outside, on a CPU."""
 
 
-Planned = Callable[[Graph], tuple[Plan, float]]
-"""From the graph of a slice to its plan, and the nanoseconds that it takes besides its share of what the part takes,
-with those of slices of its own."""
+@dataclasses.dataclass(frozen=True)
+class PlannedSlice:
+    """One slice.
+
+    :ivar plan: how it runs.
+    :ivar again: nanoseconds of what it computes again, and of slices of its own.
+    :ivar start: nanoseconds to start what it runs, however small it is.
+    """
+
+    plan: Plan
+    again: float
+    start: float
+
+
+Planned = Callable[[Graph], PlannedSlice]
+"""From the graph of a slice to how it runs."""
 
 
 class _Mixed(Exception):
@@ -242,11 +255,14 @@ class Part:
         """
         loop = _Loop(self, n_slices, plan)
         program = _jax.retrace(loop.run, self.program.jaxpr)
-        plans = [plan for plan, _ in loop.plans.values()]
+        slices = list(loop.plans.values())
         number = -(-self.size // loop.size)
-        inner = max((p.graph.slices.number for p in plans if p.graph.slices is not None), default=1)
-        each, time = max(p.peak_bytes for p in plans), max(time for _, time in loop.plans.values())
-        return program, Slices(number * inner, self.size, each, _jax.source_line(self.last), number * time)
+        inner = max((s.plan.graph.slices.number for s in slices if s.plan.graph.slices is not None), default=1)
+        each, again, start = (
+            max(f) for f in zip(*((s.plan.peak_bytes, s.again, s.start) for s in slices), strict=True)
+        )
+        line = _jax.source_line(self.last)
+        return program, Slices(number * inner, self.size, each, line, number * (again + start), start)
 
     @property
     def slow_in_loops(self) -> bool:
@@ -327,14 +343,14 @@ class _Loop:
     """The whole program, with its part in slices.
 
     :ivar size: entries of the axis in a slice.
-    :ivar plans: of slices, by their size, with the time that each takes more; the last one may be smaller.
+    :ivar plans: of slices, by their size; the last one may be smaller.
     """
 
     def __init__(self, part: Part, n_slices: int, plan: Planned) -> None:
         self.part, self.program, self.plan = part, part.program, plan
         self.size = -(-part.size // n_slices)
         self.n_inner = max(1, n_slices // part.size)
-        self.plans: dict[int, tuple[Plan, float]] = {}
+        self.plans: dict[int, PlannedSlice] = {}
         self.primals, self.tangents = part.inputs()
         axes, nodes = part.program.axes, part.program.nodes
         self.places = [axes.position(nodes[a], part.axis) for a in self.primals]
@@ -431,7 +447,7 @@ class _Loop:
             a if at is None else lax.dynamic_slice_in_dim(a, start, size, at)
             for a, at in zip(arrays, self.places, strict=True)
         ]
-        plan, _ = self._plan(size)
+        plan = self._plan(size).plan
         seed = jnp.zeros(2, jnp.uint32)  # nothing in a slice is random
         sums, tape = forward(plan, seed, taken)
         reads = {v: a for v, a in zip(plan.graph.inputs, taken, strict=True) if v in plan.reads}
@@ -448,7 +464,7 @@ class _Loop:
                 gradients.append(lax.dynamic_update_slice_in_dim(gradient, new, start, at))
         return totals, gradients
 
-    def _plan(self, size: int) -> tuple[Plan, float]:
+    def _plan(self, size: int) -> PlannedSlice:
         if size not in self.plans:
             program, slices = self.part.slice_program(size, self.primals, self.tangents), None
             if self.n_inner > 1:

@@ -127,8 +127,8 @@ class Planner:
     :param exact: no codes: recompute and keep only. Gradients are then exact.
     :param slices: in how many slices to run the part of the model in which an axis, of rows or of particles for
         instance, stays to itself until it is summed up; forward and backward together, so that only one slice's
-        residuals are alive. 1 for none. By default a memory budget chooses, on a single device, by what slices and
-        other plans cost. Values and gradients are equal up to the rounding of sums. Where there is no such part nothing
+        residuals are alive. 1 for none. By default what slices and other plans cost chooses, on a single device,
+        where a memory budget or no option at all says what to look for. Values and gradients are equal up to the rounding of sums. Where there is no such part nothing
         is cut.
     :param objective: with a budget, ``"balanced"`` for the least sum of added time and variance, ``"time"`` or
         ``"variance"`` for the least of one.
@@ -279,7 +279,7 @@ class Planner:
         """How to go through a program. A calibration, which is made for one graph, has no part in it."""
         number = self.slices if self.plan is None else self.plan.get("slices", 1)
         budget = self._budget_bytes
-        if number is not None or budget is None:
+        if number is not None or (budget is None and not self._may_leave):
             return Way(ways.in_slices(jaxpr, active, number or 1, self.prices), budget)
 
         def request(graph: Graph) -> PlanRequest:
@@ -303,7 +303,7 @@ class Planner:
         graph = way.graph
         as_known = self.calibration is None and not (self.overrides or self.offload)
         if way.plan is not None and (way.plan.untouched or as_known):
-            return self._warned(way.plan)
+            return self._warned(way.plan) if way.held_bytes is not None else way.plan
         if self.plan is not None:
             return strategies.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
@@ -315,7 +315,7 @@ class Planner:
                     "host's, so nothing is gained. Leave it out here."
                 )
             request = dataclasses.replace(request, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
-        if self.memory_budget is None and self._may_leave:
+        if self.memory_budget is None and self._may_leave and graph.slices is None:
             plan = strategies.untouched_plan(graph)
             if plan.stored_bytes < self.prices.untouched_bytes:
                 return plan

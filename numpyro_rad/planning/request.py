@@ -43,6 +43,11 @@ class PlanRequest:
     first: Codecs | None = None
 
     @property
+    def at_first(self) -> PlanRequest:
+        """What to try first."""
+        return self if self.first is None else dataclasses.replace(self, codecs=self.first, first=None)
+
+    @property
     def weights(self) -> tuple[float, float]:
         """Of time and of variance."""
         return OBJECTIVES[self.objective]

@@ -65,10 +65,15 @@ def make_plan(graph: Graph, request: PlanRequest) -> Plan:
 
 def balanced_plan(graph: Graph, request: PlanRequest) -> Plan:
     """The plan of least cost where a share of the residuals' bytes is worth the same share of the step's time."""
-    problem = PlanProblem(graph, request)
     slices = graph.slices
     in_slices = slices.number * slices.bytes_each if slices is not None else 0
-    return plan_of(problem, solver.priced(problem.priced(), 1 / max(1, problem.residual_bytes + in_slices)))
+    problem = PlanProblem(graph, request.at_first)
+    return plan_of(problem, balanced(problem, problem.residual_bytes + in_slices))
+
+
+def balanced(problem: PlanProblem, exact_bytes: float) -> solver.Solution:
+    """The solution of :func:`balanced_plan` where all residuals take so many bytes."""
+    return solver.priced(problem.priced(), 1 / max(1, exact_bytes))
 
 
 def plan_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> Plan:
@@ -86,7 +91,7 @@ def solved_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> tupl
     """
     if request.first is not None:
         try:
-            return solved_within(graph, budget_bytes, dataclasses.replace(request, codecs=request.first, first=None))
+            return solved_within(graph, budget_bytes, request.at_first)
         except BudgetError:
             pass
     in_slices = 0 if graph.slices is None else graph.slices.bytes_each

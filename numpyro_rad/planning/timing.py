@@ -63,10 +63,10 @@ class Timing:
         """To send a value to the host and fetch it."""
         return self._costs.offload_per_byte * kept_bytes(value)
 
-    @property
-    def launches(self) -> int:
-        """How many operations a step starts, those of iterations and of both sweeps counted."""
-        return 3 * _launches(self._graph)
+
+def launches(graph: Graph) -> int:
+    """How many operations a step starts, those of iterations and of both sweeps counted."""
+    return 3 * _launches(graph)
 
 
 def _launches(graph: Graph) -> int:

@@ -5,7 +5,8 @@ that wait for their readers) is known to the compiler alone. So it is asked, of 
 the way that is chosen, and where that would take more than the budget another way is taken.
 
 Slices compute nothing twice, add no variance and store the gradient of the part alone; what they cost is to start each
-kernel more often. They compete, as few as it takes, with the best plan for the program in one go.
+kernel more often. They compete, as few as it takes, with the best plan for the program in one go. Without a budget as
+many compete as are worth it, a share of the residuals' bytes being worth the same share of the step's time.
 """
 
 from __future__ import annotations
@@ -21,22 +22,28 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.graph import Graph
 from numpyro_rad.ad.linearize import graph_of_both, linearize, with_tangents
 from numpyro_rad.ad.plan import BudgetError, Plan
-from numpyro_rad.ad.slices import MOST_UNROLLED, Part, find
+from numpyro_rad.ad.slices import MOST_UNROLLED, Part, PlannedSlice, find
 from numpyro_rad.planning import solver, strategies
 from numpyro_rad.planning.assembly import plan_of
 from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.problem import PlanProblem
 from numpyro_rad.planning.request import PlanRequest, any_of
-from numpyro_rad.planning.timing import Timing
+from numpyro_rad.planning.timing import Timing, launches
 
 SLACK = 1.1
 """A compiled gradient may take so many times the budget before another way is tried."""
 
 WORTH = 0.01
-"""More slices than it takes are worth their trouble where they save so much of the time of a step."""
+"""More slices are worth their trouble where they save so much of the time of a step, or what is worth as much."""
+
+WORTH_COMPILING = 0.04
+"""The same where slices run one after the other, each of which is compiled."""
 
 TRIES = 4
 """So many ways are compiled, at most."""
+
+_TRIED = 8
+"""So many slices are tried first where there is no budget: what others take is foretold from them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +73,33 @@ def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: C
 
 
 def _cut(part: Part, n_slices: int, has_tangent: Sequence[bool], active: Sequence[bool], costs: CostModel) -> Graph:
-    both, slices = part.cut(n_slices, functools.partial(exact_plan, costs=costs))
+    both, slices = part.cut(n_slices, functools.partial(planned_slice, costs=costs))
     graph = graph_of_both(both, has_tangent, active)
     # each slice writes its gradient, reads it and what was added up before, and writes the sum
     adding = 1.5 * costs.keep_per_byte * part.gradient_bytes
-    graph.slices = dataclasses.replace(slices, nanoseconds=slices.nanoseconds + slices.number * adding)
+    graph.slices = dataclasses.replace(
+        slices,
+        nanoseconds=slices.nanoseconds + slices.number * adding,
+        nanoseconds_each=slices.nanoseconds_each + adding,
+    )
     return graph
 
 
 def exact_plan(graph: Graph, costs: CostModel) -> tuple[Plan, float]:
-    """The plan of a slice, in which nothing is random and what is cheap is computed again, and what it takes for that
-    and to be started, without what is held: that memory is the same for all slices.
+    """The plan in which nothing is random and what is cheap is computed again, and the nanoseconds of that, without
+    what is held: in a slice, that memory is the same for all of them.
     """
     problem = PlanProblem(graph, PlanRequest(any_of(()), costs))
     solution = solver.smallest(problem.priced())
     plan = plan_of(problem, solution)
-    time = problem.nanoseconds(solution) - problem.timing.holding(plan.stored_bytes)
+    return plan, problem.nanoseconds(solution) - problem.timing.holding(plan.stored_bytes)
+
+
+def planned_slice(graph: Graph, costs: CostModel) -> PlannedSlice:
+    """How a slice runs, given its graph."""
+    plan, again = exact_plan(graph, costs)
     inner = graph.slices.nanoseconds if graph.slices is not None else 0.0
-    return plan, time + costs.slice_start * problem.timing.launches + inner
+    return PlannedSlice(plan, again + inner, costs.slice_start * launches(graph))
 
 
 def _of_slices(graph: Graph, costs: CostModel) -> float:
@@ -94,9 +110,11 @@ def _of_slices(graph: Graph, costs: CostModel) -> float:
 
 
 class Search:
-    """For the way of least time and variance through a program within a budget.
+    """For the way of least time and variance through a program within a budget, or without one of least time, variance
+    and memory.
 
     :param active: which inputs of the program are differentiated.
+    :param budget_bytes: None for no budget.
     :param request: from a graph to what its plan is chosen from.
     :param costs: what work costs.
     :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
@@ -106,20 +124,30 @@ class Search:
         self,
         jaxpr: _jax.Jaxpr,
         active: Sequence[bool],
-        budget_bytes: int,
+        budget_bytes: int | None,
         request: Callable[[Graph], PlanRequest],
         costs: CostModel,
         taken: Callable[[Plan], int | None],
     ) -> None:
-        self._active, self._budget, self._request, self._taken = active, budget_bytes, request, taken
-        self._costs = costs
+        self._active, self._request, self._costs, self._taken = active, request, costs, taken
+        self._budget_bytes = budget_bytes
         self._both, self._has_tangent = with_tangents(jaxpr, active)
         self._whole = graph_of_both(self._both, self._has_tangent, active)
 
     @functools.cached_property
-    def _step(self) -> float:
-        """Nanoseconds of an exact step."""
-        return Timing(self._whole, self._costs).step
+    def _exact(self) -> Timing:
+        """Of an exact step."""
+        return Timing(self._whole, self._costs)
+
+    @functools.cached_property
+    def _part(self) -> Part | None:
+        """What can be run in slices."""
+        return find(self._both, self._active)
+
+    @property
+    def _budget(self) -> int:
+        assert self._budget_bytes is not None
+        return self._budget_bytes
 
     def way(self, may_be_untouched: bool) -> Way:
         """The best way that was found.
@@ -128,7 +156,10 @@ class Search:
         """
         # among several devices a slice of a sharded axis would be fetched from all of them, and the compiler would
         # have to know how the operands are sharded
-        if self._costs.most_slices == 1 or jax.device_count() > 1:
+        may_be_sliced = self._costs.most_slices > 1 and jax.device_count() == 1
+        if self._budget_bytes is None:
+            return self._balanced(may_be_sliced)
+        if not may_be_sliced:
             return Way(self._whole, self._budget)
         if may_be_untouched:
             plan = strategies.untouched_plan(self._whole)
@@ -136,12 +167,11 @@ class Search:
                 taken = self._taken(plan)
                 if taken is not None and taken <= self._budget:
                     return Way(self._whole, self._budget, plan)
-        part = find(self._both, self._active)
-        if part is not None and part.gradient_bytes > self._budget:
-            part = None
-        sliced = self._fewest(part) if part is not None else None
-        if part is not None and sliced is not None:
-            sliced = self._faster(part, sliced)
+        sliced = None
+        if self._part is not None and self._part.gradient_bytes <= self._budget:
+            sliced = self._fewest()
+            if sliced is not None:
+                sliced = self._better(sliced)
         found: list[tuple[float, Way]] = []
         priced = [self._priced(graph, self._budget) for graph in (self._whole, sliced) if graph is not None]
         for _, way in sorted(priced, key=lambda pair: pair[0]):
@@ -150,7 +180,7 @@ class Search:
                 return way
         excess, way = next(((e, w) for e, w in found if w.graph is sliced), found[-1])
         for _ in range(TRIES - len(found)):
-            smaller = self._smaller(way, excess, part)
+            smaller = self._smaller(way, excess)
             if smaller is None:
                 break
             way, excess = smaller, self._excess(smaller)
@@ -159,14 +189,38 @@ class Search:
                 return way
         return min(found, key=lambda pair: pair[0])[1]
 
-    def _smaller(self, way: Way, excess: float, part: Part | None) -> Way | None:
+    def _balanced(self, may_be_sliced: bool) -> Way:
+        """The way to take where no option says what matters: what memory is worth is known, so that the compiler need
+        not be asked.
+        """
+        untouched = strategies.untouched_plan(self._whole)
+        size = untouched.stored_bytes
+        if size < self._costs.untouched_bytes:
+            return Way(self._whole, plan=untouched)
+
+        def balanced(graph: Graph) -> tuple[float, Way]:
+            problem = PlanProblem(graph, self._request(graph).at_first)
+            solution = strategies.balanced(problem, size)
+            cost, way = self._costing(graph, problem, solution)
+            assert way.plan is not None
+            return cost + way.plan.peak_bytes / max(1, size), way
+
+        ways = [balanced(self._whole)]
+        if may_be_sliced and self._part is not None and self._starts_in_time(self._part):
+            ways.append(balanced(self._better(self._cut(_TRIED), least=2, exact_bytes=size)))
+        return min(ways, key=lambda pair: pair[0])[1]
+
+    def _starts_in_time(self, part: Part) -> bool:
+        """Whether two slices take less time to start than the step takes: else nothing can be gained."""
+        return 2 * self._costs.slice_start * len(part.steps) < self._exact.step
+
+    def _smaller(self, way: Way, excess: float) -> Way | None:
         """A way that takes less: more slices, or if there are none fewer bytes to hold."""
         slices = way.graph.slices
         if slices is None:
             return self._priced(way.graph, int(self._budget / excess))[1] if excess < math.inf else None
-        assert part is not None
         times = min(excess, self._costs.most_slices)
-        graph = self._fewest(part, max(2 * slices.number, _power_of_two(times * slices.number)))
+        graph = self._fewest(max(2 * slices.number, _power_of_two(times * slices.number)))
         more = graph is not None and graph.slices is not None and graph.slices.number > slices.number
         return self._priced(graph, self._budget)[1] if graph is not None and more else None
 
@@ -180,35 +234,61 @@ class Search:
             problem, solution = strategies.solved_within(graph, held_bytes, self._request(graph))
         except BudgetError:
             return math.inf, Way(graph, held_bytes)
+        return self._costing(graph, problem, solution, held_bytes)
+
+    def _costing(
+        self, graph: Graph, problem: PlanProblem, solution: solver.Solution, held_bytes: int | None = None
+    ) -> tuple[float, Way]:
+        """What a solution takes in time and variance, and the way that it stands for."""
+        step, plan = self._exact.step, plan_of(problem, solution)
         nanoseconds = problem.nanoseconds(solution) + _of_slices(graph, self._costs)
-        cost = nanoseconds / self._step + problem.together(solution).total
-        return cost, Way(graph, held_bytes, plan_of(problem, solution))
+        variance = problem.together(solution).total
+        assert plan.predicted is not None
+        predicted = dataclasses.replace(plan.predicted, added_seconds=(nanoseconds - self._exact.storing) / step)
+        return nanoseconds / step + variance, Way(graph, held_bytes, dataclasses.replace(plan, predicted=predicted))
 
-    def _most(self, part: Part) -> int:
-        return MOST_UNROLLED if part.slow_in_loops else self._costs.most_slices
+    # -- how many slices
 
-    def _faster(self, part: Part, graph: Graph) -> Graph:
-        """Twice as many slices, and twice as many again, as long as the smaller memory saves more time than starting
-        them takes."""
-        while True:
-            slices = graph.slices
-            assert slices is not None
-            held, half = (self._costs.holding(size) * size for size in (slices.bytes_each, slices.bytes_each / 2))
-            if held - half < WORTH * self._step or 2 * slices.number > self._most(part):
-                return graph
-            more = _cut(part, 2 * slices.number, self._has_tangent, self._active, self._costs)
-            assert more.slices is not None
-            saved = _of_slices(graph, self._costs) - _of_slices(more, self._costs)
-            if more.slices.number < 2 * slices.number or saved < WORTH * self._step:
-                return graph
-            graph = more
+    @property
+    def _most(self) -> int:
+        assert self._part is not None
+        return MOST_UNROLLED if self._part.slow_in_loops else self._costs.most_slices
 
-    def _fewest(self, part: Part, number: int = 2) -> Graph | None:
+    def _cut(self, number: int) -> Graph:
+        """The graph of the program with its part in so many slices."""
+        assert self._part is not None
+        return _cut(self._part, number, self._has_tangent, self._active, self._costs)
+
+    def _better(self, graph: Graph, least: int | None = None, exact_bytes: float = math.inf) -> Graph:
+        """The same part in as many slices as take least time, foretold from how many there are.
+
+        :param least: number of slices; by default as many as there are.
+        :param exact_bytes: of all residuals, a share of which is worth the same share of the step's time.
+        """
+        slices = graph.slices
+        assert slices is not None and self._part is not None
+        work = slices.nanoseconds - slices.number * slices.nanoseconds_each
+        size = slices.number * slices.bytes_each
+
+        def cost(number: int) -> float:
+            held = size / number
+            nanoseconds = work + number * slices.nanoseconds_each + self._costs.holding(held) * held
+            return nanoseconds / self._exact.step + held / exact_bytes
+
+        worth = WORTH_COMPILING if self._part.slow_in_loops else WORTH
+        best = number = least or slices.number
+        while 2 * number <= self._most:
+            number *= 2
+            if cost(number) <= cost(best) - worth:
+                best = number
+        return graph if best == slices.number else self._cut(best)
+
+    def _fewest(self, number: int = 2) -> Graph | None:
         """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
         codes of it."""
         coded = None
-        while number <= self._most(part):
-            graph = _cut(part, number, self._has_tangent, self._active, self._costs)
+        while number <= self._most:
+            graph = self._cut(number)
             assert graph.slices is not None
             room = self._budget - exact_plan(graph, self._costs)[0].stored_bytes
             if graph.slices.bytes_each <= room:

@@ -352,6 +352,26 @@ def test_more_slices_where_less_memory_saves_time(priced):
 
 
 @pytest.mark.usefixtures("of_themselves", "arrays_of_any_size_count")
+def test_without_options_slices_are_taken_where_they_save_more_than_they_cost(priced):
+    """From free to start, over dearer ones, to none where they take longer to start than the step takes."""
+    numbers = []
+    for start in (0.0, 3.0, 30.0, 1e6):
+        priced(slice_start=start, code_per_entry=1e3)
+        slices = budgeted(None).graph.slices
+        numbers.append(1 if slices is None else slices.number)
+    assert numbers == sorted(numbers, reverse=True) and numbers[0] > numbers[1] > numbers[-2] > numbers[-1] == 1
+    priced(slice_start=0.0, untouched_bytes=2**24)
+    assert budgeted(None).untouched
+
+
+@pytest.mark.usefixtures("of_themselves", "arrays_of_any_size_count")
+def test_without_options_nothing_is_asked_of_the_compiler(monkeypatch):
+    monkeypatch.setattr(_jax, "temporary_bytes", lambda f, avals: pytest.fail("the compiler was asked"))
+    plan = budgeted(None)
+    assert plan.graph.slices is not None and not plan.encoded and plan.predicted.added_variance == 0
+
+
+@pytest.mark.usefixtures("of_themselves", "arrays_of_any_size_count")
 def test_outside_of_slices_codes_are_taken_where_nothing_else_fits():
     within = budgeted(60_000, slices=8)
     assert not any(p.encoded for p in within.walk())
