@@ -128,8 +128,8 @@ class Planner:
     :param slices: in how many slices to run the part of the model in which an axis, of rows or of particles for
         instance, stays to itself until it is summed up; forward and backward together, so that only one slice's
         residuals are alive. 1 for none. By default what slices and other plans cost chooses, on a single device,
-        where a memory budget or no option at all says what to look for. Values and gradients are equal up to the rounding of sums. Where there is no such part nothing
-        is cut.
+        where there is a memory budget or no option at all. Values and gradients are equal up to the rounding of sums.
+        Where there is no such part nothing is cut.
     :param objective: with a budget, ``"balanced"`` for the least sum of added time and variance, ``"time"`` or
         ``"variance"`` for the least of one.
     :param offload: whether exact values of 1 MiB or more, outside of loops, may wait in the memory of the host, where
