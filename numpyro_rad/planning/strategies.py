@@ -45,6 +45,9 @@ LADDER: tuple[Codec, ...] = (
 SEGMENT_LEVELS = (1, 2, 3)
 """How often segments of loops are cut into segments: each level is one more run of the loop."""
 
+EXACT_IS_WORTH = 0.01
+"""Codes have to save so much of the step's time, or what is worth as much, where there is no budget."""
+
 CHAIN_LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 """Numbers of segments that are tried for a program without loops."""
 
@@ -65,15 +68,29 @@ def make_plan(graph: Graph, request: PlanRequest) -> Plan:
 
 def balanced_plan(graph: Graph, request: PlanRequest) -> Plan:
     """The plan of least cost where a share of the residuals' bytes is worth the same share of the step's time."""
-    slices = graph.slices
-    in_slices = slices.number * slices.bytes_each if slices is not None else 0
-    problem = PlanProblem(graph, request.at_first)
-    return plan_of(problem, balanced(problem, problem.residual_bytes + in_slices))
+    return plan_of(*balanced(graph, request))
 
 
-def balanced(problem: PlanProblem, exact_bytes: float) -> solver.Solution:
-    """The solution of :func:`balanced_plan` where all residuals take so many bytes."""
-    return solver.priced(problem.priced(), 1 / max(1, exact_bytes))
+def balanced(
+    graph: Graph, request: PlanRequest, exact_bytes: float | None = None
+) -> tuple[PlanProblem, solver.Solution]:
+    """The problem of :func:`balanced_plan` and its solution.
+
+    :param exact_bytes: of all residuals; by default those of the graph.
+    """
+    whole = PlanProblem(graph, request.at_first)
+    if exact_bytes is None:
+        in_slices = 0 if graph.slices is None else graph.slices.number * graph.slices.bytes_each
+        exact_bytes = whole.residual_bytes + in_slices
+    price = 1 / max(1, exact_bytes)
+    best: list[tuple[float, PlanProblem, solver.Solution]] = []
+    for problem in (whole, *(whole.cut(cuts) for cuts in _cut_loops(whole))):
+        priced = problem.priced()
+        for number, kind in enumerate((priced.without_codes(), priced) if problem.has_codes else (priced,)):
+            solution = solver.priced(kind, price)
+            cost = solution.cost + price * plan_of(problem, solution).stored_bytes
+            best.append((cost + EXACT_IS_WORTH * number, problem, solution))
+    return min(best, key=lambda found: found[0])[1:]
 
 
 def plan_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> Plan:

@@ -72,8 +72,15 @@ def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: C
     return _cut(part, n_slices, has_tangent, active, costs)
 
 
-def _cut(part: Part, n_slices: int, has_tangent: Sequence[bool], active: Sequence[bool], costs: CostModel) -> Graph:
-    both, slices = part.cut(n_slices, functools.partial(planned_slice, costs=costs))
+def _cut(
+    part: Part,
+    n_slices: int,
+    has_tangent: Sequence[bool],
+    active: Sequence[bool],
+    costs: CostModel,
+    room: float = math.inf,
+) -> Graph:
+    both, slices = part.cut(n_slices, functools.partial(planned_slice, costs=costs, room=room))
     graph = graph_of_both(both, has_tangent, active)
     # each slice writes its gradient, reads it and what was added up before, and writes the sum
     adding = 1.5 * costs.keep_per_byte * part.gradient_bytes
@@ -95,9 +102,19 @@ def exact_plan(graph: Graph, costs: CostModel) -> tuple[Plan, float]:
     return plan, problem.nanoseconds(solution) - problem.timing.holding(plan.stored_bytes)
 
 
-def planned_slice(graph: Graph, costs: CostModel) -> PlannedSlice:
-    """How a slice runs, given its graph."""
+def planned_slice(graph: Graph, costs: CostModel, room: float) -> PlannedSlice:
+    """How a slice runs, given its graph: in one pass, or where that holds more than there is room for with its loops in
+    segments.
+    """
     plan, again = exact_plan(graph, costs)
+    if plan.stored_bytes > room:
+        try:
+            problem, solution = strategies.solved_within(graph, int(room), PlanRequest(any_of(()), costs))
+        except BudgetError:
+            pass
+        else:
+            plan = plan_of(problem, solution)
+            again = problem.nanoseconds(solution) - problem.timing.holding(plan.stored_bytes)
     inner = graph.slices.nanoseconds if graph.slices is not None else 0.0
     return PlannedSlice(plan, again + inner, costs.slice_start * launches(graph))
 
@@ -199,9 +216,7 @@ class Search:
             return Way(self._whole, plan=untouched)
 
         def balanced(graph: Graph) -> tuple[float, Way]:
-            problem = PlanProblem(graph, self._request(graph).at_first)
-            solution = strategies.balanced(problem, size)
-            cost, way = self._costing(graph, problem, solution)
+            cost, way = self._costing(graph, *strategies.balanced(graph, self._request(graph), size))
             assert way.plan is not None
             return cost + way.plan.peak_bytes / max(1, size), way
 
@@ -257,7 +272,8 @@ class Search:
     def _cut(self, number: int) -> Graph:
         """The graph of the program with its part in so many slices."""
         assert self._part is not None
-        return _cut(self._part, number, self._has_tangent, self._active, self._costs)
+        room = math.inf if self._budget_bytes is None else max(0, self._budget_bytes - self._part.gradient_bytes)
+        return _cut(self._part, number, self._has_tangent, self._active, self._costs, room)
 
     def _better(self, graph: Graph, least: int | None = None, exact_bytes: float = math.inf) -> Graph:
         """The same part in as many slices as take least time, foretold from how many there are.

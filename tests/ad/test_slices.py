@@ -371,6 +371,23 @@ def test_without_options_nothing_is_asked_of_the_compiler(monkeypatch):
     assert plan.graph.slices is not None and not plan.encoded and plan.predicted.added_variance == 0
 
 
+def long_series(step, h):
+    """Many steps, of which a slice holds more than all that it adds up."""
+    h, squares = lax.scan(lambda h, x: (jnp.tanh(h @ step + x), (h**2).sum(1)), h, jnp.tile(SERIES, (64, 1, 1)))
+    return squares.sum() + jnp.exp(h).sum()
+
+
+@pytest.mark.usefixtures("of_themselves", "double")
+def test_loops_inside_of_slices_are_cut_into_segments(priced):
+    """So that few slices do, even of a loop whose steps are dear to start."""
+    priced(slice_start=1e4)
+    args, budget = (STEP, SERIES[0]), 20_000
+    slices = planned(long_series, args, memory_budget=budget, exact=True).graph.slices
+    in_one_pass = planned(long_series, args, slices=slices.number, exact=True).graph.slices
+    assert slices.bytes_each < budget < in_one_pass.bytes_each
+    assert_same(*gradients(long_series, args, memory_budget=budget, exact=True))
+
+
 @pytest.mark.usefixtures("of_themselves", "arrays_of_any_size_count")
 def test_outside_of_slices_codes_are_taken_where_nothing_else_fits():
     within = budgeted(60_000, slices=8)

@@ -415,6 +415,23 @@ def test_a_saved_plan_has_the_same_gradients(f, options, cheap_starts):
     assert_equal_trees(again, jax.jit(value_and_grad(f, **options))(KEY, PARAMS, X))
 
 
+def test_without_options_long_loops_are_cut_into_segments():
+    """They save more memory than the codes of one pass, and nothing is random; short ones need not run twice."""
+
+    def loop(length):
+        def f(h, w):
+            return (lax.scan(lambda h, _: (jnp.tanh(h @ w), None), h, None, length=length)[0] ** 2).sum()
+
+        return f
+
+    args = np.ones((64, 64), np.float32), np.eye(64, dtype=np.float32)
+    plan, coded = (rad(loop(1000), **o).planned(args, {}, (0, 1))[0] for o in ({}, {"codec": StochasticRound(4)}))
+    ((segment,),) = plan.segments.values()
+    assert 10 < segment < 100 and not plan.encoded and plan.predicted.added_variance == 0
+    assert plan.stored_bytes < coded.stored_bytes
+    assert not rad(loop(4)).planned(args, {}, (0, 1))[0].segments
+
+
 def test_a_saved_plan_with_segments(cheap_starts):
     with pytest.raises(BudgetError) as info:
         planned(loop, PARAMS, X, exact=True, memory_budget=0)
