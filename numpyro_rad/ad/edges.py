@@ -64,7 +64,7 @@ def _pulled(edge: Edge, position: int, *arrays: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Diagonal(Edge):
-    """``sum_i terms_i * t_i``, elementwise.
+    """``sum_i terms_i * t_i``, elementwise, in the precision of the sum.
 
     :ivar terms: the coefficient in front of each input.
     """
@@ -86,13 +86,14 @@ class Diagonal(Edge):
         ]
 
     def apply(self, residuals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
-        parts = self._weighed(residuals, tangents)
+        parts = [p.astype(self.outputs[0].aval.dtype) for p in self._weighed(residuals, tangents)]
         return [sum(parts[1:], start=parts[0])]
 
     def pull(self, residuals: Sequence[jax.Array], cotangents: Sequence[jax.Array | None]) -> list[jax.Array]:
         (cotangent,) = cotangents
         assert cotangent is not None
-        return self._weighed(residuals, [cotangent] * len(self.terms))
+        parts = self._weighed(residuals, [cotangent] * len(self.terms))
+        return [p.astype(t.aval.dtype) for p, t in zip(parts, self.inputs, strict=True)]
 
     def is_constant_in(self, tangent: Value) -> bool:
         return self.terms[self.inputs.index(tangent)].residual is None

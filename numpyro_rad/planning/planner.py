@@ -280,7 +280,7 @@ class Planner:
         number = self.slices if self.plan is None else self.plan.get("slices", 1)
         budget = self._budget_bytes
         if number is not None or (budget is None and not self._may_leave):
-            return Way(ways.in_slices(jaxpr, active, number or 1, self.prices), budget)
+            return dataclasses.replace(ways.in_slices(jaxpr, active, number or 1, self.prices), held_bytes=budget)
 
         def request(graph: Graph) -> PlanRequest:
             with warnings.catch_warnings():  # what there is to say of rules is said once there is a plan
@@ -315,6 +315,11 @@ class Planner:
                     "host's, so nothing is gained. Leave it out here."
                 )
             request = dataclasses.replace(request, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
+        return way.timed(self._chosen(way, request), self.prices)
+
+    def _chosen(self, way: Way, request: PlanRequest) -> Plan:
+        """The plan for a way, by what was asked for."""
+        graph = way.graph
         if self.memory_budget is None and self._may_leave and graph.slices is None:
             plan = strategies.untouched_plan(graph)
             if plan.stored_bytes < self.prices.untouched_bytes:

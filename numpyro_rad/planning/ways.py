@@ -54,22 +54,34 @@ class Way:
     :ivar held_bytes: what a plan for it may hold; None where there is no budget.
     :ivar plan: the plan by the model of variance without data, where it is known already; one that leaves the program
         to JAX's own reverse mode is meant as it is.
+    :ivar exact: the time of the exact step in one go, where there are slices.
     """
 
     graph: Graph
     held_bytes: int | None = None
     plan: Plan | None = None
+    exact: Timing | None = None
+
+    def timed(self, plan: Plan, costs: CostModel) -> Plan:
+        """A plan for its graph, whose time is compared with that of the exact step in one go."""
+        if self.exact is None or plan.predicted is None:
+            return plan
+        own = Timing(self.graph, costs)
+        taken = plan.predicted.added_seconds * own.step + own.storing + _of_slices(self.graph, costs)
+        added = (taken - self.exact.storing) / self.exact.step
+        return dataclasses.replace(plan, predicted=dataclasses.replace(plan.predicted, added_seconds=added))
 
 
-def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: CostModel) -> Graph:
-    """The linearized graph of a program in which what can be run in slices is run in so many."""
+def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: CostModel) -> Way:
+    """The way through a program in which what can be run in slices is run in so many."""
     if n_slices == 1:
-        return linearize(jaxpr, active)
+        return Way(linearize(jaxpr, active))
     both, has_tangent = with_tangents(jaxpr, active)
-    part = find(both, active)
+    part, whole = find(both, active), graph_of_both(both, has_tangent, active)
     if part is None:
-        return graph_of_both(both, has_tangent, active)
-    return _cut(part, n_slices, has_tangent, active, costs)
+        return Way(whole)
+    graph = _cut(part, n_slices, has_tangent, active, costs)
+    return Way(graph, exact=Timing(whole, costs))
 
 
 def _cut(
@@ -255,12 +267,11 @@ class Search:
         self, graph: Graph, problem: PlanProblem, solution: solver.Solution, held_bytes: int | None = None
     ) -> tuple[float, Way]:
         """What a solution takes in time and variance, and the way that it stands for."""
-        step, plan = self._exact.step, plan_of(problem, solution)
+        way = Way(graph, held_bytes, exact=None if graph.slices is None else self._exact)
+        plan = way.timed(plan_of(problem, solution), self._costs)
         nanoseconds = problem.nanoseconds(solution) + _of_slices(graph, self._costs)
-        variance = problem.together(solution).total
-        assert plan.predicted is not None
-        predicted = dataclasses.replace(plan.predicted, added_seconds=(nanoseconds - self._exact.storing) / step)
-        return nanoseconds / step + variance, Way(graph, held_bytes, dataclasses.replace(plan, predicted=predicted))
+        cost = nanoseconds / self._exact.step + problem.together(solution).total
+        return cost, dataclasses.replace(way, plan=plan)
 
     # -- how many slices
 

@@ -220,6 +220,21 @@ def test_more_random_programs(seed):
     by_random_program(seed)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_precisions_that_meet_in_the_sum(dtype):
+    """Gradients of half precision, added up to a loss of single precision."""
+
+    def f(w, v):
+        return cross_entropy((jax.nn.gelu(X.astype(dtype) @ w) @ v).astype(jnp.float32))
+
+    (value, gradient), (own, own_gradient) = gradients(f, (W.astype(dtype), V.astype(dtype)), exact=True, slices=3)
+    assert planned(f, (W.astype(dtype), V.astype(dtype)), exact=True, slices=3).graph.slices.number == 3
+    np.testing.assert_allclose(own, value, rtol=1e-2)
+    for a, b in zip(own_gradient, gradient, strict=True):
+        assert a.dtype == b.dtype == dtype
+        np.testing.assert_allclose(*(np.asarray(g, np.float32) for g in (a, b)), rtol=0.1, atol=0.1)
+
+
 def test_half_precision_is_added_up_in_full():
     """512 slices whose sums a half could not hold."""
     x = np.ones((512, 4), np.float16)
@@ -375,6 +390,16 @@ def long_series(step, h):
     """Many steps, of which a slice holds more than all that it adds up."""
     h, squares = lax.scan(lambda h, x: (jnp.tanh(h @ step + x), (h**2).sum(1)), h, jnp.tile(SERIES, (64, 1, 1)))
     return squares.sum() + jnp.exp(h).sum()
+
+
+@pytest.mark.usefixtures("arrays_of_any_size_count")
+def test_time_is_compared_with_the_exact_step_in_one_go(priced):
+    """Where slices cost nothing to start it is about the same, however many there are."""
+    priced(slice_start=0.0)
+    few, many = (budgeted(None, slices=n, exact=True).predicted.added_seconds for n in (2, 32))
+    assert abs(few) < 0.2 and abs(many) < 1
+    priced(slice_start=1e6)
+    assert budgeted(None, slices=2, exact=True).predicted.added_seconds > 100
 
 
 @pytest.mark.usefixtures("of_themselves", "double")
