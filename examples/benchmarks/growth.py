@@ -78,13 +78,13 @@ AXES: dict[str, Axis] = {
         (256, 1024, 4096, 16384),
         (64, 128),
         lambda batch: network(batch=batch),
-        ("exact", "checkpoint_layer", "ours_4bit", "ours_2bit"),
+        ("exact", "checkpoint_layer", "ours_4bit", "ours_2bit", "ours_budget"),
     ),
     "particles": Axis(
         (1, 4, 16, 64),
         (1, 2),
         lambda _: network(batch=256),
-        ("exact", "checkpoint_map", "ours_4bit", "ours_2bit"),
+        ("exact", "checkpoint_map", "ours_4bit", "ours_2bit", "ours_budget"),
     ),
     "loop length": Axis(
         (64, 256, 1024, 4096, 16384),
@@ -102,6 +102,7 @@ RIVALS: dict[str, tuple[str, str, Loss, str]] = {  # label, family, loss, layer
     "checkpoint_map": ("checkpoint, particle by particle", "rival", partial(Trace_ELBO, **ONE_BY_ONE), "plain"),
     "ours_4bit": ("ours, 4 bits", "ours", partial(RAD_ELBO, codec=StochasticRound(4)), "plain"),
     "ours_2bit": ("ours, 2 bits", "ours", partial(RAD_ELBO, codec=StochasticRound(2)), "plain"),
+    "ours_budget": ("ours, 2 MiB", "ours", partial(RAD_ELBO, memory_budget="2MiB"), "plain"),
     "ours_segments": ("ours, exact, smallest", "ours", partial(RAD_ELBO, exact=True, memory_budget=0), "plain"),
 }
 

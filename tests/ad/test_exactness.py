@@ -321,6 +321,10 @@ def with_keep(f):
     return rad(f, codec=Keep())
 
 
+def in_slices(f):
+    return rad(f, exact=True, slices=3)
+
+
 def assert_close(got, expected, what, **tolerance):
     got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
     assert len(got) == len(expected)
@@ -329,7 +333,7 @@ def assert_close(got, expected, what, **tolerance):
         np.testing.assert_allclose(a, b, err_msg=what, **tolerance)
 
 
-# Wrappers: (make, f, args, data) -> gradients, where ``make`` is ``exactly`` or ``with_keep``
+# Wrappers: (make, f, args, data) -> gradients, where ``make`` is ``exactly``, ``with_keep`` or ``in_slices``
 
 
 def vmap_over_data(make, f, args, data):
@@ -412,13 +416,13 @@ def test_value_is_the_same_to_the_bit(name):
         np.testing.assert_array_equal(a, b)
 
 
-def check(name, wrappers):
+def check(name, wrappers, make=with_keep):
     """Compare with JAX under wrappers that are compiled as one program: most of the time goes to the compiler."""
     f, args, data = PROGRAMS[name]
     loss = loss_of(f)
     single = any(x.dtype == np.float32 for x in jax.tree.leaves(args))
     expected = compiled(lambda: [w(exactly, loss, args, data) for w in wrappers])()
-    got = compiled(lambda: [w(with_keep, loss, args, data) for w in wrappers])()
+    got = compiled(lambda: [w(make, loss, args, data) for w in wrappers])()
     for wrapper, a, b in zip(wrappers, got, expected, strict=True):
         assert_close(a, b, wrapper.__name__, **(SINGLE if single else DOUBLE))
     gradients = [np.asarray(g) for g in jax.tree.leaves(expected)]
@@ -434,6 +438,12 @@ def test_exact(name):
 @pytest.mark.parametrize("name", few(NAMES, slow=8))
 def test_exact_under_every_wrapper(name):
     check(name, WRAPPERS)
+
+
+@pytest.mark.parametrize("name", few(NAMES, slow=16))
+def test_exact_in_slices_under_every_wrapper(name):
+    """Those that have no part to cut are as they are in one go."""
+    check(name, WRAPPERS, in_slices)
 
 
 WITHOUT_COMPILER = [
