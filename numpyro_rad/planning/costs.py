@@ -45,6 +45,8 @@ class CostModel:
     :ivar untouched_bytes: a program with fewer bytes of residuals is left to JAX's own reverse mode, unless an option
         says what to store: there is little to gain, and whatever else is done takes time to run and to compile.
     :ivar most_slices: slices that are tried of themselves, at most.
+    :ivar most_added_time: without options a plan may take so much longer than the exact step, as a share of it; where
+        none does with less, the program is left to JAX.
     """
 
     name: str
@@ -64,6 +66,7 @@ class CostModel:
     least_encoded_bytes: int = 8192
     untouched_bytes: int = 2**24
     most_slices: int = 64
+    most_added_time: float = 0.05
 
     def __post_init__(self) -> None:
         missing = [kind for kind in COST_CLASSES if kind not in self.entry]

@@ -11,6 +11,7 @@ many compete as are worth it, a share of the residuals' bytes being worth the sa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -41,6 +42,9 @@ WORTH_COMPILING = 0.04
 
 TRIES = 4
 """So many ways are compiled, at most."""
+
+_SHARES = (1.0, 0.25, 0.0625)
+"""What all bytes of residuals are worth without a budget, as a share of the step's time: less where plans take long."""
 
 _TRIED = 8
 """So many slices are tried first where there is no budget: what others take is foretold from them."""
@@ -109,7 +113,11 @@ def exact_plan(graph: Graph, costs: CostModel) -> tuple[Plan, float]:
     what is held: in a slice, that memory is the same for all of them.
     """
     problem = PlanProblem(graph, PlanRequest(any_of(()), costs))
-    solution = solver.smallest(problem.priced())
+    return _timed(problem, solver.smallest(problem.priced()))
+
+
+def _timed(problem: PlanProblem, solution: solver.Solution) -> tuple[Plan, float]:
+    """A plan, and its nanoseconds without what is held."""
     plan = plan_of(problem, solution)
     return plan, problem.nanoseconds(solution) - problem.timing.holding(plan.stored_bytes)
 
@@ -120,13 +128,8 @@ def planned_slice(graph: Graph, costs: CostModel, room: float) -> PlannedSlice:
     """
     plan, again = exact_plan(graph, costs)
     if plan.stored_bytes > room:
-        try:
-            problem, solution = strategies.solved_within(graph, int(room), PlanRequest(any_of(()), costs))
-        except BudgetError:
-            pass
-        else:
-            plan = plan_of(problem, solution)
-            again = problem.nanoseconds(solution) - problem.timing.holding(plan.stored_bytes)
+        with contextlib.suppress(BudgetError):  # then it takes more slices
+            plan, again = _timed(*strategies.solved_within(graph, int(room), PlanRequest(any_of(()), costs)))
     inner = graph.slices.nanoseconds if graph.slices is not None else 0.0
     return PlannedSlice(plan, again + inner, costs.slice_start * launches(graph))
 
@@ -227,15 +230,27 @@ class Search:
         if size < self._costs.untouched_bytes:
             return Way(self._whole, plan=untouched)
 
-        def balanced(graph: Graph) -> tuple[float, Way]:
-            cost, way = self._costing(graph, *strategies.balanced(graph, self._request(graph), size))
+        def balanced(graph: Graph, exact_bytes: float) -> tuple[float, Way]:
+            cost, way = self._costing(graph, *strategies.balanced(graph, self._request(graph), exact_bytes))
             assert way.plan is not None
-            return cost + way.plan.peak_bytes / max(1, size), way
+            return cost + way.plan.peak_bytes / exact_bytes, way
 
-        ways = [balanced(self._whole)]
-        if may_be_sliced and self._part is not None and self._starts_in_time(self._part):
-            ways.append(balanced(self._better(self._cut(_TRIED), least=2, exact_bytes=size)))
-        return min(ways, key=lambda pair: pair[0])[1]
+        part = self._part if may_be_sliced else None
+        tried = self._cut(_TRIED) if part is not None and self._starts_in_time(part) else None
+        for share in _SHARES:
+            exact_bytes = max(1, size) / share
+            ways = [balanced(self._whole, exact_bytes)]
+            if tried is not None:
+                ways.append(balanced(self._better(tried, least=2, exact_bytes=exact_bytes), exact_bytes))
+            ways = [(cost, way) for cost, way in ways if self._added_time(way) <= self._costs.most_added_time]
+            if ways:
+                return min(ways, key=lambda pair: pair[0])[1]
+        return Way(self._whole, plan=untouched)
+
+    @staticmethod
+    def _added_time(way: Way) -> float:
+        assert way.plan is not None and way.plan.predicted is not None
+        return way.plan.predicted.added_seconds
 
     def _starts_in_time(self, part: Part) -> bool:
         """Whether two slices take less time to start than the step takes: else nothing can be gained."""

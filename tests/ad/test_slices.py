@@ -2,6 +2,7 @@
 otherwise."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -378,6 +379,18 @@ def test_without_options_slices_are_taken_where_they_save_more_than_they_cost(pr
     assert numbers == sorted(numbers, reverse=True) and numbers[0] > numbers[1] > numbers[-2] > numbers[-1] == 1
     priced(slice_start=0.0, untouched_bytes=2**24)
     assert budgeted(None).untouched
+
+
+@pytest.mark.usefixtures("of_themselves")
+def test_without_options_nothing_takes_longer_than_it_may(priced):
+    """What saves less is taken where the rest would take too long, and in the end nothing."""
+    sizes = []
+    for most in (math.inf, 0.1, 0.03, -1.0):
+        priced(most_added_time=most)
+        plan = budgeted(None)
+        assert plan.untouched or plan.predicted.added_seconds <= most
+        sizes.append(plan.peak_bytes)
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] and plan.untouched
 
 
 @pytest.mark.usefixtures("of_themselves", "arrays_of_any_size_count")
