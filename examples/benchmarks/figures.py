@@ -323,7 +323,8 @@ class Point:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Memory against step time, one labelled point per rival; bars are the quartiles of the time."""
-    rows = [row for row in report["rivals"] if "temp_bytes" in row and "step" in row]
+    measured = [row for row in report["rivals"] if "temp_bytes" in row and "step" in row]
+    rows = [row for row in measured if not row["name"].endswith("_dithered")]  # beside what is plainly rounded
     reference = next(row for row in rows if row["name"] == "exact")["step"]["median_seconds"]
     axes = new_figure()
     points = []
