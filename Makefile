@@ -7,7 +7,8 @@
 # Needs only make, Python 3.11 to 3.13 and a package index. Options:
 #   PYTHON=...       the interpreter (default: the first of python3.12, python3.13, python3.11, python3 that works)
 #   VENV=...         the virtual environment (default: .venv)
-#   DEMO_ARGS=...    more options for examples/bnn.py, such as DEMO_ARGS="--dataset mnist --data-dir data"
+#   DEMO_ARGS=...    options for examples/bnn.py, such as DEMO_ARGS="--dataset mnist --data-dir data" (default: codes of
+#                    4 bits, so that there is noise to report; slices have a line of their own)
 #   PYTEST_ARGS=...  more options for pytest: PYTEST_ARGS="-m slow" for the slow tests, "-m exhaustive" for the rest
 #   BENCH_ARGS=...   workload and options of the benchmark, such as BENCH_ARGS="p2 --data-dir data" (default: p1)
 
@@ -17,7 +18,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3 python; do \
 	if $$python -c '$(SUPPORTED)' >/dev/null 2>&1; then echo $$python; break; fi; done)
 VENV ?= .venv
-DEMO_ARGS ?=
+DEMO_ARGS ?= --codec 4
 PYTEST_ARGS ?=
 BENCH_ARGS ?= p1
 
