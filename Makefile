@@ -2,6 +2,8 @@
 # make test   run the test suite
 # make lint   ruff (lint and format) and pyright
 # make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
+# make bench-compiled  compile the benchmarks for an accelerator that is not there; DEVICE=h200 (default), h100, a100,
+#             b200, v5e or v6e
 # make clean  remove the virtual environments and every cache
 #
 # Needs only make, Python 3.11 to 3.13 and a package index. Options:
@@ -21,12 +23,13 @@ VENV ?= .venv
 DEMO_ARGS ?= --codec 4
 PYTEST_ARGS ?=
 BENCH_ARGS ?= p1
+DEVICE ?= h200
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-compiled clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -44,6 +47,11 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-examples
 	$(BIN)/python -m examples.benchmarks.run $(BENCH_ARGS)
+
+# In an environment of its own: with the compilers installed, JAX would look for the devices in each of its processes.
+bench-compiled:
+	$(MAKE) --no-print-directory VENV=$(VENV)-compiled $(VENV)-compiled/.installed-compiled
+	$(VENV)-compiled/bin/python -m examples.benchmarks.compiled $(DEVICE)
 
 # One stamp for each extra: pip runs once, and again when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
@@ -65,5 +73,5 @@ $(BIN)/python:
 	"$$chosen" -m venv "$(VENV)"
 
 clean:
-	rm -rf "$(VENV)" .venv-3.* build dist .pytest_cache .hypothesis
+	rm -rf "$(VENV)" "$(VENV)-compiled" .venv-3.* build dist .pytest_cache .hypothesis
 	find . \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +

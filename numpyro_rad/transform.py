@@ -104,7 +104,8 @@ class Program:
             outs, stored = self._forward(sweeps, active, seed, operands)
             return outs, self._backward(sweeps, stored, [jnp.ones_like(o) if _floats(o) else None for o in outs])
 
-        if _jax.names_axes(self._jaxpr):
+        elsewhere = self._planner.prices.platform != jax.default_backend()  # compiled ahead of time
+        if elsewhere or _jax.names_axes(self._jaxpr):
             return None
         types = [jax.ShapeDtypeStruct((2,), jnp.uint32), *(v.aval for v in self._jaxpr.jaxpr.invars)]
         key = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()  # with the fingerprint of the program

@@ -53,7 +53,9 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    parser.add_argument("report", type=Path, help="JSON of run.py, budgets.py, growth.py, memory.py or match.py")
+    parser.add_argument(
+        "report", type=Path, help="JSON of run.py, budgets.py, growth.py, memory.py, match.py, compiled.py"
+    )
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")
@@ -86,6 +88,8 @@ def markdown_table(report: dict[str, Any]) -> str:
         return memory_table(report)
     if "match" in report:
         return match_table(report)
+    if "compiled" in report:
+        return compiled_table(report)
     measured = [row for row in report["rivals"] if "temp_bytes" in row]
     if "budgets" in report:
         lines = [
@@ -237,6 +241,58 @@ def match_table(report: dict[str, Any]) -> str:
             "difference from that of `Trace_ELBO`, relative to its norm, or the predicted ρ where codes were taken.",
         ]
     )
+
+
+def compiled_table(report: dict[str, Any]) -> str:
+    """A way to take a step in each row, for each device what its compiler says; ratios to Trace_ELBO in brackets."""
+    devices = report["compiled"]
+    names = {name: found["title"] for device in devices.values() for name, found in device["rows"].items()}
+    head = " | ".join(f"{d['device']}: T (MiB) | bytes accessed (GB) | predicted (ms)" for d in devices.values())
+    lines = [f"| model | step | {head} |", "| --- | --- |" + " ---: |" * 3 * len(devices)]
+    for name, title in names.items():
+        tables = [
+            {way["rival"]: way for way in device["rows"].get(name, {"ways": []})["ways"]} for device in devices.values()
+        ]
+        labels = {rival: way["label"] for table in tables for rival, way in table.items()}
+        for rival, label in labels.items():
+            cells = [cell for table in tables for cell in compiled_cells(table.get(rival, {}), table.get("exact", {}))]
+            lines.append("| " + " | ".join([title, label, *cells]) + " |")
+    reasons = {
+        f"- {device['device']}, {way['label']}: `{way['failure']}`"
+        for device in devices.values()
+        for found in device["rows"].values()
+        for way in found["ways"]
+        if "failure" in way
+    }
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(circumstances({**d, "workload": {"title": f"For {d['device']}"}}) for d in devices.values()),
+            "T: temporary bytes of the compiled `svi.update`. Bytes accessed: by all of its kernels, loops counted as "
+            "often as they run. Predicted: max(bytes / bandwidth, operations / peak) and the starts of the kernels, by "
+            "the data sheet. In brackets: of `Trace_ELBO`'s. What ours does: one pass, slices, or codes, with the "
+            "predicted ρ.",
+            *sorted(reasons),
+        ]
+    )
+
+
+def compiled_cells(way: dict[str, Any], exact: dict[str, Any]) -> list[str]:
+    """The cells of one way on one device."""
+    if "temp_bytes" not in way:
+        return ["failed" if "failure" in way else "", "", ""]
+    ratio = {field: way[field] / exact[field] for field in ("temp_bytes", "bytes_accessed", "predicted_seconds")}
+    plan, notes = way.get("plan"), []
+    if plan:
+        notes = ["left to JAX"] if plan["untouched"] else []
+        notes += [f"{plan['slices']} slices"] if plan["slices"] > 1 else []
+        notes += [f"ρ {plan['added_variance']:.1g}"] if plan["added_variance"] else []
+    return [
+        f"{way['temp_bytes'] / MIB:.4g} ({as_fraction(ratio['temp_bytes'])}{''.join(f', {note}' for note in notes)})",
+        f"{way['bytes_accessed'] / 1e9:.3g} ({ratio['bytes_accessed']:.2f}x)",
+        f"{1e3 * way['predicted_seconds']:.3g} ({ratio['predicted_seconds']:.2f}x)",
+    ]
 
 
 def growth(rows: list[dict[str, Any]], field: str) -> float:

@@ -116,10 +116,11 @@ _METHOD = re.compile(r"([A-Z]\w*)\.(log_prob|sample|rsample|cdf|icdf|entropy)")
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
-def has_host_memory() -> bool:
+def has_host_memory(platform: str) -> bool:
     """Whether arrays can wait in a memory of the host that is not the memory of the device itself."""
-    device = jax.local_devices()[0]
-    return device.platform != "cpu" and "pinned_host" in {memory.kind for memory in device.addressable_memories()}
+    if platform == "cpu" or platform != jax.default_backend():
+        return platform != "cpu"  # of a device that is not here, all that is known is what others of its kind have
+    return "pinned_host" in {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
 
 
 def trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Jaxpr, list[jax.Array], PyTree]:

@@ -15,7 +15,7 @@ measured. A model is handed in (``Planner(costs=...)``) or belongs to the defaul
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 
@@ -28,6 +28,8 @@ class CostModel:
     """Prices in nanoseconds, of one kind of device. ``dataclasses.replace`` makes another one of it.
 
     :ivar name: what it is priced for and where the prices are from; ``explain`` prints it.
+    :ivar platform: what programs are compiled for, as JAX calls it: ``"cpu"``, ``"gpu"``, ``"tpu"``. Where that is not
+        the platform of the default device (a program compiled ahead of time), the local compiler is not asked.
     :ivar entry: of an entry, by the class of what is done with it (``ad.work.CostClass``).
     :ivar product: of a multiplication and addition in a matrix product, by dtype; ``float32`` for those not in it.
     :ivar small_product: the same in a product of less than ``small_multiplications``, which does not fill the device.
@@ -40,6 +42,7 @@ class CostModel:
     :ivar hold_per_byte: of a byte that is held from one sweep to the other, with ``hold_from_bytes`` of residuals or
         more: allocators map large temporary memory anew in each step, and all that is held comes from main memory.
     :ivar slice_start: what it takes to start an operation once more, inside of a loop over slices.
+    :ivar slow_in_loops: primitives that are many times slower inside of a loop than outside.
     :ivar least_encoded_bytes: residuals below this size (over all iterations of the loops around them) are not worth
         the variance of a code.
     :ivar untouched_bytes: a program with fewer bytes of residuals is left to JAX's own reverse mode, unless an option
@@ -50,6 +53,7 @@ class CostModel:
     """
 
     name: str
+    platform: str
     entry: Mapping[str, float]
     product: Mapping[str, float]
     small_product: float = 0.0
@@ -63,6 +67,7 @@ class CostModel:
     hold_per_byte: float = 0.0
     hold_from_bytes: int = 2**25
     slice_start: float
+    slow_in_loops: Collection[str] = ()
     least_encoded_bytes: int = 8192
     untouched_bytes: int = 2**24
     most_slices: int = 64
@@ -98,6 +103,7 @@ class CostModel:
 
 CPU = CostModel(
     name="two CPU cores, measured",
+    platform="cpu",
     entry={
         "simple": 0.05,
         "derived": 0.1,
@@ -124,10 +130,11 @@ CPU = CostModel(
     offload_per_byte=10.0,
     hold_per_byte=0.7,
     slice_start=700.0,
+    slow_in_loops=frozenset({"conv_general_dilated"}),
 )
-"""Two CPU cores, measured. Small products do not run on all cores. To start an operation inside of a loop over slices
-took 500 to 2600 in a recurrent network, the less the more slices. There is no link to a host: its price is that of one
-with a hundredth of the memory's bandwidth."""
+"""Two CPU cores, measured. Small products do not run on all cores. A convolution takes 15 to 20 times longer inside of
+a loop. To start an operation inside of a loop over slices took 500 to 2600 in a recurrent network, the less the more
+slices. There is no link to a host: its price is that of one with a hundredth of the memory's bandwidth."""
 
 _INSTRUCTIONS = {
     "simple": 1,
@@ -147,15 +154,26 @@ _BYTES = {"cumulative": 16, "indexed": 36, "scattered": 68, "sorted": 160}
 several passes."""
 
 _CODE_INSTRUCTIONS = 60  # a scale, a few random bits, packing, and all of it back
-_CODE_KERNELS = 4  # the scales, the codes, and both again
+_CODE_BYTES = 16  # that go to memory and come from it for an entry of single precision: made, scaled, coded, decoded
+
+# How many kernels become of operations, counted in the programs that XLA compiles ahead of time for an H200 from the
+# workloads of docs/benchmarks.md: 0.03 to 0.11 of a step's operations, the most of which are fused; 0.11 to 0.14 of
+# those of a slice; 4.5 for each code.
+_KERNELS, SLICE_KERNELS, _CODE_KERNELS = 1 / 16, 1 / 8, 4  # for each operation, each of a slice, each code
 
 
 def from_data_sheet(
-    name: str, *, bandwidth: float, vector: float, product: Mapping[str, float], link: float, launch: float
+    name: str,
+    platform: str,
+    *,
+    bandwidth: float,
+    vector: float,
+    product: Mapping[str, float],
+    link: float,
+    launch: float,
+    code_bytes: float = _CODE_BYTES,
 ) -> CostModel:
     """The prices of an accelerator by its data sheet: at peak, nothing but memory and arithmetic. A prediction.
-
-    A kernel that runs again is fused with its neighbours, four to a launch; a slice starts each of them anew.
 
     :param bandwidth: of the device's memory, in GB/s.
     :param vector: additions or multiplications outside of the matrix units, in 1e12 a second. Data sheets of GPUs count
@@ -164,20 +182,22 @@ def from_data_sheet(
         again half of what data sheets say, for the precision that JAX takes by default.
     :param link: bandwidth of the link to the host in one direction, in GB/s.
     :param launch: nanoseconds between two kernels of one program.
+    :param code_bytes: what encoding and decoding an entry moves, in bytes.
     """
     each = 1e-3 / vector  # nanoseconds of an instruction
     entry = {kind: n * each for kind, n in _INSTRUCTIONS.items()} | {k: n / bandwidth for k, n in _BYTES.items()}
     return CostModel(
         name=f"{name}, predicted from its data sheet",
+        platform=platform,
         entry=entry,
         product={dtype: 1e-3 / rate for dtype, rate in product.items()},
         keep_per_byte=2 / bandwidth,
-        keep_start=launch,
-        code_per_entry=_CODE_INSTRUCTIONS * each,
+        keep_start=_KERNELS * launch,
+        code_per_entry=max(_CODE_INSTRUCTIONS * each, code_bytes / bandwidth),
         code_start=_CODE_KERNELS * launch,
-        make_start=launch / 4,
+        make_start=_KERNELS * launch,
         offload_per_byte=2 / link,
-        slice_start=launch,
+        slice_start=SLICE_KERNELS * launch,
     )
 
 
@@ -185,6 +205,7 @@ _HOPPER = {"float32": 247.0, "bfloat16": 494.5, "float16": 494.5, "float64": 33.
 
 A100 = from_data_sheet(
     "A100",
+    "gpu",
     bandwidth=1555,
     vector=9.75,
     product={"float32": 78.0, "bfloat16": 156.0, "float16": 156.0, "float64": 9.75},
@@ -195,32 +216,63 @@ A100 = from_data_sheet(
 GB/s, 19.5 TFLOPS of float32, 156 of TF32, 312 of bfloat16, 19.5 of float64, PCIe Gen4 of 64 GB/s both ways. Inside of
 one compiled program a kernel starts in 1 to 2 microseconds (as a rule, not of a data sheet)."""
 
-H100 = from_data_sheet("H100", bandwidth=3350, vector=33.5, product=_HOPPER, link=64, launch=1500)
+H100 = from_data_sheet("H100", "gpu", bandwidth=3350, vector=33.5, product=_HOPPER, link=64, launch=1500)
 """NVIDIA H100 SXM, a prediction that nobody has measured. Source: "NVIDIA H100 Tensor Core GPU Data Sheet": 3.35 TB/s,
 67 TFLOPS of float32, 989 of TF32 and 1,979 of bfloat16 with sparsity (half of that without), 67 of float64, PCIe Gen5
 of 128 GB/s both ways."""
 
-H200 = from_data_sheet("H200", bandwidth=4800, vector=33.5, product=_HOPPER, link=64, launch=1500)
+H200 = from_data_sheet("H200", "gpu", bandwidth=4800, vector=33.5, product=_HOPPER, link=64, launch=1500)
 """NVIDIA H200 SXM, a prediction that nobody has measured. Source: "NVIDIA H200 Tensor Core GPU Data Sheet": 4.8 TB/s,
 all else as the H100."""
 
+B200 = from_data_sheet(
+    "B200",
+    "gpu",
+    bandwidth=8000,
+    vector=37.5,
+    product={"float32": 550.0, "bfloat16": 1125.0, "float16": 1125.0, "float64": 18.5},
+    link=64,
+    launch=1500,
+)
+"""NVIDIA B200, a prediction that nobody has measured. Source: "NVIDIA Blackwell Architecture", HGX B200: 8 TB/s, 75
+TFLOPS of float32, 1,100 of TF32 and 2,250 of bfloat16 without sparsity, 37 of float64, PCIe Gen5."""
+
+_TILED_CODE_BYTES = 100
+"""On a TPU: groups of entries do not fit its tiles of 8 x 128, so that arrays are copied on the way to a code and back.
+Counted in a program compiled ahead of time for a v5e."""
+
 V5E = from_data_sheet(
     "TPU v5e",
+    "tpu",
     bandwidth=819,
     vector=6.0,
     product={"float32": 98.5, "bfloat16": 98.5, "float16": 98.5, "float64": 5.0},
     link=16,
     launch=500,
+    code_bytes=_TILED_CODE_BYTES,
 )
 """TPU v5e, a prediction that nobody has measured. Source: Google Cloud's documentation, "TPU v5e": 819 GB/s, 197 TFLOPS
 of bfloat16, in which JAX multiplies float32 by default. No data sheet says what its vector unit, its link to the host
 and the steps of a program take: 4 units in each of 1024 lanes at 1.5 GHz, PCIe Gen3 and half a microsecond are assumed.
 """
 
+V6E = from_data_sheet(
+    "TPU v6e",
+    "tpu",
+    bandwidth=1640,
+    vector=6.0,
+    product={"float32": 459.0, "bfloat16": 459.0, "float16": 459.0, "float64": 5.0},
+    link=32,
+    launch=500,
+    code_bytes=_TILED_CODE_BYTES,
+)
+"""TPU v6e, a prediction that nobody has measured. Source: Google Cloud's documentation, "TPU v6e": 1,640 GB/s, 918
+TFLOPS of bfloat16. The rest is assumed as for the v5e, with PCIe Gen4."""
+
 _MEMBERS: dict[str, dict[str, CostModel]] = {
     "cpu": {"": CPU},
-    "gpu": {"h200": H200, "h100": H100, "": A100},
-    "tpu": {"": V5E},
+    "gpu": {"b200": B200, "h200": H200, "h100": H100, "": A100},
+    "tpu": {"v6": V6E, "": V5E},
 }
 """By platform: from a part of the kind of a device to its prices; the first that fits, the last for unknown kinds."""
 

@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-import jax
-
 from numpyro_rad.ad import _jax, bounds
 from numpyro_rad.ad.codecs import Codec, StochasticRound
 from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
@@ -309,9 +307,9 @@ class Planner:
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
         request = dataclasses.replace(self._request(graph, names or {}), propagation=ErrorPropagation(graph, model))
         if self.offload:
-            if not _jax.has_host_memory():
+            if not _jax.has_host_memory(self.prices.platform):
                 raise ValueError(
-                    f"offload=True: the devices of backend '{jax.default_backend()}' have no memory apart from the "
+                    f"offload=True: the devices of backend '{self.prices.platform}' have no memory apart from the "
                     "host's, so nothing is gained. Leave it out here."
                 )
             request = dataclasses.replace(request, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)

@@ -96,7 +96,8 @@ def _cut(
     costs: CostModel,
     room: float = math.inf,
 ) -> Graph:
-    both, slices = part.cut(n_slices, functools.partial(planned_slice, costs=costs, room=room))
+    plan = functools.partial(planned_slice, costs=costs, room=room)
+    both, slices = part.cut(n_slices, plan, costs.slow_in_loops)
     graph = graph_of_both(both, has_tangent, active)
     # each slice writes its gradient, reads it and what was added up before, and writes the sum
     adding = 1.5 * costs.keep_per_byte * part.gradient_bytes
@@ -291,9 +292,14 @@ class Search:
     # -- how many slices
 
     @property
-    def _most(self) -> int:
+    def _unrolled(self) -> bool:
+        """Whether slices run one after the other, outside of a loop."""
         assert self._part is not None
-        return MOST_UNROLLED if self._part.slow_in_loops else self._costs.most_slices
+        return self._part.has_any(self._costs.slow_in_loops)
+
+    @property
+    def _most(self) -> int:
+        return MOST_UNROLLED if self._unrolled else self._costs.most_slices
 
     def _cut(self, number: int) -> Graph:
         """The graph of the program with its part in so many slices."""
@@ -308,7 +314,7 @@ class Search:
         :param exact_bytes: of all residuals, a share of which is worth the same share of the step's time.
         """
         slices = graph.slices
-        assert slices is not None and self._part is not None
+        assert slices is not None
         work = slices.nanoseconds - slices.number * slices.nanoseconds_each
         size = slices.number * slices.bytes_each
 
@@ -317,7 +323,7 @@ class Search:
             nanoseconds = work + number * slices.nanoseconds_each + self._costs.holding(held) * held
             return nanoseconds / self._exact.step + held / exact_bytes
 
-        worth = WORTH_COMPILING if self._part.slow_in_loops else WORTH
+        worth = WORTH_COMPILING if self._unrolled else WORTH
         best = number = least or slices.number
         while 2 * number <= self._most:
             number *= 2

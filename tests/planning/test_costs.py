@@ -11,13 +11,13 @@ from jax import lax
 from programs import normal
 
 from numpyro_rad import RAD_ELBO, Keep, explain, rad
-from numpyro_rad.ad import primitives
+from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.work import NOTHING, Entries, Multiplications, OneOf, Together
 from numpyro_rad.planning import Planner, costs
-from numpyro_rad.planning.costs import A100, CPU, H100, H200, V5E, for_device
+from numpyro_rad.planning.costs import A100, B200, CPU, H100, H200, V5E, V6E, for_device
 
 X, W = normal(64, 32), normal(32, 32, seed=1)
-TABLES = [CPU, A100, H100, H200, V5E]
+TABLES = [CPU, A100, H100, H200, B200, V5E, V6E]
 
 
 def network(w, x):
@@ -36,9 +36,11 @@ def network(w, x):
         ("gpu", "NVIDIA A100-SXM4-40GB", A100),
         ("gpu", "NVIDIA H100 80GB HBM3", H100),
         ("cuda", "NVIDIA H200", H200),
+        ("gpu", "NVIDIA B200", B200),
         ("gpu", "NVIDIA GeForce RTX 4090", A100),
         ("rocm", "AMD Instinct MI300X", A100),
         ("tpu", "TPU v5 lite", V5E),
+        ("tpu", "TPU v6 lite", V6E),
         ("tpu", "TPU v4", V5E),
         ("metal", "Apple M3", CPU),
     ],
@@ -78,7 +80,44 @@ def test_data_sheets_are_read_right():
     assert 2e9 / A100.product["float32"] == pytest.approx(156e12)
     assert 1e9 * 2 / A100.entry["simple"] == pytest.approx(19.5e12)
     assert 2e9 / V5E.product["bfloat16"] == pytest.approx(197e12)
-    assert H200.keep_per_byte < H100.keep_per_byte < A100.keep_per_byte < V5E.keep_per_byte < CPU.keep_per_byte
+    assert 2e9 / V6E.product["bfloat16"] == pytest.approx(918e12)
+    assert 2e9 / B200.product["bfloat16"] == pytest.approx(2250e12)
+    assert (
+        B200.keep_per_byte
+        < H200.keep_per_byte
+        < H100.keep_per_byte
+        < A100.keep_per_byte
+        < V5E.keep_per_byte
+        < CPU.keep_per_byte
+    )
+
+
+def test_convolutions_are_slow_in_loops_of_a_cpu_alone():
+    """So their slices run one after the other there, and in a loop on an accelerator."""
+
+    def f(w, x):
+        return jnp.tanh(lax.conv(x, w, (1, 1), "SAME")).sum()
+
+    def loops(table):
+        g = rad(f, exact=True, slices=4, costs=table)
+        jaxpr = jax.make_jaxpr(jax.grad(g, argnums=1))(jax.random.key(0), normal(3, 2, 3, 3), normal(16, 2, 8, 8))
+        return str(jaxpr).count("scan[")
+
+    assert loops(CPU) == 0 and all(loops(table) > 0 for table in TABLES[1:])
+
+
+def test_the_local_compiler_is_not_asked_for_another_device(monkeypatch):
+    """It would answer for the wrong one."""
+    asked = []
+    monkeypatch.setattr(_jax, "temporary_bytes", lambda *args: asked.append(args))
+    for table in TABLES:
+        stored(table, memory_budget=20_000)
+        assert bool(asked) == (table is CPU)
+        asked.clear()
+
+
+def test_memory_of_a_host_belongs_to_the_device_that_is_compiled_for():
+    assert [_jax.has_host_memory(table.platform) for table in TABLES] == [False] + [True] * (len(TABLES) - 1)
 
 
 def test_a_table_without_a_price_is_refused():

@@ -191,7 +191,7 @@ def test_derivatives_are_made_once_wherever_that_is():
 def host(cheap_starts, monkeypatch):
     """Small values may wait on the host, as if the device had a memory of its own. On a CPU both are one memory: values
     are sent there and back by the same program."""
-    monkeypatch.setattr(_jax, "has_host_memory", lambda: True)
+    monkeypatch.setattr(_jax, "has_host_memory", lambda platform: True)
     monkeypatch.setattr(planner, "LEAST_OFFLOADED_BYTES", 0)
 
 
