@@ -67,6 +67,9 @@ class Explanation:
         JAX may store other arrays in their place, before the compiler drops those that it makes again.
     :ivar slices: the part of the program that runs slice by slice, if there is one. Of that part the rows have the
         gradient in what it takes.
+    :ivar peak_bytes: the most that is held at any time of a step, as far as the two sweeps know: ``stored_bytes`` and
+        what a slice holds while it runs. What the compiled step takes besides, :func:`numpyro_rad.advise` asks the
+        compiler.
     :ivar priced_for: whose prices the plan was chosen by, and where they are from; empty where nobody says.
     """
 
@@ -78,6 +81,7 @@ class Explanation:
     predicted: Prediction | None = None
     untouched: bool = False
     slices: Slices | None = None
+    peak_bytes: int = 0
     priced_for: str = ""
 
     def __str__(self) -> str:
@@ -135,19 +139,19 @@ class Explanation:
         """What is said of the plan as a whole, below its rows."""
         if self.untouched:
             return [UNTOUCHED]
-        told = [] if self.slices is None else [_slices_text(self.slices)]
+        told = [] if self.slices is None else [self._slices_text(self.slices)]
         if self.predicted is None:
             return told
         if self.priced_for:
             told.append(f"Priced for: {self.priced_for}.")
         return [*told, "Predicted: " + _prediction(self.predicted)]
 
-
-def _slices_text(slices: Slices) -> str:
-    return (
-        f"Slices run forward and backward together: each holds {size_text(slices.bytes_each)} while it runs. What is "
-        "stored after it is the gradient in what it takes."
-    )
+    def _slices_text(self, slices: Slices) -> str:
+        return (
+            f"Slices run forward and backward together: each holds {size_text(slices.bytes_each)} while it runs. What "
+            "is stored after it is the gradient in what it takes. Most is held while a slice runs, "
+            f"{size_text(self.peak_bytes)}; an exact step in one go holds {size_text(self.exact_bytes)}."
+        )
 
 
 def _in_slices(slices: Slices) -> Row:
@@ -277,7 +281,8 @@ def explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
         rows = (_in_slices(plan.graph.slices), *rows)
     exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
     fixed = plan.graph.fingerprint(), plan.predicted, plan.untouched
-    return Explanation(rows, plan.stored_bytes, exact_bytes, tuple(_defaults(plan)), *fixed, plan.graph.slices)
+    defaults = tuple(_defaults(plan))
+    return Explanation(rows, plan.stored_bytes, exact_bytes, defaults, *fixed, plan.graph.slices, plan.peak_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

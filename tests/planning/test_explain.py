@@ -11,7 +11,7 @@ from jax import lax
 
 from numpyro_rad import Keep, StochasticRound, compare, explain, rad
 from numpyro_rad.planning import costs
-from numpyro_rad.wording import change_text
+from numpyro_rad.wording import change_text, size_text
 
 pytestmark = pytest.mark.usefixtures("no_residual_is_too_small")
 
@@ -160,6 +160,16 @@ def test_it_prints_a_table_with_totals():
         (line,) = (line for line in lines if line.startswith(name))
         assert change_text(shown.predicted.added_seconds, "time") in line
         assert change_text(shown.predicted.added_variance, "variance") in line
+
+
+def test_slices_say_when_most_is_held():
+    plan = rad(network, slices=4, exact=True).planned((X, W), {}, (0, 1))[0]
+    shown = table(network, slices=4, exact=True)
+    assert shown.slices is not None
+    assert shown.peak_bytes == plan.peak_bytes == shown.stored_bytes + shown.slices.bytes_each
+    said = f"Most is held while a slice runs, {size_text(plan.peak_bytes)}; an exact step in one go holds"
+    assert said in str(shown) and said in shown.table()
+    assert table(network, exact=True).peak_bytes == table(network, exact=True).stored_bytes
 
 
 def test_segments_stand_beside_nothing():
