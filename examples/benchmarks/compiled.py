@@ -15,14 +15,9 @@ with the numbers of the data sheet (``numpyro_rad.planning.costs``). Bytes and k
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where arrays are; the accelerator is that of the compiler alone
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask what it is
-
 import argparse
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -217,6 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="where the JSON goes")
     options = parser.parse_args(arguments)
     found = json.loads(options.output.read_text())["compiled"] if options.output.exists() else {}
+    jax.config.update("jax_platforms", "cpu")  # where arrays are; the accelerator is that of the compiler alone
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_SKIP_MDS_QUERY": "1"}  # there is no TPU to ask what it is
     device = DEVICES[options.device]
     target = device.described()
     rows = found.get(options.device, {}).get("rows", {})
