@@ -130,6 +130,7 @@ def no_residual_is_too_small(priced):
 def few_codecs(monkeypatch):
     """Calibrations compile in a fraction of the time, where it does not matter which codecs there are."""
     monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:2])
+    monkeypatch.setattr(strategies, "DITHERED", ())
 
 
 FREE_STARTS = {"least_encoded_bytes": 0, "keep_start": 0.0, "code_start": 0.0, "make_start": 0.0}

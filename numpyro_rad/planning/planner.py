@@ -367,7 +367,8 @@ class Planner:
         if self.exact:
             return any_of(())
         if self.memory_budget is not None or self.added_variance is not None:
-            return any_of(strategies.LADDER, self.prices.least_encoded_bytes)
+            ladder = strategies.LADDER if self.calibration is None else self.calibration.codecs
+            return any_of(ladder, self.prices.least_encoded_bytes)
         return uniform(DEFAULT_CODEC if self.codec is None else self.codec, self.prices.least_encoded_bytes)
 
     def _special(self, graph: Graph, names: Mapping[Value, str]) -> dict[Path, Codec]:

@@ -41,6 +41,10 @@ LADDER: tuple[Codec, ...] = (
 )
 """Codecs by falling size: rounding first, rounding of a sampled part for about one bit and less."""
 
+DITHERED: tuple[Codec, ...] = tuple(DitheredRound(bits=bits) for bits in (4, 2, 1))
+"""Of the same sizes, with half the variance where entries lie anywhere between the levels and more where they lie on
+them (zeros behind a ReLU, one-hot vectors): measured by a calibration, and chosen with one only."""
+
 
 SEGMENT_LEVELS = (1, 2, 3)
 """How often segments of loops are cut into segments: each level is one more run of the loop."""

@@ -18,7 +18,7 @@ from programs import few, normal
 from zscores import bound
 
 from numpyro_rad import RAD_ELBO, Keep, NoiseKeys, StochasticRound, explain
-from numpyro_rad.codecs import Codec, SampleAxis, SampledRound
+from numpyro_rad.codecs import Codec, DitheredRound, SampleAxis, SampledRound
 from numpyro_rad.planning import calibration, strategies
 
 KEY = jax.random.key(4)
@@ -55,6 +55,7 @@ DRAWS = 8192
 CODECS = [
     *(StochasticRound(bits) for bits in (1, 2, 4, 8)),
     StochasticRound(2, group=16),
+    *(DitheredRound(bits) for bits in (1, 4)),
     SampleAxis(0.2),
     SampleAxis(0.2, "shared"),
     SampleAxis(0.2, centred=True),
@@ -319,6 +320,7 @@ def empty_carry(x):
 )
 def test_what_is_empty_is_passed_over(none, monkeypatch):
     monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:1])
+    monkeypatch.setattr(strategies, "DITHERED", ())
 
     def model(x):
         w = numpyro.sample("w", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
@@ -339,6 +341,37 @@ def test_a_budget_that_is_too_small_is_no_hindrance():
 
 
 # What it is for
+
+
+def two_kinds(x, y):
+    """Products read values that lie anywhere (first), and values that are zero or one (last)."""
+    first = numpyro.sample("first", dist.Normal(jnp.zeros((x.shape[1], 32)), 0.5).to_event(2))
+    middle = numpyro.sample("middle", dist.Normal(jnp.zeros((32, 32)), 0.2).to_event(2))
+    last = numpyro.sample("last", dist.Normal(jnp.zeros((32, 8)), 0.2).to_event(2))
+    h = jnp.sin(x @ first) @ middle
+    numpyro.sample("y", dist.Normal(jnp.tanh((h > 0).astype(h.dtype) @ last).sum(-1) + h.sum(-1), 0.5), obs=y)
+
+
+def test_dither_is_chosen_where_it_is_better(no_residual_is_too_small, monkeypatch):
+    """Where entries lie between the levels, and nowhere without a calibration."""
+    args = (normal(256, 16), normal(256))
+    svi, state = prepared(two_kinds, args, memory_budget=20_000, slices=1, objective="variance")
+
+    def plan_and_codecs():
+        plan = plan_of(svi, state, args)
+        return plan, {type(e.codec) for p in plan.walk() for e in p.encoded.values()}
+
+    plain = svi.loss
+    assert DitheredRound not in plan_and_codecs()[1]
+    svi.loss = plain.replace(calibration=plain.calibrate(svi, state, *args, draws=4))
+    chosen, kinds = plan_and_codecs()
+    assert DitheredRound in kinds
+    by_site = {r.site: r.decision for r in explain(svi, state, *args).rows if r.operation == "dot_general"}
+    assert "dithered" in by_site["middle"] and "dithered" not in by_site["last"]
+    monkeypatch.setattr(strategies, "DITHERED", ())
+    svi.loss = plain.replace(calibration=plain.calibrate(svi, state, *args, draws=4))
+    without, _ = plan_and_codecs()
+    assert chosen.predicted.added_variance < 0.8 * without.predicted.added_variance
 
 
 def uneven(x, y):
