@@ -4,6 +4,7 @@
 # make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
 # make bench-compiled  compile the benchmarks for an accelerator that is not there; DEVICE=h200 (default), h100, a100,
 #             b200, v5e or v6e
+# make bench-device  run the benchmarks on the accelerator that JAX finds in this environment (10 minutes)
 # make clean  remove the virtual environments and every cache
 #
 # Needs only make, Python 3.11 to 3.13 and a package index. Options:
@@ -29,7 +30,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-compiled clean
+.PHONY: help demo test lint bench bench-compiled bench-device clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -52,6 +53,9 @@ bench: $(VENV)/.installed-examples
 bench-compiled:
 	$(MAKE) --no-print-directory VENV=$(VENV)-compiled $(VENV)-compiled/.installed-compiled
 	$(VENV)-compiled/bin/python -m examples.benchmarks.compiled $(DEVICE)
+
+bench-device: $(VENV)/.installed-examples
+	$(BIN)/python -m examples.benchmarks.device
 
 # One stamp for each extra: pip runs once, and again when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

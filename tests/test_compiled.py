@@ -1,5 +1,6 @@
 """Programs compiled for an accelerator that is not there: what their text says, and what the benchmark makes of it."""
 
+import argparse
 import importlib.metadata
 import json
 import subprocess
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from examples.benchmarks import compiled, figures, hlo
+from examples.benchmarks import compiled, device, figures, hlo
 from examples.benchmarks.compiled import CASES, DEVICES, Device
 from numpyro_rad.planning import costs
 
@@ -134,6 +135,23 @@ def test_gpus_are_compiled_for(tmp_path):
     ways = {w["rival"]: w for w in json.loads(output.read_text())["compiled"]["h200"]["rows"]["p1"]["ways"]}
     assert ways["ours_8slices"]["temp_bytes"] < ways["exact"]["temp_bytes"] / 4
     assert ways["ours_4bit"]["temp_bytes"] < ways["exact"]["temp_bytes"]
+
+
+@pytest.mark.slow
+def test_the_device_that_is_here_is_run(tmp_path):
+    """Each way in a process of its own; one that fails is a row that says why."""
+    output = tmp_path / "device.json"
+    ways = ["exact", "accumulate"]
+    device.main(["--workloads", "p1", "--rivals", *ways, "--quick", "--rounds", "2", "--output", str(output)])
+    report = json.loads(output.read_text())
+    rows = {row["rival"]: row for row in report["device"]["p1"]["ways"]}
+    assert list(rows) == [*ways, "ours_matched"] and report["machine"]["backend"] == "cpu"
+    assert rows["ours_matched"]["temp_bytes"] <= 1.1 * rows["accumulate"]["temp_bytes"]
+    assert [row["loss"] for row in rows.values()] == pytest.approx([rows["exact"]["loss"]] * 3, rel=1e-5)
+    assert all(row["step"]["median_seconds"] > 0 for row in rows.values())
+    assert figures.markdown_table(report).count("| 4 x 64") == len(rows)
+    broken = device.in_a_process("p1", "accumulate", 0, argparse.Namespace(rounds=-9, quick=True))
+    assert "exit status 1" in broken["failure"] and broken["label"] == "accumulation"
 
 
 def test_devices_have_costs_of_their_own():

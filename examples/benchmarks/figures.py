@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
     parser.add_argument(
-        "report", type=Path, help="JSON of run.py, budgets.py, growth.py, memory.py, match.py, compiled.py"
+        "report", type=Path, help="JSON of run.py, budgets.py, growth.py, memory.py, match.py, compiled.py, device.py"
     )
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
@@ -90,6 +90,8 @@ def markdown_table(report: dict[str, Any]) -> str:
         return match_table(report)
     if "compiled" in report:
         return compiled_table(report)
+    if "device" in report:
+        return device_table(report)
     measured = [row for row in report["rivals"] if "temp_bytes" in row]
     if "budgets" in report:
         lines = [
@@ -278,16 +280,54 @@ def compiled_table(report: dict[str, Any]) -> str:
     )
 
 
+def device_table(report: dict[str, Any]) -> str:
+    """A way to take a step in each row, as it ran on a device; ratios to Trace_ELBO in brackets."""
+    lines = [
+        "| model | step | T (MiB) | most in use (MiB) | time (s), quartiles | of exact | build (s) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    failures = []
+    for found in report["device"].values():
+        exact = next((way for way in found["ways"] if way["rival"] == "exact" and "step" in way), None)
+        for way in found["ways"]:
+            if "step" not in way:
+                failures.append(f"- {found['title']}, {way['label']}: `{way['failure']}`")
+                continue
+            notes = "".join(f", {note}" for note in plan_notes(way.get("plan")))
+            peak, took = way["peak_bytes"], way["step"]["median_seconds"]
+            cells = [
+                found["title"],
+                way["label"],
+                f"{way['temp_bytes'] / MIB:.4g}"
+                + (f" ({as_fraction(way['temp_bytes'] / exact['temp_bytes'])}{notes})" if exact else ""),
+                "" if peak is None else f"{peak / MIB:.4g}",
+                spread(way["step"]),
+                f"{took / exact['step']['median_seconds']:.2f}x" if exact else "",
+                f"{way['build_seconds']:.0f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    told = (
+        f"{circumstances(report)} Each in a process of its own, the median of {report['rounds']} steps. Most in use: "
+        "by the process on the device, parameters, optimizer state and data included."
+    )
+    return "\n".join([*lines, "", told, *failures])
+
+
+def plan_notes(plan: dict[str, Any] | None) -> list[str]:
+    """What ours does, in words."""
+    if not plan:
+        return []
+    notes = ["left to JAX"] if plan["untouched"] else []
+    notes += [f"{plan['slices']} slices"] if plan["slices"] > 1 else []
+    return notes + ([f"ρ {plan['added_variance']:.1g}"] if plan["added_variance"] else [])
+
+
 def compiled_cells(way: dict[str, Any], exact: dict[str, Any]) -> list[str]:
     """The cells of one way on one device."""
     if "temp_bytes" not in way:
         return ["failed" if "failure" in way else "", "", ""]
     ratio = {field: way[field] / exact[field] for field in ("temp_bytes", "bytes_accessed", "predicted_seconds")}
-    plan, notes = way.get("plan"), []
-    if plan:
-        notes = ["left to JAX"] if plan["untouched"] else []
-        notes += [f"{plan['slices']} slices"] if plan["slices"] > 1 else []
-        notes += [f"ρ {plan['added_variance']:.1g}"] if plan["added_variance"] else []
+    notes = plan_notes(way.get("plan"))
     return [
         f"{way['temp_bytes'] / MIB:.4g} ({as_fraction(ratio['temp_bytes'])}{''.join(f', {note}' for note in notes)})",
         f"{way['bytes_accessed'] / 1e9:.3g} ({ratio['bytes_accessed']:.2f}x)",
