@@ -1,5 +1,6 @@
 # make demo   train one Bayesian neural network twice, exact and randomized, and compare (under 3 minutes)
 # make test   run the test suite
+# make docs   build the site, all notebooks executed, into docs/_build (3 minutes); docs/_build/index.html is its front page
 # make lint   ruff (lint and format) and pyright
 # make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
 # make bench-compiled  compile the benchmarks for an accelerator that is not there; DEVICE=h200 (default), h100, a100,
@@ -30,7 +31,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-compiled bench-device clean
+.PHONY: help demo test docs lint bench bench-compiled bench-device clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -40,6 +41,9 @@ demo: $(VENV)/.installed-examples
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -77,5 +81,5 @@ $(BIN)/python:
 	"$$chosen" -m venv "$(VENV)"
 
 clean:
-	rm -rf "$(VENV)" "$(VENV)-compiled" .venv-3.* build dist .pytest_cache .hypothesis
+	rm -rf "$(VENV)" "$(VENV)-compiled" .venv-3.* docs/_build build dist .pytest_cache .hypothesis
 	find . \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""How the site is built: ``make docs``."""
+
+import importlib.metadata
+
+project = "numpyro_rad"
+author = "the numpyro_rad developers"
+version = release = importlib.metadata.version("numpyro_rad")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+
+# Pages
+html_theme = "sphinx_book_theme"
+html_title = "numpyro_rad"
+html_theme_options = {
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "use_download_button": False,
+    "navbar_persistent": [],  # the sidebar has the search
+}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+
+# Notebooks are executed; a cell that fails, or takes too long, ends the build
+nb_execution_mode = "cache"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_execution_show_tb = True
+
+# Signatures are those of the source, a line for each parameter
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "fully-qualified"  # of which the last part is shown
+maximum_signature_line_length = 80
+add_module_names = False
+python_use_unqualified_type_names = True
+suppress_warnings = ["ref.python"]  # a name may live in several packages: where it is made, and where it is offered

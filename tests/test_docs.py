@@ -1,0 +1,58 @@
+"""The site: it describes every public name, and its front page says what was measured."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_structure import PUBLIC
+
+from examples.benchmarks.figures import as_fraction
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FRONT_PAGE = {  # how a row begins, and whose numbers it has
+    "Bayesian neural network": "p1",
+    "recurrent network": "p2",
+    "convolutional network": "p3",
+    "Transformer encoder": "p5",
+    "convolutional autoencoder": "p5vae",
+}
+
+
+def described() -> dict[str, set[str]]:
+    """The packages of the reference, and the names that each leaves out."""
+    text = (DOCS / "api.md").read_text()
+    blocks = re.findall(r"\.\. automodule:: (\S+)\n((?:   .*\n)*)", text)
+    left_out = {module: re.search(r":exclude-members: (.*)", options) for module, options in blocks}
+    return {m: set(found[1].split(", ")) if found else set() for m, found in left_out.items()}
+
+
+def test_every_public_name_is_described_once():
+    reference = described()
+    assert set(PUBLIC) <= set(reference)
+    seen: dict[object, str] = {}
+    for module, left_out in reference.items():
+        names = set(getattr(importlib.import_module(module), "__all__", ())) or left_out
+        for name in names:
+            value = getattr(importlib.import_module(module), name)
+            assert (id(value) in seen) == (name in left_out), f"{module}.{name}"
+            seen.setdefault(id(value), module)
+
+
+@pytest.mark.parametrize("row", FRONT_PAGE)
+def test_the_front_page_says_what_was_measured(row):
+    report = json.loads((DOCS / "benchmarks" / f"{FRONT_PAGE[row]}.json").read_text())
+    (found,) = [r for r in report["rivals"] if r["name"] == "ours_default"]
+    (line,) = [line for line in (DOCS / "index.md").read_text().splitlines() if line.startswith(f"| {row}")]
+    memory, time = (cell.strip() for cell in line.split("|")[2:4])
+    ratio = found["ratio_to_exact"]
+    assert memory == f"1/{1 / ratio['temp_bytes']:.0f}" and time == f"{ratio['step']:.2f}x"
+    assert as_fraction(ratio["temp_bytes"]).startswith("1/")
+
+
+def test_every_page_is_in_the_contents():
+    contents = (DOCS / "index.md").read_text()
+    pages = {str(p.relative_to(DOCS).with_suffix("")) for p in DOCS.rglob("*.md") if "_build" not in p.parts}
+    listed = set(re.findall(r"(?m)^([\w/]+)$", "".join(re.findall(r"```{toctree}(.*?)```", contents, re.S))))
+    assert pages - {"index"} == listed
