@@ -1,6 +1,6 @@
 # make demo   train one Bayesian neural network twice, exact and randomized, and compare (under 3 minutes)
 # make test   run the test suite
-# make docs   build the site, all notebooks executed, into docs/_build (3 minutes); docs/_build/index.html is its front page
+# make docs   build the site, all notebooks executed, into docs/_build/html (4 minutes)
 # make lint   ruff (lint and format) and pyright
 # make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
 # make bench-compiled  compile the benchmarks for an accelerator that is not there; DEVICE=h200 (default), h100, a100,
@@ -43,7 +43,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -25,6 +25,7 @@ myst_heading_anchors = 3
 
 # Notebooks are executed; a cell that fails, or takes too long, ends the build
 nb_execution_mode = "cache"
+nb_execution_cache_path = "docs/_build/.jupyter_cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_show_tb = True

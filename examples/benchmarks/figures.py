@@ -466,6 +466,7 @@ GROWTH_STYLES: dict[str, dict[str, Any]] = {
     "checkpoint_map": STYLES["rival"],
     "ours_4bit": STYLES["ours"],
     "ours_2bit": {"color": "#E69F00", "marker": "P"},
+    "ours_budget": {"color": "#56B4E9", "marker": "X"},
     "ours_segments": {"color": "#009E73", "marker": "^"},
 }
 

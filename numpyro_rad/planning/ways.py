@@ -205,22 +205,21 @@ class Search:
             sliced = self._fewest()
             if sliced is not None:
                 sliced = self._better(sliced)
-        found: list[tuple[float, Way]] = []
         priced = [self._priced(graph, self._budget) for graph in (self._whole, sliced) if graph is not None]
-        for _, way in sorted(priced, key=lambda pair: pair[0]):
-            found.append((self._excess(way), way))
-            if found[-1][0] <= 1:
-                return way
-        excess, way = next(((e, w) for e, w in found if w.graph is sliced), found[-1])
-        for _ in range(TRIES - len(found)):
-            smaller = self._smaller(way, excess)
-            if smaller is None:
-                break
-            way, excess = smaller, self._excess(smaller)
-            found.append((excess, way))
+        open_ways = [found for found in priced if found[0] < math.inf]
+        tried: list[tuple[float, float, Way]] = []
+        while open_ways and len(tried) < TRIES:
+            open_ways.sort(key=lambda found: -found[0])
+            cost, way = open_ways.pop()
+            excess = self._excess(way)
             if excess <= 1:
                 return way
-        return min(found, key=lambda pair: pair[0])[1]
+            tried.append((excess, cost, way))
+            smaller = self._smaller(way, excess)
+            if smaller is not None:
+                open_ways.append(smaller)
+        # where nothing fits, the least of memory x (time and variance)
+        return min(tried, key=lambda found: found[0] * (1 + found[1]))[2] if tried else priced[-1][1]
 
     def _balanced(self, may_be_sliced: bool) -> Way:
         """The way to take where no option says what matters: what memory is worth is known, so that the compiler need
@@ -257,19 +256,30 @@ class Search:
         """Whether two slices take less time to start than the step takes: else nothing can be gained."""
         return 2 * self._costs.slice_start * len(part.steps) < self._exact.step
 
-    def _smaller(self, way: Way, excess: float) -> Way | None:
-        """A way that takes less: more slices, or if there are none fewer bytes to hold."""
-        slices = way.graph.slices
-        if slices is None:
-            return self._priced(way.graph, int(self._budget / excess))[1] if excess < math.inf else None
-        times = min(excess, self._costs.most_slices)
-        graph = self._fewest(max(2 * slices.number, _power_of_two(times * slices.number)))
-        more = graph is not None and graph.slices is not None and graph.slices.number > slices.number
-        return self._priced(graph, self._budget)[1] if graph is not None and more else None
+    def _smaller(self, way: Way, excess: float) -> tuple[float, Way] | None:
+        """A way that takes less, and its cost: fewer bytes to hold, where most of them are held outside of slices, or
+        more slices.
+        """
+        slices, plan = way.graph.slices, way.plan
+        assert plan is not None and way.held_bytes is not None
+        in_slices = 0 if slices is None else slices.bytes_each
+        found = None
+        if 2 * in_slices < plan.peak_bytes:
+            least = strategies.make_plan(way.graph, self._request(way.graph).at_first).stored_bytes + in_slices
+            held = max(least, int(plan.peak_bytes / excess))
+            if held < plan.peak_bytes:
+                found = self._priced(way.graph, held)
+        if found is None and slices is not None:
+            number = max(2 * slices.number, _power_of_two(min(excess, self._costs.most_slices) * slices.number))
+            graph = self._fewest(number)
+            if graph is not None and graph.slices is not None and graph.slices.number > slices.number:
+                found = self._priced(graph, way.held_bytes - in_slices + graph.slices.bytes_each)
+        return found if found is not None and found[0] < math.inf else None
 
     def _excess(self, way: Way) -> float:
-        """How many times more than it may the compiled gradient of a way takes; infinite where no plan is feasible."""
-        return math.inf if way.plan is None else (self._taken(way.plan) or 0) / (SLACK * self._budget)
+        """How many times more than it may the compiled gradient of a way takes."""
+        assert way.plan is not None
+        return (self._taken(way.plan) or 0) / (SLACK * self._budget)
 
     def _priced(self, graph: Graph, held_bytes: int) -> tuple[float, Way]:
         """The best plan for a graph, and its time and variance beyond what the products of the program take."""
