@@ -19,7 +19,7 @@ COSTS = dataclasses.replace(costs.CPU, untouched_bytes=0, slice_start=10.0)
 
 
 def network(w, u, x):
-    """A network whose rows stay to themselves, and besides what is dear to compute again: stored where there is room."""
+    """A network whose rows stay to themselves, and besides what is dear to make again: stored where there is room."""
     outside = sum(jax.scipy.special.gammaln(1.5 + jnp.sin(v)).sum() for v in u)
     for v in w:
         x = jax.nn.gelu(x @ v)
