@@ -172,7 +172,13 @@ def growth_table(report: dict[str, Any]) -> str:
             temp, stored = growth(mine, "temp_bytes"), growth(mine, "stored_bytes")
             exact = exact or temp
             ends = [f"{row['size']}: {row['temp_bytes'] / MIB:.3g}" for row in (mine[0], mine[-1])]
-            cells = [axis, mine[0]["label"], *ends, f"{temp / 1024:.3g}", as_fraction(temp / exact)]
+            cells = [
+                axis,
+                mine[0]["label"],
+                *ends,
+                f"{temp / 1024:.3g}",
+                as_fraction(temp / exact) if temp > 0 else "nothing",
+            ]
             cells += [f"{stored / 1024:.3g}", as_fraction(stored / exact)] if stored else ["", ""]
             lines.append("| " + " | ".join(cells) + " |")
     planned = {
