@@ -157,8 +157,8 @@ _CODE_INSTRUCTIONS = 60  # a scale, a few random bits, packing, and all of it ba
 _CODE_BYTES = 16  # that go to memory and come from it for an entry of single precision: made, scaled, coded, decoded
 
 # How many kernels become of operations, counted in the programs that XLA compiles ahead of time for an H200 from the
-# workloads of docs/benchmarks.md: 0.03 to 0.11 of a step's operations, the most of which are fused; 0.11 to 0.14 of
-# those of a slice; 4.5 for each code.
+# workloads of docs/benchmarks.md: 0.03 to 0.11 of a step's operations, the most of which are fused (0.6 in a loop of
+# small steps, which is thereby priced too low); 0.11 to 0.14 of those of a slice; 4.5 for each code.
 _KERNELS, SLICE_KERNELS, _CODE_KERNELS = 1 / 16, 1 / 8, 4  # for each operation, each of a slice, each code
 
 
