@@ -97,19 +97,32 @@ class Program:
         return self._planned[active]
 
     def _temporary_bytes(self, active: tuple[bool, ...], plan: Plan) -> int | None:
-        """Temporary memory of the gradient with a plan, compiled by itself; None where the compiler does not say."""
+        """Temporary memory of a step with a plan, compiled by itself; None where the compiler does not say.
 
-        def gradient(seed: jax.Array, *operands: jax.Array) -> tuple[list[jax.Array], Sequence[jax.Array | None]]:
+        Whose step it is nobody here knows: it is taken to be that of an optimizer with two moments, and all that is
+        differentiated to be constrained, as scales are. A gradient that slices add up is in the place of a result only
+        where there are the results of a step.
+        """
+        types = [v.aval for v in self._jaxpr.jaxpr.invars]
+        moving = [aval for aval, on in zip(types, active, strict=True) if on]
+
+        def step(seed: jax.Array, *arrays: jax.Array) -> PyTree:
+            n = len(moving)
+            first, second, given = arrays[:n], arrays[n : 2 * n], arrays[2 * n :]
             sweeps = None if plan.untouched else plan
+            operands = [jnp.exp(x) if on else x for x, on in zip(given, active, strict=True)]
             outs, stored = self._forward(sweeps, active, seed, operands)
-            return outs, self._backward(sweeps, stored, [jnp.ones_like(o) if _floats(o) else None for o in outs])
+            pulled = self._backward(sweeps, stored, [jnp.ones_like(o) if _floats(o) else None for o in outs])
+            moved = ((raw, x) for raw, x, on in zip(given, operands, active, strict=True) if on)
+            rows = zip(moved, pulled, first, second, strict=True)
+            return outs, [_stepped(raw, g * x, m, v) for (raw, x), g, m, v in rows if g is not None]
 
         elsewhere = self._planner.prices.platform != jax.default_backend()  # compiled ahead of time
         if elsewhere or _jax.names_axes(self._jaxpr):
             return None
-        types = [jax.ShapeDtypeStruct((2,), jnp.uint32), *(v.aval for v in self._jaxpr.jaxpr.invars)]
         key = hashlib.sha256(json.dumps(plan.to_dict()).encode()).hexdigest()  # with the fingerprint of the program
-        return TEMPORARY_BYTES.of(key, lambda: _jax.temporary_bytes(gradient, types))
+        operands = (jax.ShapeDtypeStruct((2,), jnp.uint32), *moving, *moving, *types)
+        return TEMPORARY_BYTES.of(key, lambda: _jax.temporary_bytes(step, operands))
 
     def _left_at_sight(self, active: tuple[bool, ...]) -> bool:
         if active not in self._at_sight:
@@ -341,6 +354,13 @@ class Closure:
 
 def _floats(x: ArrayLike) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def _stepped(x: jax.Array, gradient: jax.Array, first: jax.Array, second: jax.Array) -> list[jax.Array]:
+    """A parameter and its moments after a step of Adam (Kingma and Ba, 2015), about."""
+    first = 0.9 * first + 0.1 * gradient
+    second = 0.999 * second + 0.001 * gradient**2
+    return [x - 1e-3 * first / (jnp.sqrt(second) + 1e-8), first, second]
 
 
 def path_seed(key: Key) -> jax.Array:

@@ -177,6 +177,18 @@ class Offload(Keep):
 
 
 @dataclass(frozen=True)
+class InResult(Keep):
+    """The array itself, which is the gradient in an input up to a factor: exact, and no bytes, for it is where the
+    result goes."""
+
+    def stored_bytes(self, shape: tuple[int, ...], dtype: DTypeLike) -> int:
+        return 0
+
+    def __str__(self) -> str:
+        return "keep, as a result"
+
+
+@dataclass(frozen=True)
 class PassThrough(_Whole):
     """The array itself in the place of a code, to see what a code would do there."""
 

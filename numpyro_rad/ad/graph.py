@@ -284,6 +284,8 @@ class Graph:
     """Primal program, tangent program and how both begin and end.
 
     :ivar slices: the part that is run in slices, whose gradient is known when the forward sweep has come to its end.
+    :ivar gradients: what of that gradient becomes that of an input entry by entry: a compiler has it where the result
+        goes.
     """
 
     inputs: list[Value]
@@ -294,6 +296,7 @@ class Graph:
     tangent_outputs: list[Value | None]
     producer: dict[Value, Equation] = dataclasses.field(default_factory=dict)
     slices: Slices | None = None
+    gradients: frozenset[Value] = frozenset()
 
     def finish(self) -> Graph:
         """Drop edges that lead nowhere, index producers."""

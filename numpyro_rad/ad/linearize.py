@@ -49,13 +49,17 @@ def with_tangents(jaxpr: _jax.Jaxpr, active: Sequence[bool]) -> tuple[_jax.Jaxpr
 
 
 def graph_of_both(both: _jax.Jaxpr, has_tangent: Sequence[bool], active: Sequence[bool]) -> Graph:
-    """The LCG of a program, given that of its primals and tangents (:func:`with_tangents`)."""
+    """The LCG of a program, given that of its primals and tangents (:func:`with_tangents`).
+
+    :param both: its outputs, their tangents, and then perhaps values that are in the place of gradients.
+    """
     is_tangent = [False] * len(active) + [True] * sum(active)
     graph, results, coefficients = split(both, is_tangent)
-    n_outs = len(has_tangent)
+    n_outs, n_tangents = len(has_tangent), sum(has_tangent)
     tangents = iter(tangent for _, tangent in results[n_outs:])
     graph.outputs = [atom for atom, _ in results[:n_outs]]  # type: ignore[misc]
     graph.tangent_outputs = [next(tangents) if on else None for on in has_tangent]
+    graph.gradients = frozenset(atom for atom, _ in results[n_outs + n_tangents :] if isinstance(atom, Value))
     collect(graph.finish(), coefficients, free=graph.inputs)
     return graph.finish()
 
@@ -286,13 +290,14 @@ def _no_run(*_: object) -> NoReturn:
 
 
 def split_body(body: _jax.Jaxpr, ins: Sequence[bool], outs: Sequence[bool], in_loop: bool = True) -> Graph:
-    """The graph of a part of a program, given which of its inputs and outputs are tangents.
+    """The graph of a part of a program, given which of its inputs and first outputs, which are all that is wanted, are
+    tangents.
 
     :param in_loop: whether it runs several times before the backward sweep, so that its inputs are residuals, too.
     """
     graph, results, coefficients = split(body, ins)
-    graph.outputs = [p for (p, _), t in zip(results, outs, strict=True) if not t]  # type: ignore[misc]
-    graph.tangent_outputs = [v for (_, v), t in zip(results, outs, strict=True) if t]
+    graph.outputs = [p for (p, _), t in zip(results, outs, strict=False) if not t]  # type: ignore[misc]
+    graph.tangent_outputs = [v for (_, v), t in zip(results, outs, strict=False) if t]
     collect(graph.finish(), coefficients, free=() if in_loop else graph.inputs)
     return graph.finish()
 

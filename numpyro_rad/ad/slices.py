@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from numpyro_rad.ad import _jax
+from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.axes import Axes, Nodes, Step
 from numpyro_rad.ad.graph import Atom, Constant, Graph, Slices, Value
 from numpyro_rad.ad.linearize import Flat, split_body
@@ -245,7 +245,8 @@ class Part:
         return sum(_jax.aval_bytes(t.aval) for t in self.inputs()[1])
 
     def cut(self, n_slices: int, plan: Planned, slow_in_loops: Collection[str]) -> tuple[_jax.Jaxpr, Slices]:
-        """The same program, in which the part runs in so many slices.
+        """The same program, in which the part runs in so many slices. After its outputs come the gradients in the
+        tangents that are :attr:`entrywise`.
 
         Where there are more slices than entries of the axis, what one of them computes is cut again, along another axis
         if there is one.
@@ -305,6 +306,20 @@ class Part:
             made.update(flat.steps[number].results)
         return list(primals), list(tangents)
 
+    @functools.cached_property
+    def entrywise(self) -> set[Atom]:
+        """The tangents that follow from one of the program's inputs of as many bytes entry by entry: the gradient in
+        them becomes that of the input in its place.
+        """
+        flat = self.program.flat
+        found: set[Atom] = {v for v in self.program.inputs if v in flat.tangents}
+        for step in flat.steps:
+            traits = primitives.of(step.name)
+            if traits.elementwise or traits.rearranges:
+                sizes = {_jax.aval_bytes(_aval(o)) for o in step.operands if o in found}
+                found.update(r for r in step.results if r in flat.tangents and _jax.aval_bytes(r.aval) in sizes)
+        return found
+
     # -- one slice -----------------------------------------------------------------------------------------------------
 
     def slice_program(self, size: int, primals: Sequence[Atom], tangents: Sequence[Value]) -> _jax.Jaxpr:
@@ -354,7 +369,7 @@ class _Loop:
         self.gradient_places = [axes.position(nodes[t], part.axis) for t in self.tangents]
 
     def run(self, args: Sequence[jax.Array]) -> list[jax.Array]:
-        """Run it: what the part needs, the part, what follows from it."""
+        """Run it: what the part needs, the part, what follows from it. Gradients in what is entrywise come last."""
         part, flat = self.part, self.program.flat
         env: dict[Atom, jax.Array] = dict(zip(self.program.inputs, args, strict=True))
 
@@ -371,7 +386,8 @@ class _Loop:
         with _jax.context(part.last):
             sums, gradients = self._slices([read(a) for a in self.primals])
             env.update(zip(part.ends, sums, strict=True))
-            terms = [jnp.sum(g.astype(t.aval.dtype) * env[t]) for g, t in zip(gradients, self.tangents, strict=True)]
+            gradients = [g.astype(t.aval.dtype) for g, t in zip(gradients, self.tangents, strict=True)]
+            terms = [jnp.sum(g * env[t]) for g, t in zip(gradients, self.tangents, strict=True)]
             total = sum(terms[1:], terms[0]).astype(part.end.aval.dtype).reshape(part.end.aval.shape)
         if not any(part.end in flat.steps[n].results for n in part.linear):
             env[part.end] = total
@@ -380,7 +396,8 @@ class _Loop:
                 self._add(flat.steps[number], env, total)
             else:
                 run_steps([number])
-        return [read(a) for a in self.program.outputs]
+        in_place = [g for g, t in zip(gradients, self.tangents, strict=True) if t in part.entrywise]
+        return [*(read(a) for a in self.program.outputs), *in_place]
 
     def _add(self, step: Any, env: dict[Atom, jax.Array], total: jax.Array) -> None:
         """Run a step between the part's tangents and its end with what else it takes, and add the part to the end."""

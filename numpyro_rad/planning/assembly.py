@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from numpyro_rad.ad.codecs import Offload
+from numpyro_rad.ad.codecs import Codec, InResult, Offload
 from numpyro_rad.ad.graph import ControlFlow, Graph, Path, Scan, Value
 from numpyro_rad.ad.plan import Encoded, Plan, Prediction, keep_codec
 from numpyro_rad.ad.recompute import recompute_leaves
@@ -63,10 +63,13 @@ class _Assembly:
             made_of = {a for v in again for a in graph.producer[v].inputs if isinstance(a, Value)}
             needed |= recompute_leaves(graph, made_of, early)
         leaves = recompute_leaves(graph, needed, stored)
-        keeps = {
-            v: keep_codec(v) if problem.number[v] in self._kept else Offload()
-            for v in sorted(stored & leaves, key=lambda v: v.number)
-        }
+
+        def exactly(value: Value) -> Codec:
+            if problem.number[value] not in self._kept:
+                return Offload()
+            return InResult() if value in graph.gradients else keep_codec(value)
+
+        keeps = {v: exactly(v) for v in sorted(stored & leaves, key=lambda v: v.number)}
         return Plan(
             graph,
             repeat,

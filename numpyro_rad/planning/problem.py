@@ -170,7 +170,8 @@ class PlanProblem:
         """
         operands = [self.number[a] for a in equation.inputs if isinstance(a, Value)]
         for value in equation.outputs:
-            self.number[value] = self._keep(kept_bytes(value), repeat, self.cuts.held(value, held))
+            held_in = 0 if value in graph.gradients else self.cuts.held(value, held)
+            self.number[value] = self._keep(kept_bytes(value), repeat, held_in)
         made = [v for v in equation.outputs if _is_made_again(equation, v, repeat) and self._may_be_made(v)]
         if made:
             cost = self._price(self.timing.making([equation]) * repeat) if forward else 0.0

@@ -200,17 +200,21 @@ class Search:
                 taken = self._taken(plan)
                 if taken is not None and taken <= self._budget:
                     return Way(self._whole, self._budget, plan)
-        sliced = None
-        if self._part is not None and self._part.gradient_bytes <= self._budget:
-            sliced = self._fewest()
-            if sliced is not None:
-                sliced = self._better(sliced)
+        sliced = self._fewest() if self._part is not None else None
+        if sliced is not None:
+            sliced = self._better(sliced)
         priced = [self._priced(graph, self._budget) for graph in (self._whole, sliced) if graph is not None]
         open_ways = [found for found in priced if found[0] < math.inf]
         tried: list[tuple[float, float, Way]] = []
+
+        def turn(found: tuple[float, Way]) -> tuple[int, float]:
+            """Two ways in slices or in one go are tried before all others of the other kind have had their turn."""
+            sliced = found[1].graph.slices is not None
+            return sum((way.graph.slices is not None) == sliced for _, _, way in tried) // 2, found[0]
+
         while open_ways and len(tried) < TRIES:
-            open_ways.sort(key=lambda found: -found[0])
-            cost, way = open_ways.pop()
+            cost, way = min(open_ways, key=turn)
+            open_ways.remove((cost, way))
             excess = self._excess(way)
             if excess <= 1:
                 return way
@@ -219,7 +223,7 @@ class Search:
             if smaller is not None:
                 open_ways.append(smaller)
         # where nothing fits, the least of memory x (time and variance)
-        return min(tried, key=lambda found: found[0] * (1 + found[1]))[2] if tried else priced[-1][1]
+        return min(tried, key=lambda found: found[0] ** 2 * (1 + found[1]))[2] if tried else priced[-1][1]
 
     def _balanced(self, may_be_sliced: bool) -> Way:
         """The way to take where no option says what matters: what memory is worth is known, so that the compiler need
@@ -311,10 +315,25 @@ class Search:
     def _most(self) -> int:
         return MOST_UNROLLED if self._unrolled else self._costs.most_slices
 
+    @functools.cached_property
+    def _halved(self) -> Graph:
+        """The graph of the program with its part in two slices, however much they hold."""
+        assert self._part is not None
+        return _cut(self._part, 2, self._has_tangent, self._active, self._costs)
+
+    @functools.cached_property
+    def _room(self) -> int:
+        """Bytes of the budget that an exact plan for the rest of the program leaves to a slice."""
+        return self._budget - exact_plan(self._halved, self._costs)[0].stored_bytes
+
     def _cut(self, number: int) -> Graph:
         """The graph of the program with its part in so many slices."""
         assert self._part is not None
-        room = math.inf if self._budget_bytes is None else max(0, self._budget_bytes - self._part.gradient_bytes)
+        room = math.inf
+        if self._budget_bytes is not None:
+            room = max(0, self._room)
+            if number == 2 and self._halved.slices is not None and self._halved.slices.bytes_each <= room:
+                return self._halved
         return _cut(self._part, number, self._has_tangent, self._active, self._costs, room)
 
     def _better(self, graph: Graph, least: int | None = None, exact_bytes: float = math.inf) -> Graph:
@@ -348,15 +367,16 @@ class Search:
         while number <= self._most:
             graph = self._cut(number)
             assert graph.slices is not None
-            room = self._budget - exact_plan(graph, self._costs)[0].stored_bytes
-            if graph.slices.bytes_each <= room:
+            if graph.slices.bytes_each <= self._room:
                 return graph
             smallest = strategies.make_plan(graph, self._request(graph)).stored_bytes
             if coded is None and graph.slices.bytes_each + smallest <= self._budget:
                 coded = graph
             if graph.slices.number < number:  # the axis is too short
                 break
-            number = max(2 * number, _power_of_two(number * graph.slices.bytes_each / room) if room > 0 else 0)
+            number *= 2
+            if self._room > 0:
+                number = max(number, _power_of_two(number / 2 * graph.slices.bytes_each / self._room))
         return coded
 
 

@@ -13,12 +13,13 @@ import optax
 import pytest
 from jax import lax
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from programs import numbers, planned
 from random_programs import ARGS, INDEX, loss, seeded
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, BudgetError, StochasticRound, explain, rad, transform, value_and_grad
 from numpyro_rad.ad import _jax, axes, primitives
+from numpyro_rad.ad.codecs import InResult
 from numpyro_rad.planning.costs import CostModel
 
 ROWS, INPUTS, HIDDEN, CLASSES = 12, 5, 6, 3
@@ -265,8 +266,8 @@ def regression(x, y, batch=None):
 
 
 def step(elbo, batch=None):
-    """A compiled update, its state and the SVI."""
-    svi = SVI(regression, AutoNormal(regression, init_scale=0.1), optax.sgd(1e-3), elbo)
+    """A compiled update, its state and the SVI. The optimizer divides by nothing small, so that steps can be compared."""
+    svi = SVI(regression, AutoNormal(regression, init_scale=0.1), optax.adam(1e-3, eps=1.0), elbo)
     state = svi.init(jax.random.key(0), *DATA, batch=batch)
     update = jax.jit(lambda state, *data: svi.update(state, *data, batch=batch))
     return update.lower(state, *DATA).compile(), state, svi
@@ -320,14 +321,47 @@ def test_values_that_are_not_differentiated_have_the_bits_of_the_base():
 
 @pytest.mark.usefixtures("encode_all")
 def test_codes_outside_of_slices_are_unbiased():
-    """The gradient of the part is a residual like any other: coded, its mean is right."""
-    f, args, _ = PROGRAMS["network"]
-    assert planned(f, args, slices=3, codec=StochasticRound(bits=4)).encoded
+    """The gradient in what the part takes is a residual like any other, unless it becomes that of an input entry by
+    entry: coded, its mean is right."""
+    args = (numbers(2, INPUTS), W[:2], V, B)
+
+    def f(low, rank, v, b):
+        return network(low.T @ rank, v, b)
+
+    plan = planned(f, args, slices=3, codec=StochasticRound(bits=4))
+    assert [value.aval.shape for value in plan.encoded] == [W.shape]
+    assert {str(codec) for codec in plan.kept.values()} == {str(InResult())}
     g = rad(f, slices=3, codec=StochasticRound(bits=4))
     draws = jax.jit(jax.vmap(lambda key: jax.grad(g, 1)(key, *args)))(jax.random.split(jax.random.key(0), 400))
     exact = jax.grad(f)(*args)
     spread = np.std(draws, 0) / np.sqrt(len(draws))
     assert np.all(np.abs(np.mean(draws, 0) - exact) < 5 * spread + 1e-5 * np.abs(exact).max())
+
+
+def wide(x, y):
+    """The weights take 64 KiB, the sums of a row much less."""
+    w = numpyro.sample("w", dist.Normal(0, 0.1).expand([16, 1024]).to_event(2))
+    b = numpyro.sample("b", dist.Normal(0, 1.0))
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("y", dist.Normal(jnp.tanh(x @ w).sum(-1) + b, 1.0), obs=y)
+
+
+def test_a_gradient_in_the_place_of_a_result_takes_no_memory():
+    """What slices add up for weights is where the gradient of their locations goes; not so where they are parts of one
+    latent vector."""
+    data = numbers(32, 16), numbers(32)
+
+    def sliced(guide, **options):
+        svi = SVI(wide, guide, optax.adam(1e-3), RAD_ELBO(slices=32, exact=True, **options))
+        state = svi.init(jax.random.key(0), *data)
+        size = jax.jit(svi.update).lower(state, *data).compile().memory_analysis().temp_size_in_bytes
+        return svi.loss.plan_of_update(svi, state, *data)[0], size
+
+    weights = 4 * 16 * 1024
+    plan, size = sliced(AutoDelta(wide))
+    assert plan.graph.slices.axis_size == 32 and plan.peak_bytes < weights / 4 and size < weights / 4
+    assert sliced(AutoNormal(wide))[0].stored_bytes < weights / 4
+    assert sliced(AutoDiagonalNormal(wide))[0].stored_bytes >= weights
 
 
 # -- under a budget ----------------------------------------------------------------------------------------------------
