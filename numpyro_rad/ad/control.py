@@ -1,7 +1,7 @@
 """Both sweeps through loops and branches, whose bodies are swept in turn: the sweeps themselves are handed in.
 
 A loop folds the number of an iteration into the seed, so that no two draws share one. One that is cut into segments
-(``loops``) stores carries instead of tapes; a branch stores tapes for all of its bodies, of which one is filled.
+(``loops``) stores carries instead of tapes; the bodies of a branch, of which one runs, share what is stored.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(
     if isinstance(node, Scan):
         outs, tapes = _run_scan(forward, plans[0], node, plan.segments.get(node, ()), seed, args, quiet)
     else:
-        outs, tapes = _run_cond(forward, plans, seed, args, quiet)
+        outs, tapes = _run_cond(forward, plans, plan.apart, seed, args, quiet)
     return outs, tapes if children else None
 
 
@@ -108,16 +108,69 @@ def _run_scan(
     return [*iterations.typed(raw), *ys], (begins,)
 
 
+@jax.tree_util.register_pytree_node_class
+class _Shared:
+    """The tapes of the bodies of a branch, one of which is filled: arrays of one type are one array.
+
+    :ivar arrays: as many of each type as the body with most of them has.
+    :ivar places: for each body the structure of its tape and the numbers of its arrays.
+    """
+
+    def __init__(self, arrays: Sequence[PyTree], places: tuple[tuple[PyTree, tuple[int, ...]], ...]) -> None:
+        self.arrays, self.places = tuple(arrays), places
+
+    @classmethod
+    def of(cls, tapes: Sequence[PyTree]) -> _Shared:
+        """The types of what tapes of these types share."""
+        types: list[jax.ShapeDtypeStruct] = []
+        places = []
+        for tape in tapes:
+            leaves, tree = jax.tree.flatten(tape)
+            free = list(range(len(types)))
+            numbers = []
+            for leaf in leaves:
+                same = (n for n in free if (types[n].shape, types[n].dtype) == (leaf.shape, leaf.dtype))
+                number = next(same, len(types))
+                if number == len(types):
+                    types.append(leaf)
+                else:
+                    free.remove(number)
+                numbers.append(number)
+            places.append((tree, tuple(numbers)))
+        return cls(types, tuple(places))
+
+    def filled(self, number: int, tape: PyTree) -> _Shared:
+        """The arrays, given their types, with the tape of one body."""
+        arrays = dict(zip(self.places[number][1], jax.tree.leaves(tape), strict=True))
+        empty = (jnp.zeros(t.shape, t.dtype) if n not in arrays else arrays[n] for n, t in enumerate(self.arrays))
+        return _Shared(tuple(empty), self.places)
+
+    def __getitem__(self, number: int) -> PyTree:
+        """The tape of one body; it means nothing if another has run."""
+        tree, numbers = self.places[number]
+        return jax.tree.unflatten(tree, [self.arrays[n] for n in numbers])
+
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], tuple[tuple[PyTree, tuple[int, ...]], ...]]:
+        return self.arrays, self.places
+
+    @classmethod
+    def tree_unflatten(cls, places: tuple[tuple[PyTree, tuple[int, ...]], ...], arrays: Sequence[PyTree]) -> _Shared:
+        return cls(arrays, places)
+
+
 def _run_cond(
-    forward: Forward, plans: Sequence[Plan], seed: jax.Array, args: Sequence[jax.Array], quiet: bool
+    forward: Forward, plans: Sequence[Plan], apart: bool, seed: jax.Array, args: Sequence[jax.Array], quiet: bool
 ) -> tuple[list[jax.Array], PyTree]:
     index, *operands = args
-    shapes = [jax.eval_shape(lambda *a, p=p: forward(p, seed, a, False)[1], *operands) for p in plans]
+    types = [jax.eval_shape(lambda *a, p=p: forward(p, seed, a, False)[1], *operands) for p in plans]
+    shared = _Shared.of(types)
 
-    def branch(number: int) -> Callable[..., tuple[list[jax.Array], tuple[PyTree, ...]]]:
-        def run(*operands: jax.Array) -> tuple[list[jax.Array], tuple[PyTree, ...]]:
+    def branch(number: int) -> Callable[..., tuple[list[jax.Array], PyTree]]:
+        def run(*operands: jax.Array) -> tuple[list[jax.Array], PyTree]:
             outs, tape = forward(plans[number], seed, operands, quiet)
-            tapes = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), s) for s in shapes]
+            if not apart:
+                return outs, shared.filled(number, tape)
+            tapes = [jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), t) for t in types]
             tapes[number] = tape
             return outs, tuple(tapes)
 

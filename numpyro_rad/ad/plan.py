@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import operator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from numpyro_rad.ad import primitives
+from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.codecs import BitMask, Codec, Keep, Offload
 from numpyro_rad.ad.graph import ControlFlow, Edge, Graph, Path, Scan, Value
 from numpyro_rad.ad.loops import n_boundaries
@@ -81,6 +84,8 @@ class Plan:
     :ivar reads: inputs of the graph that the backward sweep needs.
     :ivar repeat: how often the graph runs in one call (the product of the lengths of the scans around it).
     :ivar held: of how many of these runs the tape is held at once.
+    :ivar apart: whether the tapes of the bodies of a branch lie side by side, to be looked at; they share arrays
+        otherwise, for one of them is filled.
     :ivar untouched: whether the program is left to JAX's own reverse mode, which stores every residual. What it stores
         are not quite the residuals here, of which elementwise derivatives are fused.
     """
@@ -99,6 +104,7 @@ class Plan:
     reads: frozenset[Value]
     predicted: Prediction | None = None
     untouched: bool = False
+    apart: bool = False
 
     @property
     def runs_again(self) -> dict[int, list[Value]]:
@@ -127,7 +133,30 @@ class Plan:
         early = sum(size for v, size in sizes if v not in self.segment_of)
         late = [sum(size for v, size in sizes if self.segment_of.get(v) == s) for s in set(self.segment_of.values())]
         own = early + max(late, default=0) + sum(self.boundary_bytes(node) for node in self.segments)
-        return own * self.held + sum(p.stored_bytes for plans in self.children.values() for p in plans)
+        return own * self.held + sum(map(self.tapes_bytes, self.children))
+
+    def tapes_bytes(self, node: ControlFlow) -> int:
+        """Bytes of the tapes of control flow."""
+        plans = self.children[node]
+        if isinstance(node, Scan) or self.apart:
+            return sum(plan.stored_bytes for plan in plans)
+        return self.held * sum(number * size for (_, _, size), number in _shared(plans).items())
+
+    @functools.cached_property
+    def _arrays(self) -> Counter[tuple[Any, ...]]:
+        """The arrays that one run stores: how many of each shape, dtype and size."""
+        found: Counter[tuple[Any, ...]] = Counter()
+        for value, codec in self.kept.items():
+            found.update(_types(codec, value.aval))
+        for value, entry in self.encoded.items():
+            found.update(_types(entry.codec, value.aval) * len(entry.readers))
+        for node, plans in self.children.items():
+            if isinstance(node, Scan):
+                stacked = {((node.length, *a), b, node.length * c): n for (a, b, c), n in plans[0]._arrays.items()}
+                found.update(stacked)
+            else:
+                found.update(_shared(plans))
+        return found
 
     @property
     def peak_bytes(self) -> int:
@@ -172,6 +201,24 @@ class Plan:
     def estimated(self, residual: Value) -> bool:
         """Whether readers that may take an estimate of ``residual`` get one."""
         return self.carrier.get(residual) in self.encoded
+
+
+def _shared(plans: Sequence[Plan]) -> Counter[tuple[Any, ...]]:
+    """The arrays that the bodies of a branch share: of each kind as many as the one with most of them stores."""
+    return functools.reduce(operator.or_, (plan._arrays for plan in plans), Counter())
+
+
+def _types(codec: Codec, aval: _jax.Aval) -> tuple[tuple[Any, ...], ...]:
+    """Shape, dtype and size of each array that a codec stores for one of this type."""
+    return _types_of(codec, aval.shape, aval.dtype)
+
+
+@functools.lru_cache(4096)
+def _types_of(codec: Codec, shape: tuple[int, ...], dtype: Any) -> tuple[tuple[Any, ...], ...]:
+    seed = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    code = jax.eval_shape(lambda seed, x: codec.encode(seed, _jax.to_raw(x)), seed, like)
+    return tuple((x.shape, str(x.dtype), x.size * x.dtype.itemsize) for x in code)
 
 
 def carrier_of(graph: Graph, residual: Value) -> Value:

@@ -57,7 +57,8 @@ class Explanation:
 
     :ivar rows: one for each residual, in the order of the program.
     :ivar stored_bytes: bytes held for the backward sweep at any time: codes, scales, keys and kept values. The sum of
-        all rows, unless a chain of layers is cut into segments, of which one is held at a time.
+        all rows, unless a chain of layers is cut into segments, of which one is held at a time, or there are branches,
+        which share memory.
     :ivar exact_bytes: bytes of the same residuals stored exactly, elementwise derivatives already fused.
     :ivar defaults: operations that took the safe default (the primitive's own derivative from exact inputs), with
         lines.

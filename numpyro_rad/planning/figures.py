@@ -124,8 +124,8 @@ def _changes(plan: Plan) -> Iterator[_Change]:
         for group in entry.readers:
             yield from _stay(_there(graph, made, value), max(read[e][1] for e in group), entry.bytes_each)
     forward, backward = _loops(graph, made, read)
-    for node, children in plan.children.items():
-        tape = sum(child.stored_bytes for child in children)
+    for node in plan.children:
+        tape = plan.tapes_bytes(node)
         if isinstance(node, Scan) and node in plan.segments:  # one segment at a time, and only on the way back
             yield from _stay(backward[node][0], backward[node][1], tape)
             tape = plan.boundary_bytes(node)

@@ -124,8 +124,11 @@ def solved_within(graph: Graph, budget_bytes: int, request: PlanRequest) -> tupl
         try:
             solution = search.within(problem, budget_bytes - in_slices)
         except solver.Infeasible as error:
-            too_large.append(plan_of(problem, error.smallest))
-            return None
+            smallest = plan_of(problem, error.smallest)
+            if smallest.stored_bytes + in_slices > budget_bytes:  # to the solver, branches share nothing
+                too_large.append(smallest)
+                return None
+            solution = error.smallest
         if best is None or solution.cost < best[1].cost:
             best = problem, solution
         return solution
@@ -188,7 +191,7 @@ def plan_for_variance(graph: Graph, added_variance: float, request: PlanRequest)
 
 
 def all_coded(graph: Graph) -> Plan:
-    """The plan in which all that may be coded is stored as an array of its own for each draw."""
+    """The plan in which all that may be coded is stored as an array of its own for each draw, in all branches."""
 
     def codecs(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
         is_float = primitives.is_real_float(value.aval.dtype)
@@ -198,7 +201,13 @@ def all_coded(graph: Graph) -> Plan:
     needed = {r.number for r in problem.residuals if not r.choices}
     exact = dataclasses.replace(problem.timed, demands=[solver.Demand(v) for v in sorted(needed)])
     kept = set(solver.smallest(exact).kept)
-    return plan_of(problem, solver.settled(problem.timed, kept, problem.coded()))
+    return _apart(plan_of(problem, solver.settled(problem.timed, kept, problem.coded())))
+
+
+def _apart(plan: Plan) -> Plan:
+    """The same plan, with nothing shared between branches."""
+    children = {node: tuple(map(_apart, plans)) for node, plans in plan.children.items()}
+    return dataclasses.replace(plan, children=children, apart=True)
 
 
 def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:

@@ -266,7 +266,7 @@ def regression(x, y, batch=None):
 
 
 def step(elbo, batch=None):
-    """A compiled update, its state and the SVI. The optimizer divides by nothing small, so that steps can be compared."""
+    """A compiled update, its state and the SVI. The optimizer divides by nothing small: its steps can be compared."""
     svi = SVI(regression, AutoNormal(regression, init_scale=0.1), optax.adam(1e-3, eps=1.0), elbo)
     state = svi.init(jax.random.key(0), *DATA, batch=batch)
     update = jax.jit(lambda state, *data: svi.update(state, *data, batch=batch))
