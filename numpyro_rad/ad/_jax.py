@@ -287,8 +287,20 @@ def as_arrays(results: Sequence[ArrayLike]) -> list[jax.Array]:
     return [r if isinstance(r, jax.Array) else jnp.asarray(r) for r in results]
 
 
-def evaluate(jaxpr: Jaxpr, args: Sequence[ArrayLike]) -> list[jax.Array]:
-    """Run a program, each equation under its own context and source line."""
+def bind(equation: JaxprEquation, args: Sequence[ArrayLike]) -> list[jax.Array]:
+    """Evaluate one equation on ``args`` under its own context and source line; always a list."""
+    primitive = equation.primitive
+    with context(equation):
+        out = primitive.bind(*args, **primitive.get_bind_params(equation.params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+def evaluate(
+    jaxpr: Jaxpr,
+    args: Sequence[ArrayLike],
+    bind: Callable[[JaxprEquation, Sequence[ArrayLike]], list[jax.Array]] = bind,
+) -> list[jax.Array]:
+    """Run a program, each equation by ``bind``: under its own context and source line, unless that says otherwise."""
     open_jaxpr = jaxpr.jaxpr
     env: dict[Variable, Any] = dict(zip(open_jaxpr.invars, args, strict=True))
     env.update(zip(open_jaxpr.constvars, jaxpr.consts, strict=True))
@@ -300,14 +312,6 @@ def evaluate(jaxpr: Jaxpr, args: Sequence[ArrayLike]) -> list[jax.Array]:
         outs = bind(equation, [read(a) for a in equation.invars])
         env.update(zip(equation.outvars, outs, strict=True))
     return [read(a) for a in open_jaxpr.outvars]
-
-
-def bind(equation: JaxprEquation, args: Sequence[ArrayLike]) -> list[jax.Array]:
-    """Evaluate one equation on ``args`` under its own context and source line; always a list."""
-    primitive = equation.primitive
-    with context(equation):
-        out = primitive.bind(*args, **primitive.get_bind_params(equation.params))
-    return list(out) if primitive.multiple_results else [out]
 
 
 @contextlib.contextmanager
@@ -419,6 +423,27 @@ def inner_jaxprs(equation: JaxprEquation) -> list[Jaxpr]:
     """Every jaxpr among the parameters of an equation."""
     params = [p for value in equation.params.values() for p in (value if isinstance(value, (tuple, list)) else [value])]
     return [closed(p) for p in params if hasattr(p, "eqns")]
+
+
+def with_inner_jaxprs(equation: JaxprEquation, change: Callable[[Jaxpr], Jaxpr]) -> JaxprEquation:
+    """An equation with other programs of the same types among its parameters: of control flow and calls, whatever
+    differentiates a call in its own way being left as it is.
+    """
+
+    def is_program(value: Any) -> bool:
+        return hasattr(value, "eqns") and hasattr(value, "consts")
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple) and value and all(map(is_program, value)):
+            return tuple(map(change, value))
+        return change(value) if is_program(value) else value
+
+    return with_params(equation, **{name: changed(value) for name, value in equation.params.items()})
+
+
+def with_params(equation: JaxprEquation, **params: Any) -> JaxprEquation:
+    """An equation with some other parameters."""
+    return equation.replace(params={**equation.params, **params})
 
 
 def scan_parts(equation: JaxprEquation) -> tuple[Jaxpr, int, int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,9 +29,6 @@ from numpyro_rad.ad.graph import Atom, Constant, Graph, Slices, Value
 from numpyro_rad.ad.linearize import Flat, split_body
 from numpyro_rad.ad.plan import Plan
 from numpyro_rad.ad.sweep import backward, forward
-
-MOST_UNROLLED = 16
-"""Slices that run one after the other outside of a loop, at most: each is compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,16 +241,14 @@ class Part:
         """Bytes of the gradient in what the part takes, which stays until the backward sweep."""
         return sum(_jax.aval_bytes(t.aval) for t in self.inputs()[1])
 
-    def cut(self, n_slices: int, plan: Planned, slow_in_loops: Collection[str]) -> tuple[_jax.Jaxpr, Slices]:
+    def cut(self, n_slices: int, plan: Planned) -> tuple[_jax.Jaxpr, Slices]:
         """The same program, in which the part runs in so many slices. After its outputs come the gradients in the
         tangents that are :attr:`entrywise`.
 
         Where there are more slices than entries of the axis, what one of them computes is cut again, along another axis
         if there is one.
-
-        :param slow_in_loops: primitives for whose sake slices run one after the other rather than in a loop.
         """
-        loop = _Loop(self, n_slices, plan, slow_in_loops)
+        loop = _Loop(self, n_slices, plan)
         program = _jax.retrace(loop.run, self.program.jaxpr)
         slices = list(loop.plans.values())
         number = -(-self.size // loop.size)
@@ -263,10 +258,6 @@ class Part:
         )
         line = _jax.source_line(self.last)
         return program, Slices(number * inner, self.size, each, line, number * (again + start), start)
-
-    def has_any(self, primitives: Collection[str]) -> bool:
-        """Whether any of its equations is of one of these primitives."""
-        return any(self.program.steps[n].equation.primitive.name in primitives for n in self.inside)
 
     @property
     def last(self) -> _jax.JaxprEquation:
@@ -358,8 +349,8 @@ class _Loop:
     :ivar plans: of slices, by their size; the last one may be smaller.
     """
 
-    def __init__(self, part: Part, n_slices: int, plan: Planned, slow_in_loops: Collection[str]) -> None:
-        self.part, self.program, self.plan, self.slow_in_loops = part, part.program, plan, slow_in_loops
+    def __init__(self, part: Part, n_slices: int, plan: Planned) -> None:
+        self.part, self.program, self.plan = part, part.program, plan
         self.size = -(-part.size // n_slices)
         self.n_inner = max(1, n_slices // part.size)
         self.plans: dict[int, PlannedSlice] = {}
@@ -436,21 +427,15 @@ class _Loop:
             ],
         )
         n_full, rest = divmod(part.size, self.size)
-        if part.has_any(self.slow_in_loops):
-            for start in range(0, part.size, self.size):
-                leaves, tree = jax.tree.flatten(state)
-                leaves, arrays = _jax.barrier(leaves, arrays)
-                state = self._one(jax.tree.unflatten(tree, leaves), start, min(self.size, part.size - start), arrays)
-        else:
 
-            def iterate(
-                state: tuple[list[jax.Array], list[jax.Array]], start: jax.Array
-            ) -> tuple[tuple[list[jax.Array], list[jax.Array]], None]:
-                return self._one(state, start, self.size, arrays), None
+        def iterate(
+            state: tuple[list[jax.Array], list[jax.Array]], start: jax.Array
+        ) -> tuple[tuple[list[jax.Array], list[jax.Array]], None]:
+            return self._one(state, start, self.size, arrays), None
 
-            state, _ = lax.scan(iterate, state, self.size * jnp.arange(n_full, dtype=jnp.int32))
-            if rest:
-                state = self._one(state, n_full * self.size, rest, arrays)
+        state, _ = lax.scan(iterate, state, self.size * jnp.arange(n_full, dtype=jnp.int32))
+        if rest:
+            state = self._one(state, n_full * self.size, rest, arrays)
         return [s.astype(v.aval.dtype) for s, v in zip(state[0], part.ends, strict=True)], state[1]
 
     def _one(
@@ -484,7 +469,7 @@ class _Loop:
             if self.n_inner > 1:
                 inner = find(program, [a in self.program.moving for a in self.primals])
                 if inner is not None:
-                    program, slices = inner.cut(self.n_inner, self.plan, self.slow_in_loops)
+                    program, slices = inner.cut(self.n_inner, self.plan)
             is_tangent = [False] * len(self.primals) + [True] * len(self.tangents)
             graph = split_body(program, is_tangent, [False] * len(self.part.ends) + [True], in_loop=False)
             graph.slices = slices

@@ -15,7 +15,7 @@ measured. A model is handed in (``Planner(costs=...)``) or belongs to the defaul
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import jax
 
@@ -42,7 +42,6 @@ class CostModel:
     :ivar hold_per_byte: of a byte that is held from one sweep to the other, with ``hold_from_bytes`` of residuals or
         more: allocators map large temporary memory anew in each step, and all that is held comes from main memory.
     :ivar slice_start: what it takes to start an operation once more, inside of a loop over slices.
-    :ivar slow_in_loops: primitives that are many times slower inside of a loop than outside.
     :ivar least_encoded_bytes: residuals below this size (over all iterations of the loops around them) are not worth
         the variance of a code.
     :ivar untouched_bytes: a program with fewer bytes of residuals is left to JAX's own reverse mode, unless an option
@@ -67,7 +66,6 @@ class CostModel:
     hold_per_byte: float = 0.0
     hold_from_bytes: int = 2**25
     slice_start: float
-    slow_in_loops: Collection[str] = ()
     least_encoded_bytes: int = 8192
     untouched_bytes: int = 2**24
     most_slices: int = 64
@@ -130,11 +128,10 @@ CPU = CostModel(
     offload_per_byte=10.0,
     hold_per_byte=0.7,
     slice_start=700.0,
-    slow_in_loops=frozenset({"conv_general_dilated"}),
 )
-"""Two CPU cores, measured. Small products do not run on all cores. A convolution takes 15 to 20 times longer inside of
-a loop. To start an operation inside of a loop over slices took 500 to 2600 in a recurrent network, the less the more
-slices. There is no link to a host: its price is that of one with a hundredth of the memory's bandwidth."""
+"""Two CPU cores, measured. Small products do not run on all cores. To start an operation inside of a loop over slices
+took 500 to 2600 in a recurrent network, the less the more slices. There is no link to a host: its price is that of one
+with a hundredth of the memory's bandwidth."""
 
 _INSTRUCTIONS = {
     "simple": 1,

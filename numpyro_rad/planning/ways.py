@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 import jax
 
 from numpyro_rad.ad import _jax
+from numpyro_rad.ad.convolutions import fast_in_loops
 from numpyro_rad.ad.graph import Graph
 from numpyro_rad.ad.linearize import graph_of_both, linearize, with_tangents
 from numpyro_rad.ad.plan import BudgetError, Plan
-from numpyro_rad.ad.slices import MOST_UNROLLED, Part, PlannedSlice, find
+from numpyro_rad.ad.slices import Part, PlannedSlice, find
 from numpyro_rad.planning import solver, strategies
 from numpyro_rad.planning.assembly import plan_of
 from numpyro_rad.planning.costs import CostModel
@@ -36,9 +37,6 @@ SLACK = 1.1
 
 WORTH = 0.01
 """More slices are worth their trouble where they save so much of the time of a step, or what is worth as much."""
-
-WORTH_COMPILING = 0.04
-"""The same where slices run one after the other, each of which is compiled."""
 
 TRIES = 4
 """So many ways are compiled, at most."""
@@ -97,7 +95,9 @@ def _cut(
     room: float = math.inf,
 ) -> Graph:
     plan = functools.partial(planned_slice, costs=costs, room=room)
-    both, slices = part.cut(n_slices, plan, costs.slow_in_loops)
+    both, slices = part.cut(n_slices, plan)
+    if costs.platform == "cpu":
+        both = fast_in_loops(both)
     graph = graph_of_both(both, has_tangent, active)
     # each slice writes its gradient, reads it and what was added up before, and writes the sum
     adding = 1.5 * costs.keep_per_byte * part.gradient_bytes
@@ -305,16 +305,6 @@ class Search:
 
     # -- how many slices
 
-    @property
-    def _unrolled(self) -> bool:
-        """Whether slices run one after the other, outside of a loop."""
-        assert self._part is not None
-        return self._part.has_any(self._costs.slow_in_loops)
-
-    @property
-    def _most(self) -> int:
-        return MOST_UNROLLED if self._unrolled else self._costs.most_slices
-
     @functools.cached_property
     def _halved(self) -> Graph:
         """The graph of the program with its part in two slices, however much they hold."""
@@ -334,7 +324,9 @@ class Search:
             room = max(0, self._room)
             if number == 2 and self._halved.slices is not None and self._halved.slices.bytes_each <= room:
                 return self._halved
-        return _cut(self._part, number, self._has_tangent, self._active, self._costs, room)
+        # a smaller slice at the end would be compiled besides
+        even = (n for n in range(number, number * 3 // 2 + 1) if self._part.size % n == 0)
+        return _cut(self._part, next(even, number), self._has_tangent, self._active, self._costs, room)
 
     def _better(self, graph: Graph, least: int | None = None, exact_bytes: float = math.inf) -> Graph:
         """The same part in as many slices as take least time, foretold from how many there are.
@@ -352,11 +344,10 @@ class Search:
             nanoseconds = work + number * slices.nanoseconds_each + self._costs.holding(held) * held
             return nanoseconds / self._exact.step + held / exact_bytes
 
-        worth = WORTH_COMPILING if self._unrolled else WORTH
         best = number = least or slices.number
-        while 2 * number <= self._most:
+        while 2 * number <= self._costs.most_slices:
             number *= 2
-            if cost(number) <= cost(best) - worth:
+            if cost(number) <= cost(best) - WORTH:
                 best = number
         return graph if best == slices.number else self._cut(best)
 
@@ -364,7 +355,7 @@ class Search:
         """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
         codes of it."""
         coded = None
-        while number <= self._most:
+        while number <= self._costs.most_slices:
             graph = self._cut(number)
             assert graph.slices is not None
             if graph.slices.bytes_each <= self._room:

@@ -92,20 +92,6 @@ def test_data_sheets_are_read_right():
     )
 
 
-def test_convolutions_are_slow_in_loops_of_a_cpu_alone():
-    """So their slices run one after the other there, and in a loop on an accelerator."""
-
-    def f(w, x):
-        return jnp.tanh(lax.conv(x, w, (1, 1), "SAME")).sum()
-
-    def loops(table):
-        g = rad(f, exact=True, slices=4, costs=table)
-        jaxpr = jax.make_jaxpr(jax.grad(g, argnums=1))(jax.random.key(0), normal(3, 2, 3, 3), normal(16, 2, 8, 8))
-        return str(jaxpr).count("scan[")
-
-    assert loops(CPU) == 0 and all(loops(table) > 0 for table in TABLES[1:])
-
-
 def test_the_local_compiler_is_not_asked_for_another_device(monkeypatch):
     """It would answer for the wrong one."""
     asked = []
