@@ -27,7 +27,7 @@ from examples.benchmarks.workloads import WORKLOADS
 from numpyro_rad import RAD_ELBO
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "match.json"
-EXACT_RIVALS = ["exact", "checkpoint_layer", "accumulate"]
+EXACT_RIVALS = ["exact", "checkpoint_layer", "accumulate", "accumulate_unrolled"]
 SEED = 0
 
 

@@ -79,7 +79,13 @@ class ReactionDiffusion(MeanFieldWorkload):
         (Layer(euler_step), Layer(jnp.multiply, jnp.square, jnp.negative)), controlled_step, looped=True
     )
     # One row cannot be cut, no product is worth saving by name, and bfloat16 cannot hold u + dt du/dt.
-    without: ClassVar[tuple[str, ...]] = ("small_batch", "accumulate", "checkpoint_dots", "bf16_compute")
+    without: ClassVar[tuple[str, ...]] = (
+        "small_batch",
+        "accumulate",
+        "accumulate_unrolled",
+        "checkpoint_dots",
+        "bf16_compute",
+    )
 
     @property
     def time_step(self) -> float:

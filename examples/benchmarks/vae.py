@@ -60,7 +60,7 @@ class ConvolutionalVAE(Workload):
 
     layer: ClassVar[Layer] = Layer(convolution, jax.nn.relu)
     # Every row has its own z, which accumulation would have to draw piece by piece: another noise, not the same step.
-    without: ClassVar[tuple[str, ...]] = ("checkpoint_sqrt", "accumulate")
+    without: ClassVar[tuple[str, ...]] = ("checkpoint_sqrt", "accumulate", "accumulate_unrolled")
 
     def dataset(self, seed: int, data_dir: Path | None) -> tuple[str, Arrays]:
         """MNIST from ``data_dir``, else the small digits of scikit-learn enlarged, in black and white.
