@@ -1,6 +1,7 @@
 # make demo   train one Bayesian neural network twice, exact and randomized, and compare (under 3 minutes)
 # make test   run the test suite
 # make docs   build the site, all notebooks executed, into docs/_build/html (4 minutes)
+# make package  build wheel and sdist into dist, and try both in an environment of their own (2 minutes)
 # make lint   ruff (lint and format) and pyright
 # make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
 # make bench-compiled  compile the benchmarks for an accelerator that is not there; DEVICE=h200 (default), h100, a100,
@@ -31,7 +32,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lint bench bench-compiled bench-device clean
+.PHONY: help demo test docs package lint bench bench-compiled bench-device clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -44,6 +45,17 @@ test: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+
+# Without the sources: the script's folder is all that Python sees of them.
+package: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m venv --clear $(VENV)-package
+	for file in dist/*.whl dist/*.tar.gz; do \
+		$(VENV)-package/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall \
+			$$(test -e $(VENV)-package/tried && echo --no-deps) "$$file" && \
+		$(VENV)-package/bin/python tests/smoke.py && touch $(VENV)-package/tried || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -81,5 +93,5 @@ $(BIN)/python:
 	"$$chosen" -m venv "$(VENV)"
 
 clean:
-	rm -rf "$(VENV)" "$(VENV)-compiled" .venv-3.* docs/_build build dist .pytest_cache .hypothesis
+	rm -rf "$(VENV)" "$(VENV)-compiled" "$(VENV)-package" .venv-3.* docs/_build build dist .pytest_cache .hypothesis
 	find . \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +

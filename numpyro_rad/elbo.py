@@ -58,9 +58,10 @@ class RAD_ELBO(Trace_ELBO):
         ``RenyiELBO``, ``TraceGraph_ELBO``, ``TraceEnum_ELBO`` or any subclass of ``numpyro.infer.elbo.ELBO``. The four
         arguments above belong to ``Trace_ELBO`` and are then set on the base.
     :param memory_budget: the most bytes that may be held between the two sweeps of one gradient, such as ``"256MiB"``,
-        all particles together (codes, scales and kept values count, parameters and data do not). Without this and the
-        options that follow, a program with less than 16 MiB of residuals is left to JAX's own reverse mode, as with
-        ``Trace_ELBO``, and a larger one runs in slices or is rounded to 4 bits, where that is worth the time.
+        all particles together (codes, scales and kept values count; parameters, data and their gradients, which are
+        results, do not). Without this and the options that follow, a program with less than 16 MiB of residuals is left
+        to JAX's own reverse mode, as with ``Trace_ELBO``, and a larger one runs in slices or is rounded to 4 bits,
+        where that is worth the time.
     :param codec: as in :class:`numpyro_rad.planning.Planner`, like all that follow.
     :param added_variance: the most variance that may be added, as a share of the exact gradient's own.
     :param plan: a saved plan.

@@ -1,5 +1,6 @@
 """The site: it describes every public name, and its front page says what was measured."""
 
+import ast
 import importlib
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_structure import PUBLIC
 
+import numpyro_rad
 from examples.benchmarks.figures import as_fraction
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -18,6 +20,10 @@ FRONT_PAGE = {  # how a row begins, and whose numbers it has
     "Transformer encoder": "p5",
     "convolutional autoencoder": "p5vae",
 }
+
+GENERAL = (  # messages of which one part is put together when they are raised
+    "codec= and memory_budget= exclude each other",
+)
 
 
 def described() -> dict[str, set[str]]:
@@ -49,6 +55,27 @@ def test_the_front_page_says_what_was_measured(row):
     ratio = found["ratio_to_exact"]
     assert memory == f"1/{1 / ratio['temp_bytes']:.0f}" and time == f"{ratio['step']:.2f}x"
     assert as_fraction(ratio["temp_bytes"]).startswith("1/")
+
+
+def test_the_messages_that_are_explained_are_those_of_the_library():
+    """Each with gaps where it names what is at hand."""
+    said = []
+    for file in (DOCS.parent / "numpyro_rad").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    explained = re.findall(r"(?m)^\| `([^`]+)` \|", (DOCS / "questions.md").read_text())
+    assert len(explained) > 15
+    for message in explained:
+        parts = [part.strip() for part in re.sub(r"^\w+(Error|Warning): ", "", message).split("...")]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.S)
+        assert any(map(pattern.search, said)) or message in GENERAL, message
+
+
+def test_the_citation_is_of_this_version():
+    assert f"version: {numpyro_rad.__version__}\n" in (DOCS.parent / "CITATION.cff").read_text()
 
 
 def test_every_page_is_in_the_contents():

@@ -25,7 +25,7 @@ PACKAGE = Path(numpyro_rad.__file__).parent
 # From the bottom to the top. A module may import from the lines above its own, and nothing else of the package.
 LAYERS = (
     ("annotations",),
-    ("ad", "ad.seeds", "ad.layout", "ad.loops", "ad.work", "mistakes", "tracing", "wording"),
+    ("ad", "ad.seeds", "ad.layout", "ad.loops", "ad.work", "mistakes", "tables", "tracing", "wording"),
     ("fits",),
     ("ad._jax", "ad.codecs"),
     ("ad.primitives", "ad.convolutions"),

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from numpyro_rad.tables import TextTable
 from numpyro_rad.wording import estimate_text, is_told_from_zero, number, positive_text, seconds_text, size_text
 
 T = TypeVar("T")
@@ -114,16 +115,18 @@ class GradientVariance:
 
     def __str__(self) -> str:
         """A table: one row for each block, variances with their standard errors, and what follows from them."""
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> TextTable:
         columns = ("minibatch", "guide", "path", "total", "squared_norm")
-        blocks = (*self.blocks, self.total)
-        rows = [[b.name, str(b.size), *(str(getattr(b, column)) for column in columns)] for b in blocks]
-        rows.insert(0, ["block", "size", *columns])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        lines += [f"{self.rho_text}.", f"{self.signal_text}. {self.draws} draws."]
+        *rows, last = (
+            [b.name, str(b.size), *(str(getattr(b, column)) for column in columns)] for b in (*self.blocks, self.total)
+        )
+        header = ("block", "size", *columns)
+        lines = [f"{self.rho_text}.", f"{self.signal_text}. {self.draws} draws."]
         for name, seconds in self.seconds.items():
             size = f" and {size_text(self.temporary_bytes[name])}" if name in self.temporary_bytes else ""
             line = f"{name}: {seconds_text(seconds)}{size} for one gradient"
@@ -132,7 +135,7 @@ class GradientVariance:
             if name in self.memory_efficiency:
                 line += f" and 1 / (variance x bytes) {self.memory_efficiency[name]:.3g}"
             lines.append(line)
-        return "\n".join(lines)
+        return TextTable(header, rows, frozenset(range(1, len(header))), lines, last)
 
 
 @dataclasses.dataclass(frozen=True)

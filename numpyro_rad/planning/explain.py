@@ -17,6 +17,7 @@ from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Scan, Slices, Val
 from numpyro_rad.ad.plan import Plan, Prediction
 from numpyro_rad.mistakes import is_key, kwargs_checked, shown
 from numpyro_rad.planning.worth import UNTOUCHED
+from numpyro_rad.tables import TextTable
 from numpyro_rad.wording import LITTLE, NO_LINE, change_text, saving_text, size_text
 
 
@@ -87,6 +88,12 @@ class Explanation:
 
     def __str__(self) -> str:
         """A summary: residuals by line and site, the largest first, those under 1 % of all together in one row."""
+        return str(self._summary())
+
+    def _repr_html_(self) -> str:
+        return self._summary().html()
+
+    def _summary(self) -> TextTable:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.line, row.site), []).append(row)
@@ -104,9 +111,8 @@ class Explanation:
         header = ("where", "site", "what", "how", "exact", "share", "stored", "share")
         saving = saving_text(self.exact_bytes, self.stored_bytes)
         last = ("total", "", "", saving, size_text(self.exact_bytes), "", size_text(self.stored_bytes), "")
-        text = _aligned([header, *body], last, right={4, 5, 6, 7})
-        text.append("The residuals one by one: explain(...).table().")
-        return "\n".join([*text, *self._outlook()])
+        below = "The residuals one by one: explain(...).table()."
+        return TextTable(header, body, frozenset({4, 5, 6, 7}), [below, *self._outlook()], last)
 
     def table(self) -> str:
         """All residuals, one row each, in the order of the program."""
@@ -127,14 +133,14 @@ class Explanation:
         ]
         sizes = size_text(self.exact_bytes), size_text(self.stored_bytes)
         total = ("total", "", "", "", "", saving_text(self.exact_bytes, self.stored_bytes), *sizes, "")
-        text = _aligned([header, *body], total, right={6, 7, 8})
+        below = []
         if any(r.relative_variance for r in self.rows):
-            text.append("rel. variance: of a residual's code, relative to the squared norm of the residual.")
+            below.append("rel. variance: of a residual's code, relative to the squared norm of the residual.")
         if self.defaults:
-            text.append(
+            below.append(
                 "Kept exactly by the safe default (no rule, or none that is unbiased): " + ", ".join(self.defaults)
             )
-        return "\n".join([*text, *self._outlook()])
+        return str(TextTable(header, body, frozenset({6, 7, 8}), [*below, *self._outlook()], total))
 
     def _outlook(self) -> list[str]:
         """What is said of the plan as a whole, below its rows."""
@@ -150,7 +156,8 @@ class Explanation:
     def _slices_text(self, slices: Slices) -> str:
         return (
             f"Slices run forward and backward together: each holds {size_text(slices.bytes_each)} while it runs. What "
-            "is stored after it is the gradient in what it takes. Most is held while a slice runs, "
+            "is stored after it is the gradient in what it takes, where it is not a result. Most is held while a slice "
+            "runs, "
             f"{size_text(self.peak_bytes)}; an exact step in one go holds {size_text(self.exact_bytes)}."
         )
 
@@ -187,20 +194,6 @@ def _shared(sizes: Sequence[int], exact: int, total: int) -> tuple[str, ...]:
         for size, whole in zip(sizes, (exact, total), strict=True)
         for text in (size_text(size), f"{100 * size / whole:.0f} %" if size else "")
     )
-
-
-def _aligned(lines: Sequence[tuple[str, ...]], total: tuple[str, ...], right: set[int]) -> list[str]:
-    """A table as text: its header, rules around the rest, and a last line.
-
-    :param right: the columns that are aligned on the right.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, total, strict=True)]
-    text = [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in (*lines, total)
-    ]
-    rule = "-" * len(text[0])
-    return [line.rstrip() for line in (text[0], rule, *text[1:-1], rule, text[-1])]
 
 
 def _prediction(predicted: Prediction) -> str:
@@ -314,6 +307,12 @@ class Comparison:
     plans: tuple[Explanation, Explanation]
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> TextTable:
         told = ("stored", "rel. variance")
         header = ("where", "site", "read by", "shape", "first plan", *told, "second plan", *told)
         body = [
@@ -331,11 +330,11 @@ class Comparison:
             for d in self.rows
         ]
         totals = [cell for plan in self.plans for cell in ("", size_text(plan.stored_bytes), "")]
-        text = _aligned([header, *body], ("total", "", "", "", *totals), right={5, 6, 8, 9})
+        below = []
         for name, plan in zip(("First", "Second"), self.plans, strict=True):
-            told = _prediction(plan.predicted) if plan.predicted is not None else "nothing is predicted."
-            text.append(f"{name} plan: {told}")
-        return "\n".join(text)
+            expected = _prediction(plan.predicted) if plan.predicted is not None else "nothing is predicted."
+            below.append(f"{name} plan: {expected}")
+        return TextTable(header, body, frozenset({5, 6, 8, 9}), below, ("total", "", "", "", *totals))
 
 
 def compare(a: Explanation | Plan, b: Explanation | Plan) -> Comparison:

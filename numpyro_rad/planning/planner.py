@@ -117,8 +117,8 @@ class Planner:
         by recomputation and fused derivatives alone.
     :param memory_budget: the most bytes that may be held between the two sweeps of one gradient, an int or a string
         such as ``"64MiB"``. Of the plans that fit, the one of least added time and variance. On a single device the
-        compiler is asked what temporary memory the gradient takes: where that fits without a plan, JAX's own reverse
-        mode is left alone, and where it exceeds the budget by more than a tenth, a few smaller plans are tried.
+        compiler is asked what temporary memory a step takes: where that fits without a plan, JAX's own reverse
+        mode is left alone, and where it exceeds the budget, a few smaller plans are tried.
     :param added_variance: the most variance that may be added, as a share of the exact gradient's own. Of these plans
         the one of fewest bytes. More than 10 counts as 10: nobody can use such a gradient.
     :param plan: a saved plan (the dictionary of :meth:`Plan.to_dict`), for the program that it was made for.

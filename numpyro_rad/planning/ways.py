@@ -32,9 +32,6 @@ from numpyro_rad.planning.problem import PlanProblem
 from numpyro_rad.planning.request import PlanRequest, any_of
 from numpyro_rad.planning.timing import Timing, launches
 
-SLACK = 1.1
-"""A compiled gradient may take so many times the budget before another way is tried."""
-
 WORTH = 0.01
 """More slices are worth their trouble where they save so much of the time of a step, or what is worth as much."""
 
@@ -150,7 +147,7 @@ class Search:
     :param budget_bytes: None for no budget.
     :param request: from a graph to what its plan is chosen from.
     :param costs: what work costs.
-    :param taken: from a plan to the temporary memory of the compiled gradient; None where nobody knows.
+    :param taken: from a plan to the temporary memory of a compiled step; None where nobody knows.
     """
 
     def __init__(
@@ -281,9 +278,9 @@ class Search:
         return found if found is not None and found[0] < math.inf else None
 
     def _excess(self, way: Way) -> float:
-        """How many times more than it may the compiled gradient of a way takes."""
+        """How many times more than it may the compiled step of a way takes."""
         assert way.plan is not None
-        return (self._taken(way.plan) or 0) / (SLACK * self._budget)
+        return (self._taken(way.plan) or 0) / max(1, self._budget)
 
     def _priced(self, graph: Graph, held_bytes: int) -> tuple[float, Way]:
         """The best plan for a graph, and its time and variance beyond what the products of the program take."""

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from functools import partial
+from html import escape as quoted
 from pathlib import Path
 
 from numpyro_rad.diagnostics.records import FitRecord, from_dict, to_dict
@@ -73,11 +74,22 @@ summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--blue);outlin
 """
 
 
-def html(record: FitRecord) -> str:
+class Page(str):
+    """The text of an HTML file. A notebook shows the page, in a frame of its own."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        size = "width:100%;height:40rem;border:1px solid #8888;resize:vertical"
+        return f'<iframe title="report" style="{size}" srcdoc="{quoted(self)}"></iframe>'
+
+
+def html(record: FitRecord) -> Page:
     """A report as one HTML file that needs nothing else: style and figures are inside, no script, no network.
 
     :param record: what is known about the fit; sections without numbers are left out.
-    :return: the text of the file, well below 2 MB however long the fit was: long series and tables are thinned.
+    :return: the text of the file, well below 2 MB however long the fit was: long series and tables are thinned. A
+        notebook shows the page.
 
     Example::
 
@@ -88,7 +100,7 @@ def html(record: FitRecord) -> str:
     body = "".join(_html_section(s) for s in sections(record))
     title = escape(record.title or "Fit")
     made = f'<p class="made">A fit by numpyro_rad, {escape(_moment(record.created))}</p>' if record.created else ""
-    return (
+    return Page(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         f"<title>{title}</title><style>{STYLE}{_STYLE}</style></head>\n<body><main><h1>{title}</h1>{made}"

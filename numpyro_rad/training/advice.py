@@ -27,6 +27,7 @@ from numpyro_rad.mistakes import check_fit, kwargs_checked, shown
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.planning.worth import SMALL_BYTES, Option, percent, recommended
+from numpyro_rad.tables import TextTable
 from numpyro_rad.tracing import taking_arrays
 from numpyro_rad.wording import size_text
 
@@ -47,9 +48,15 @@ class Advice:
     sentence: str
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> TextTable:
         header = ("loss", "temporary", "held", "step", "compile", "added variance")
         first = self.options[0]
-        rows: list[tuple[str, ...]] = [header]
+        rows = []
         for option in self.options:
             temporary = "?" if option.temporary_bytes is None else size_text(option.temporary_bytes)
             held = "" if option.held_bytes is None else size_text(option.held_bytes)
@@ -60,12 +67,7 @@ class Advice:
                     seconds += f" ({option.seconds / first.seconds:.2f}x)"
             variance = percent(option.added_variance) if option.added_variance else "none"
             rows.append((option.loss, temporary, held, seconds, f"{option.compile_seconds:.1f} s", variance))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
-        return "\n".join([*lines, "", self.sentence])
+        return TextTable(header, rows, frozenset(range(1, len(header))), [self.sentence])
 
 
 @kwargs_checked

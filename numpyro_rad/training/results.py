@@ -78,6 +78,10 @@ class RAD_SVIRunResult(SVIRunResult):
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def _repr_html_(self) -> str | None:
+        """Its report, for a notebook; None without a record."""
+        return report.html(self.record)._repr_html_() if hasattr(self, "record") else None
+
     @property
     def track(self) -> Track | None:
         """Noise of the gradient during the run, None if it was not tracked."""
@@ -95,7 +99,7 @@ class RAD_SVIRunResult(SVIRunResult):
 
         :param path: a file to write, in the format that its suffix names: ``.html``, ``.md``, ``.txt`` or ``.json``.
         :param format: of the text that is returned where there is no path.
-        :return: the path if there is one, otherwise the text.
+        :return: the path if there is one, otherwise the text; a notebook shows that of a page as a page.
         :raises ValueError: for an unknown format.
         :raises OSError: if the file cannot be written.
 

@@ -11,7 +11,7 @@ from programs import normal
 from numpyro_rad.ad import _jax
 from numpyro_rad.planning import costs
 from numpyro_rad.planning.planner import Planner
-from numpyro_rad.planning.ways import SLACK, TRIES, Search, Way
+from numpyro_rad.planning.ways import TRIES, Search, Way
 
 X, W = normal(256, 32), [normal(32, 32, seed=i, scale=0.3) for i in range(5)]
 U = [normal(64, 64, seed=i) for i in range(4)]
@@ -51,9 +51,9 @@ def test_the_cheapest_that_fits_is_taken():
 def test_what_takes_too_much_gives_way_to_what_holds_less():
     """Twice what is planned: at most TRIES programs are compiled, each plans less than the one it takes the place of,
     and the first that fits is taken."""
-    budget = 200_000
+    budget = 220_000
     way, asked = chosen(budget, lambda plan: 2 * plan.peak_bytes)
-    assert way.plan is not None and 2 * way.plan.peak_bytes <= SLACK * budget
+    assert way.plan is not None and 2 * way.plan.peak_bytes <= budget
     assert 1 < len(asked) <= TRIES and asked[-1][1] < asked[0][1]
 
 
@@ -70,5 +70,5 @@ def test_less_is_held_outside_before_there_are_more_slices():
 
 @pytest.mark.parametrize("excess", [1.5, 3.0, 1000.0])
 def test_where_nothing_fits_there_is_still_a_plan_within_the_budget(excess):
-    way, asked = chosen(150_000, lambda plan: int(excess * SLACK * 150_000))
+    way, asked = chosen(150_000, lambda plan: int(excess * 150_000))
     assert way.plan is not None and way.plan.peak_bytes <= 150_000 and len(asked) <= TRIES
