@@ -430,13 +430,10 @@ def with_inner_jaxprs(equation: JaxprEquation, change: Callable[[Jaxpr], Jaxpr])
     differentiates a call in its own way being left as it is.
     """
 
-    def is_program(value: Any) -> bool:
-        return hasattr(value, "eqns") and hasattr(value, "consts")
-
     def changed(value: Any) -> Any:
-        if isinstance(value, tuple) and value and all(map(is_program, value)):
-            return tuple(map(change, value))
-        return change(value) if is_program(value) else value
+        if isinstance(value, tuple):
+            return tuple(map(changed, value)) if any(hasattr(v, "consts") for v in value) else value
+        return change(value) if hasattr(value, "consts") and hasattr(value, "eqns") else value
 
     return with_params(equation, **{name: changed(value) for name, value in equation.params.items()})
 

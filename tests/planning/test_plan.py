@@ -164,7 +164,7 @@ def test_branches_store_as_much_as_the_largest_of_them(options):
     assert sizes == sorted(sizes) and p.stored_bytes == p.tapes_bytes(*p.children) + 4 == sizes[-1] + 4
     if "exact" in options:
         g = jax.jit(jax.grad(partial(rad(eight_networks, **options), KEY), 1))
-        assert g.lower(X, W).compile().memory_analysis().temp_size_in_bytes < 0.7 * temp_bytes(
+        assert g.lower(X, W).compile().memory_analysis().temp_size_in_bytes < 0.8 * temp_bytes(
             jax.grad(eight_networks, 1), X, W
         )
         for depth in range(8):
