@@ -33,6 +33,7 @@ state = svi.init(jax.random.key(1), *data)
 print(explain(svi, state, *data))
 losses = svi.run(jax.random.key(1), 50, *data, progress_bar=False).losses
 assert losses[-1] < losses[0]
-result = RAD_SVI(model, AutoNormal(model), optax.adam(1e-2), RAD_ELBO()).run(jax.random.key(1), 50, *data)
-assert "Fit" in result.report()
+watched = RAD_SVI(model, AutoNormal(model), optax.adam(1e-2), RAD_ELBO())
+result = watched.run(jax.random.key(1), 50, *data, progress_bar=False)
+assert "A fit by numpyro_rad" in result.report()
 print(f"numpyro_rad {numpyro_rad.__version__} from {here.parent.parent.name}: works")
