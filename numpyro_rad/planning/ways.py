@@ -322,7 +322,7 @@ class Search:
             if number == 2 and self._halved.slices is not None and self._halved.slices.bytes_each <= room:
                 return self._halved
         # a smaller slice at the end would be compiled besides
-        even = (n for n in range(number, number * 3 // 2 + 1) if self._part.size % n == 0)
+        even = (n for n in range(number, number * 5 // 4 + 1) if self._part.size % n == 0)
         return _cut(self._part, next(even, number), self._has_tangent, self._active, self._costs, room)
 
     def _better(self, graph: Graph, least: int | None = None, exact_bytes: float = math.inf) -> Graph:

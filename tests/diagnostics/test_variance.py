@@ -318,7 +318,7 @@ def test_draws_are_chosen_and_costs_measured():
     text = str(found)
     assert text.splitlines()[0].split() == ["block", "size", "minibatch", "guide", "path", "total", "squared_norm"]
     assert (
-        text.splitlines()[1].split()[:2] == ["loc", str(SIZE)] and "ρ = path" in text and "B for one gradient" in text
+        text.splitlines()[2].split()[:2] == ["loc", str(SIZE)] and "ρ = path" in text and "B for one gradient" in text
     )
 
 
