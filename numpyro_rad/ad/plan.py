@@ -147,9 +147,9 @@ class Plan:
         """The arrays that one run stores: how many of each shape, dtype and size."""
         found: Counter[tuple[Any, ...]] = Counter()
         for value, codec in self.kept.items():
-            found.update(_types(codec, value.aval))
+            found.update(_types(codec, value.aval.shape, value.aval.dtype))
         for value, entry in self.encoded.items():
-            found.update(_types(entry.codec, value.aval) * len(entry.readers))
+            found.update(_types(entry.codec, value.aval.shape, value.aval.dtype) * len(entry.readers))
         for node, plans in self.children.items():
             if isinstance(node, Scan):
                 stacked = {((node.length, *a), b, node.length * c): n for (a, b, c), n in plans[0]._arrays.items()}
@@ -208,13 +208,9 @@ def _shared(plans: Sequence[Plan]) -> Counter[tuple[Any, ...]]:
     return functools.reduce(operator.or_, (plan._arrays for plan in plans), Counter())
 
 
-def _types(codec: Codec, aval: _jax.Aval) -> tuple[tuple[Any, ...], ...]:
-    """Shape, dtype and size of each array that a codec stores for one of this type."""
-    return _types_of(codec, aval.shape, aval.dtype)
-
-
 @functools.lru_cache(4096)
-def _types_of(codec: Codec, shape: tuple[int, ...], dtype: Any) -> tuple[tuple[Any, ...], ...]:
+def _types(codec: Codec, shape: tuple[int, ...], dtype: Any) -> tuple[tuple[Any, ...], ...]:
+    """Shape, dtype and size of each array that a codec stores for one of this type."""
     seed = jax.ShapeDtypeStruct((2,), jnp.uint32)
     like = jax.ShapeDtypeStruct(shape, dtype)
     code = jax.eval_shape(lambda seed, x: codec.encode(seed, _jax.to_raw(x)), seed, like)
