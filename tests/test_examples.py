@@ -297,23 +297,24 @@ def test_budget_curves_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("axis", few(["depth", "batch", "particles", "loop length"], slow=0))
+@pytest.mark.parametrize("axis", few(["depth", "batch", "particles", "loop length", "weighed particles"], slow=0))
 @pytest.mark.usefixtures("hardly_optimized")
 def test_growth_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, axis: str) -> None:
-    few_rivals = replace(growth.AXES[axis], rivals=("exact", "ours_4bit"))  # each is compiled, of either size
+    rivals = ("weighed", "weighed_budget") if axis == "weighed particles" else ("exact", "ours_4bit")
+    few_rivals = replace(growth.AXES[axis], rivals=rivals)  # each is compiled, of either size
     monkeypatch.setitem(growth.AXES, axis, few_rivals)
     output, page = tmp_path / "growth.json", tmp_path / "page.md"
     growth.main(["--quick", "--axes", axis, "--output", str(output)])
 
     found = json.loads(output.read_text(), parse_constant=pytest.fail)["growth"]
     assert list(found) == [axis]
-    rows, quick, rivals = found[axis], growth.AXES[axis].quick, growth.AXES[axis].rivals
+    rows, quick = found[axis], growth.AXES[axis].quick
     assert [(r["size"], r["rival"]) for r in rows] == [(n, r) for n in quick for r in rivals]
     for row in rows:
         assert row["temp_bytes"] > 0 and ("stored_bytes" in row) == (row["family"] == "ours")
         if row["rival"] == "ours_4bit":
             assert row["planning"]["residuals"] > 10 and row["planning"]["seconds"] < 1
-    small, large = ([r for r in rows if r["size"] == n and r["rival"] == "exact"] for n in quick)
+    small, large = ([r for r in rows if r["size"] == n and r["rival"] == rivals[0]] for n in quick)
     assert small[0]["temp_bytes"] < large[0]["temp_bytes"]
 
     page.write_text("before\n<!-- growth-table -->\nold\n<!-- /growth-table -->\nafter\n")

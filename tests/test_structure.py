@@ -35,6 +35,7 @@ LAYERS = (
     ("ad.elimination", "ad.control"),
     ("ad.sweep",),
     ("ad.linearize",),
+    ("ad.parts",),
     ("ad.slices",),
     ("planning.solver", "planning.noise", "planning.costs"),
     ("planning.worth", "planning.readers", "planning.request", "planning.timing"),

@@ -474,13 +474,18 @@ GROWTH_STYLES: dict[str, dict[str, Any]] = {
     "ours_2bit": {"color": "#E69F00", "marker": "P"},
     "ours_budget": {"color": "#56B4E9", "marker": "X"},
     "ours_segments": {"color": "#009E73", "marker": "^"},
+    "weighed": STYLES["reference"],
+    "weighed_map": STYLES["rival"],
+    "weighed_budget": {"color": "#56B4E9", "marker": "X"},
 }
 
 
 def draw_growth(report: dict[str, Any], path: Path) -> None:
     """Memory against size, one panel for each quantity that grows."""
     plt.rcParams.update({"font.size": 10, "font.family": "DejaVu Sans"})
-    _, panels = plt.subplots(2, 2, figsize=(9, 7), dpi=160, facecolor="white", layout="constrained")
+    _, panels = plt.subplots(2, 3, figsize=(12, 7), dpi=160, facecolor="white", layout="constrained")
+    for axes in panels.flat[len(report["growth"]) :]:
+        axes.set_axis_off()
     for axes, (name, rows) in zip(panels.flat, report["growth"].items(), strict=False):
         for rival in dict.fromkeys(row["rival"] for row in rows):
             mine = [row for row in rows if row["rival"] == rival]

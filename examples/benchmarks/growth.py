@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from numpyro.infer import Trace_ELBO
+import jax.numpy as jnp
+from numpyro.infer import RenyiELBO, Trace_ELBO
 
 from examples.benchmarks import measure
 from examples.benchmarks.record import log, machine, versions
@@ -86,6 +87,12 @@ AXES: dict[str, Axis] = {
         lambda _: network(batch=256),
         ("exact", "checkpoint_map", "ours_4bit", "ours_2bit", "ours_budget"),
     ),
+    "weighed particles": Axis(
+        (4, 16, 64),
+        (2, 3),
+        lambda _: network(batch=256),
+        ("weighed", "weighed_map", "weighed_budget"),
+    ),
     "loop length": Axis(
         (64, 256, 1024, 4096, 16384),
         (16, 64),
@@ -93,6 +100,27 @@ AXES: dict[str, Axis] = {
         ("exact", "checkpoint_sqrt", "ours_2bit", "ours_segments"),
     ),
 }
+
+class WeighedOneByOne(Trace_ELBO):
+    """The bound of ``RenyiELBO`` for an order of 0, each particle under ``jax.checkpoint``."""
+
+    def __init__(self, num_particles: int) -> None:
+        super().__init__()
+        self.number = num_particles
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs) -> Any:
+        one = super().loss_with_mutable_state
+
+        def elbo(key: jax.Array) -> jax.Array:
+            return -one(key, param_map, model, guide, *args, **kwargs)["loss"]
+
+        elbos = jax.lax.map(jax.checkpoint(elbo), jax.random.split(rng_key, self.number))
+        return {"loss": jnp.log(self.number) - jax.nn.logsumexp(elbos), "mutable_state": None}
+
+
+def weighed_within(num_particles: int) -> RAD_ELBO:
+    return RAD_ELBO(base=RenyiELBO(num_particles=num_particles), memory_budget="2MiB")
+
 
 ONE_BY_ONE: dict[str, Any] = {"vectorize_particles": lambda f, keys: jax.lax.map(jax.checkpoint(f), keys)}
 RIVALS: dict[str, tuple[str, str, Loss, str]] = {  # label, family, loss, layer
@@ -103,6 +131,9 @@ RIVALS: dict[str, tuple[str, str, Loss, str]] = {  # label, family, loss, layer
     "ours_4bit": ("ours, 4 bits", "ours", partial(RAD_ELBO, codec=StochasticRound(4)), "plain"),
     "ours_2bit": ("ours, 2 bits", "ours", partial(RAD_ELBO, codec=StochasticRound(2)), "plain"),
     "ours_budget": ("ours, 2 MiB", "ours", partial(RAD_ELBO, memory_budget="2MiB"), "plain"),
+    "weighed": ("RenyiELBO", "reference", RenyiELBO, "plain"),
+    "weighed_map": ("checkpoint, particle by particle", "rival", WeighedOneByOne, "plain"),
+    "weighed_budget": ("ours, 2 MiB", "ours", weighed_within, "plain"),
     "ours_segments": ("ours, exact, smallest", "ours", partial(RAD_ELBO, exact=True, memory_budget=0), "plain"),
 }
 
@@ -133,7 +164,7 @@ def grow(name: str, quick: bool) -> list[dict[str, Any]]:
         workload, data = axis.workload(size).load(0, None)
         for rival in axis.rivals:
             label, family, loss, layer = RIVALS[rival]
-            options = {"num_particles": size} if name == "particles" else {}
+            options = {"num_particles": size} if name.endswith("particles") else {}
             elbo = partial(loss, **options)
             if rival == "ours_segments":
                 elbo = partial(elbo, memory_budget=smallest_budget(elbo, workload, data))

@@ -464,6 +464,33 @@ def linear_transpose(
     return jax.linear_transpose(f, *structs)(list(cotangents))
 
 
+PULLED_BY = "pulled_by"
+_PULLED_BY = Primitive(PULLED_BY)
+_PULLED_BY.multiple_results = True
+_PULLED_BY.def_abstract_eval(lambda *operands, pull, results: list(results))
+
+
+def pulled_by(
+    pull: Jaxpr, arrays: Sequence[jax.Array], tangents: Sequence[jax.Array], results: Sequence[Aval]
+) -> list[jax.Array]:
+    """A linear function of tangents, of which there is the transpose alone: it can be transposed, and not be run.
+
+    :param pull: from ``arrays`` and cotangents of the results to cotangents of the tangents.
+    :param results: types of the results.
+    """
+    return _PULLED_BY.bind(*arrays, *tangents, pull=pull, results=tuple(results))
+
+
+def _pull(cotangents: Sequence[Any], *operands: Any, pull: Jaxpr, results: Sequence[Aval]) -> list[jax.Array | None]:
+    n_arrays = len(pull.jaxpr.invars) - len(results)
+    pulled = evaluate(pull, [*operands[:n_arrays], *map(ad.instantiate_zeros, cotangents)])
+    given = [ad.is_undefined_primal(x) for x in operands[n_arrays:]]
+    return [*[None] * n_arrays, *(g if on else None for g, on in zip(pulled, given, strict=True))]
+
+
+ad.primitive_transposes[_PULLED_BY] = _pull
+
+
 def is_traced(tree: PyTree) -> bool:
     """Whether some array of ``tree`` is being traced by a transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))  # pyright: ignore[reportAttributeAccessIssue]

@@ -51,7 +51,7 @@ class Constant:
 Atom = Value | Constant
 
 
-def read(env: Mapping[Value, jax.Array], atom: Atom) -> jax.Array:
+def read(env: Mapping[Value, jax.Array] | Mapping[Atom, jax.Array], atom: Atom) -> jax.Array:
     """The array that an operand stands for."""
     return atom.value if isinstance(atom, Constant) else env[atom]
 
@@ -240,22 +240,40 @@ class Cond(ControlFlow):
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """A part of a program that runs slice by slice, forward and backward together.
+    """The parts of a program that run slice by slice.
 
     :ivar number: of the slices.
     :ivar axis_size: the length of the axis that is cut.
     :ivar bytes_each: what one slice holds between its two sweeps.
-    :ivar line: the user's line where the axis is summed up.
-    :ivar nanoseconds: what all slices take besides what the part takes in one go, about.
-    :ivar nanoseconds_each: what of that one more slice would take, with its share of the part's own work left out.
+    :ivar bytes_in_all: what all slices of all parts would hold.
+    :ivar lines: of the user's, where the parts end.
+    :ivar again: whether there are slices that run forward once more on the way back, or all run forward and backward
+        together.
+    :ivar nanoseconds: what all slices take besides what the parts take in one go, about.
+    :ivar nanoseconds_each: what of that one more slice would take, with its share of the parts' own work left out.
     """
 
     number: int
     axis_size: int
     bytes_each: int
-    line: str
+    bytes_in_all: int
+    lines: tuple[str, ...]
+    again: bool
     nanoseconds: float
     nanoseconds_each: float
+
+    def beside(self, other: Slices) -> Slices:
+        """These and those of another part, which run one after the other."""
+        return Slices(
+            max(self.number, other.number),
+            self.axis_size,
+            max(self.bytes_each, other.bytes_each),
+            self.bytes_in_all + other.bytes_in_all,
+            (*self.lines, *other.lines),
+            self.again or other.again,
+            self.nanoseconds + other.nanoseconds,
+            self.nanoseconds_each + other.nanoseconds_each,
+        )
 
 
 @dataclasses.dataclass(eq=False, slots=True)

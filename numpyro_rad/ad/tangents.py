@@ -19,7 +19,7 @@ def tangent_results(equation: _jax.JaxprEquation, flags: list[bool]) -> list[boo
         return cond_tangents(equation, flags)
     if name == "while":
         return _while_tangents(equation, flags)
-    inner = _jax.inner_jaxprs(equation)
+    inner = [] if name == _jax.PULLED_BY else _jax.inner_jaxprs(equation)
     if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(flags):
         moves = tangent_outputs(inner[0], flags)
         if len(moves) == len(equation.outvars):

@@ -154,18 +154,30 @@ class Explanation:
         return [*told, "Predicted: " + _prediction(self.predicted)]
 
     def _slices_text(self, slices: Slices) -> str:
+        how = "Slices run forward and backward together, and the gradient in what they take is stored, where it is not "
+        how += "a result"
+        if slices.again:
+            how = "Slices run forward, and once more on the way back if they do not end in one number"
         return (
-            f"Slices run forward and backward together: each holds {size_text(slices.bytes_each)} while it runs. What "
-            "is stored after it is the gradient in what it takes, where it is not a result. Most is held while a slice "
-            "runs, "
+            f"{how}: each holds {size_text(slices.bytes_each)} while it runs. Most is held while a slice runs, "
             f"{size_text(self.peak_bytes)}; an exact step in one go holds {size_text(self.exact_bytes)}."
         )
 
 
 def _in_slices(slices: Slices) -> Row:
     """A row for all residuals of the part that runs in slices."""
-    how, size = f"in {slices.number} slices", slices.number * slices.bytes_each
-    return Row(slices.line, "", f"axis of {slices.axis_size}", (slices.axis_size,), "", how, size, 0, 0.0)
+    how, size = f"in {slices.number} slices", slices.bytes_in_all
+    return Row(
+        ", ".join(filter(None, dict.fromkeys(slices.lines))),
+        "",
+        f"axis of {slices.axis_size}",
+        (slices.axis_size,),
+        "",
+        how,
+        size,
+        0,
+        0.0,
+    )
 
 
 def _exact_bytes(rows: Sequence[Row]) -> int:

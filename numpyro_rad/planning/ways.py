@@ -23,8 +23,9 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.convolutions import fast_in_loops
 from numpyro_rad.ad.graph import Graph
 from numpyro_rad.ad.linearize import graph_of_both, linearize, with_tangents
+from numpyro_rad.ad.parts import Part, find
 from numpyro_rad.ad.plan import BudgetError, Plan
-from numpyro_rad.ad.slices import Part, PlannedSlice, find
+from numpyro_rad.ad.slices import PlannedSlice, cut_all
 from numpyro_rad.planning import solver, strategies
 from numpyro_rad.planning.assembly import plan_of
 from numpyro_rad.planning.costs import CostModel
@@ -92,7 +93,7 @@ def _cut(
     room: float = math.inf,
 ) -> Graph:
     plan = functools.partial(planned_slice, costs=costs, room=room)
-    both, slices = part.cut(n_slices, plan)
+    both, slices = cut_all(part, active, n_slices, plan)
     if costs.platform == "cpu":
         both = fast_in_loops(both)
     graph = graph_of_both(both, has_tangent, active)
@@ -129,7 +130,7 @@ def planned_slice(graph: Graph, costs: CostModel, room: float) -> PlannedSlice:
         with contextlib.suppress(BudgetError):  # then it takes more slices
             plan, again = _timed(*strategies.solved_within(graph, int(room), PlanRequest(any_of(()), costs)))
     inner = graph.slices.nanoseconds if graph.slices is not None else 0.0
-    return PlannedSlice(plan, again + inner, costs.slice_start * launches(graph))
+    return PlannedSlice(plan, again + inner, costs.slice_start * launches(graph), Timing(graph, costs).forward(graph))
 
 
 def _of_slices(graph: Graph, costs: CostModel) -> float:
@@ -237,6 +238,8 @@ class Search:
             return cost + way.plan.peak_bytes / exact_bytes, way
 
         part = self._part if may_be_sliced else None
+        if part is not None and part.again:  # a third forward sweep takes more time than memory is worth
+            part = None
         tried = self._cut(_TRIED) if part is not None and self._starts_in_time(part) else None
         for share in _SHARES:
             exact_bytes = max(1, size) / share
@@ -334,7 +337,7 @@ class Search:
         slices = graph.slices
         assert slices is not None
         work = slices.nanoseconds - slices.number * slices.nanoseconds_each
-        size = slices.number * slices.bytes_each
+        size = slices.bytes_in_all
 
         def cost(number: int) -> float:
             held = size / number
