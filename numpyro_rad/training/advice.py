@@ -29,7 +29,7 @@ from numpyro_rad.planning.planner import VarianceWarning
 from numpyro_rad.planning.worth import SMALL_BYTES, Option, percent, recommended
 from numpyro_rad.tables import TextTable
 from numpyro_rad.tracing import taking_arrays
-from numpyro_rad.wording import size_text
+from numpyro_rad.wording import call_text, saving_text, size_text
 
 _SHARES = (0.2, 0.1, 0.05)  # of the exact residuals, for the budgets that are tried
 
@@ -128,6 +128,27 @@ def advise(
     options = tuple(trial.option() for trial in trials)
     chosen, sentence = recommended(options)
     return Advice(options, chosen, sentence)
+
+
+@kwargs_checked
+def step_memory(svi: SVI, svi_state: SVIState, *args: Any, **kwargs: Any) -> str:
+    """What the compiled step takes with the ``RAD_ELBO`` of ``svi`` and with the ELBO that it wraps, in a sentence.
+
+    :param svi: an initialised ``SVI`` whose loss is a ``RAD_ELBO``.
+    :param svi_state: its state.
+    :param args: arguments of model and guide, as in ``svi.update``.
+    :param kwargs: keyword arguments of model and guide.
+    """
+    named = (call_text(svi.loss.base), svi.loss.base), (repr(svi.loss), svi.loss)
+    trials = [_Trial(name, loss, svi, svi_state, args, kwargs) for name, loss in named]
+    exact, ours = (trial.temporary_bytes for trial in trials)
+    taken = [f"{_taken(trial)} with {trial.told}" for trial in trials]
+    saving = f" ({saving_text(exact, ours)})" if exact and ours else ""
+    return f"Temporary memory of the compiled step: {taken[0]}, {taken[1]}{saving}."
+
+
+def _taken(trial: _Trial) -> str:
+    return trial.note or ("unknown" if trial.temporary_bytes is None else size_text(trial.temporary_bytes))
 
 
 class _Trial:

@@ -133,18 +133,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         "    numpyro.sample('x', dist.Normal(numpyro.sample('z', dist.Normal(0, 1)), 1), obs=x)\n"
         "def fit():\n"
         "    return SVI(model, AutoNormal(model), optax.adam(0.1), Trace_ELBO()), (jnp.ones(3),)\n"
-        "def wrong():\n"
-        "    return 1\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert main(["advise", "advised_fit:fit"]) == 0
     assert "Use Trace_ELBO() here" in capsys.readouterr().out
-    for name, told in (
-        ("advised_fit", "MODULE:FUNCTION"),
-        ("advised_fit:nothing", "no function 'nothing'"),
-        ("advised_fit:wrong", "has to return (svi, args)"),
-        ("no_such_module:fit", "No module named"),
-    ):
-        assert main(["advise", name]) == 1
-        assert told in capsys.readouterr().err
