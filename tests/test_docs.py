@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import numpyro_rad
 from examples.benchmarks.figures import as_fraction
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+RECIPE = DOCS.parent / ".github" / "conda" / "recipe.yaml"
 FRONT_PAGE = {  # how a row begins, and whose numbers it has
     "Bayesian neural network": "p1",
     "recurrent network": "p2",
@@ -76,6 +78,18 @@ def test_the_messages_that_are_explained_are_those_of_the_library():
 
 def test_the_citation_is_of_this_version():
     assert f"version: {numpyro_rad.__version__}\n" in (DOCS.parent / "CITATION.cff").read_text()
+
+
+@pytest.mark.skipif(not RECIPE.exists(), reason="the archive of the sources has no recipe")
+def test_the_recipe_is_of_this_version_and_needs_what_it_needs():
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    recipe = RECIPE.read_text()
+    first, end = re.fullmatch(r">=(.+),<(.+)", project["requires-python"]).groups()
+    named = {"version": numpyro_rad.__version__, "python_min": first, "python_end": end}
+    assert re.findall(r'(?m)^  (\w+): "(.+)"$', recipe.partition("package:")[0]) == list(named.items())
+    run = re.search(r"(?m)^  run:\n((?:    - .*\n)+)", recipe)[1].replace("    - ", "").splitlines()
+    assert run[1:] == [d.replace(">=", " >=") for d in project["dependencies"]]
+    assert project["description"] in recipe and all(f"- {module}\n" in recipe for module in PUBLIC)
 
 
 def test_every_page_is_in_the_contents():
