@@ -29,6 +29,7 @@ nb_execution_cache_path = "docs/_build/.jupyter_cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_show_tb = True
+nb_merge_streams = True  # what a cell prints is one box, however slowly it comes
 
 # Signatures are those of the source, a line for each parameter
 autodoc_member_order = "bysource"
@@ -36,5 +37,6 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "fully-qualified"  # of which the last part is shown
 maximum_signature_line_length = 80
 add_module_names = False
+toc_object_entries_show_parents = "hide"  # there is no room for Class.method
 python_use_unqualified_type_names = True
 suppress_warnings = ["ref.python"]  # a name may live in several packages: where it is made, and where it is offered

@@ -38,15 +38,20 @@ class TextTable:
         return "\n".join(text.rstrip() for text in lines)
 
     def html(self) -> str:
-        """The same as HTML, in the colours of the page that it is shown on; a wide one scrolls."""
+        """The same as HTML, in the colours of the page that it is shown on; a wide one scrolls.
+
+        Pages know the class ``dataframe``, from pandas, as that of tables that are computed.
+        """
 
         def row(cells: Sequence[str], tag: str) -> str:
-            sides = ("right" if i in self.right else "left" for i in range(len(cells)))
-            pairs = zip(cells, sides, strict=True)
-            return "<tr>" + "".join(f'<{tag} style="text-align:{s}">{escape(c)}</{tag}>' for c, s in pairs) + "</tr>"
+            sides = ("right;white-space:nowrap" if i in self.right else "left" for i in range(len(cells)))
+            styles = (f'style="padding:.2em .6em;text-align:{side}"' for side in sides)
+            shown = (f"<{tag} {style}>{escape(c)}</{tag}>" for c, style in zip(cells, styles, strict=True))
+            return f"<tr>{''.join(shown)}</tr>"
 
         body = "".join(row(cells, "td") for cells in self.rows)
         total = f"<tfoot>{row(self.last, 'th')}</tfoot>" if self.last else ""
         table = f"<thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody>{total}"
         below = "".join(f"<p>{escape(text)}</p>" for text in self.below)
-        return f'<div style="overflow-x:auto"><table>{table}</table></div>{below}'
+        shown = f'<table class="dataframe" style="margin:0">{table}</table>'
+        return f'<div style="margin:.5em 0;overflow-x:auto">{shown}</div>{below}'

@@ -96,7 +96,7 @@ def html(record: FitRecord) -> Page:
         Path("report.html").write_text(report.html(record), encoding="utf-8")
     """
     found = findings(record)
-    cards = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in summary(record))
+    cards = "".join(f"<div><dt>{_shown(k)}</dt><dd>{_shown(v)}</dd></div>" for k, v in summary(record))
     body = "".join(_html_section(s) for s in sections(record))
     title = escape(record.title or "Fit")
     made = f'<p class="made">A fit by numpyro_rad, {escape(_moment(record.created))}</p>' if record.created else ""
@@ -108,11 +108,19 @@ def html(record: FitRecord) -> Page:
     )
 
 
+_WHOLE = re.compile(r"(?<=\d) (?=%|±|[KMG]iB\b|B\b|m?s\b|min\b|h\b|nats\b)|(?<=±) (?=\d)")
+
+
+def _shown(text: object) -> str:
+    """Text in HTML, where no line ends between a number and its unit or its error."""
+    return _WHOLE.sub("\u00a0", escape(text))
+
+
 def _html_verdict(found: tuple[Finding, ...]) -> str:
     items = "".join(
         f'<li class="{f.level}"><span class="level"><i aria-hidden="true">{_MARKS[f.level]} </i>'
-        f"{f.level.capitalize()}</span> <span>{escape(f.what)}</span>"
-        + (f' <span class="advice">{escape(f.advice)}</span>' if f.advice else "")
+        f"{f.level.capitalize()}</span> <span>{_shown(f.what)}</span>"
+        + (f' <span class="advice">{_shown(f.advice)}</span>' if f.advice else "")
         + "</li>\n"
         for f in found
     )
@@ -122,7 +130,7 @@ def _html_verdict(found: tuple[Finding, ...]) -> str:
 
 def _html_section(section: Section) -> str:
     """What is narrow flows in columns, as many as there is room for; wide and folded tables stand below."""
-    text = "".join(f"<p>{escape(t)}</p>" for t in section.text)
+    text = "".join(f"<p>{_shown(t)}</p>" for t in section.text)
     narrow = [t for t in section.tables if not _is_wide(t)]
     parts = [f"<div>{text}</div>" if text else "", *(draw() for draw in section.figures), *map(_html_table, narrow)]
     flow = f'<div class="flow">{"".join(parts)}</div>' if any(parts) else ""
@@ -151,7 +159,7 @@ def _html_table(table: Table) -> str:
     classes = [' class="n"' if i in numbers else "" for i in range(len(table.header))]
     head = "".join(f'<th scope="col"{c}>{escape(h)}</th>' for h, c in zip(table.header, classes, strict=True))
     rows = "".join(
-        "<tr>" + "".join(f"<td{c}>{escape(x)}</td>" for x, c in zip(row, classes, strict=True)) + "</tr>\n"
+        "<tr>" + "".join(f"<td{c}>{_shown(x)}</td>" for x, c in zip(row, classes, strict=True)) + "</tr>\n"
         for row in table.rows
     )
     scrolls = " wide" if sum(_letters(table, i) for i in range(len(table.header))) > _PHONE else ""

@@ -599,8 +599,13 @@ def with_steps(own, exact, **changes):
     return dataclasses.replace(record, options={"ELBO": "RAD_ELBO(memory_budget='2MiB')"}, plan=plan)
 
 
+def page(record):
+    """A report in HTML, its numbers and units with plain spaces between them."""
+    return report.html(record).replace("\u00a0", " ")
+
+
 def everywhere(record):
-    return [report.html(record), report.markdown(record).replace("\\", ""), report.terminal(record, 200)]
+    return [page(record), report.markdown(record).replace("\\", ""), report.terminal(record, 200)]
 
 
 @pytest.mark.parametrize(
@@ -615,11 +620,18 @@ def test_no_saving_that_the_step_does_not_have(own, exact, beside):
     assert says(record, "Use Trace_ELBO() here: its step takes") == ["note"]
 
 
+def test_no_line_ends_between_a_number_and_its_unit_or_error():
+    text = report.html(fits.good())
+    for words in ("21,371 ± 12", "11.5 MiB", "6.9 min", "5 % of the steps"):
+        whole = re.sub(r"(?<=\d) | (?=\d)", "\u00a0", words)
+        assert whole in text and words not in text, words
+
+
 def test_a_saving_of_the_whole_step():
     record = with_steps(12_100_000, 97_400_000)
     for text in everywhere(record):
         assert "11.5 MiB" in text and "8.0x less" in text and "2.5x less" in text
-    assert "with Trace_ELBO() 92.9 MiB: 8.0x less" in report.html(record)
+    assert "with Trace_ELBO() 92.9 MiB: 8.0x less" in page(record)
     noisy = with_rho(0.3, 0.2, 0.4)
     noisy = dataclasses.replace(record, gradient_variance=noisy.gradient_variance)
     (what,) = [f.what for f in verdict.findings(noisy) if "If memory is what you lack" in f.what]
