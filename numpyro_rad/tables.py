@@ -45,7 +45,7 @@ class TextTable:
 
         def row(cells: Sequence[str], tag: str) -> str:
             sides = ("right;white-space:nowrap" if i in self.right else "left" for i in range(len(cells)))
-            styles = (f'style="padding:.2em .6em;text-align:{side}"' for side in sides)
+            styles = (f'style="padding:.2em .5em;text-align:{side}"' for side in sides)
             shown = (f"<{tag} {style}>{escape(c)}</{tag}>" for c, style in zip(cells, styles, strict=True))
             return f"<tr>{''.join(shown)}</tr>"
 
