@@ -38,8 +38,7 @@ arguments that returns one of
     (model, guide, args)
     (model, guide, args, kwargs)
 
-The module is looked for in the working folder too. It is imported, and the
-model runs once. For example network.py:
+The module is imported, also from the working folder. For example network.py:
 
     def fit():
         x = jnp.ones((4096, 64))  # arrays in the shapes of your data
