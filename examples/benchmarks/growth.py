@@ -101,6 +101,7 @@ AXES: dict[str, Axis] = {
     ),
 }
 
+
 class WeighedOneByOne(Trace_ELBO):
     """The bound of ``RenyiELBO`` for an order of 0, each particle under ``jax.checkpoint``."""
 

@@ -35,7 +35,7 @@ from jax._src.lax.lax import _convert_element_type  # no public way to make an a
 from jax._src.state.types import AbstractRef
 from jax.core import ShapedArray as Aval
 from jax.extend import core as jex_core
-from jax.interpreters import ad
+from jax.interpreters import ad, partial_eval
 from jax.typing import ArrayLike, DTypeLike
 
 from numpyro_rad.annotations import Key, PyTree
@@ -338,6 +338,12 @@ def program(
 ) -> Jaxpr:
     """The program of ``run`` at inputs of these types."""
     return closed(jax.make_jaxpr(lambda *args: run(args))(*_structs(avals)))
+
+
+def needed_for(jaxpr: Jaxpr, outputs: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
+    """What some outputs of a program need of it, and which of its inputs that takes."""
+    pruned, takes = partial_eval.dce_jaxpr(jaxpr.jaxpr, list(outputs))  # pyright: ignore
+    return jex_core.ClosedJaxpr(pruned, jaxpr.consts), takes  # pyright: ignore
 
 
 def _structs(avals: Sequence[Aval | jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:

@@ -251,6 +251,8 @@ class Slices:
         together.
     :ivar nanoseconds: what all slices take besides what the parts take in one go, about.
     :ivar nanoseconds_each: what of that one more slice would take, with its share of the parts' own work left out.
+    :ivar exact_bytes: of the residuals of the parts in one go.
+    :ivar program: the fingerprint of the program in one go.
     """
 
     number: int
@@ -261,6 +263,8 @@ class Slices:
     again: bool
     nanoseconds: float
     nanoseconds_each: float
+    exact_bytes: int = 0
+    program: str = ""
 
     def beside(self, other: Slices) -> Slices:
         """These and those of another part, which run one after the other."""
@@ -347,6 +351,15 @@ class Graph:
         for node in self.control_flow:
             for number, body in enumerate(node.bodies):
                 yield from body.places((*path, node.number, number), repeats * node.repeats)
+
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of all that its edges read and that is not there anyway, stored exactly."""
+        size = 0
+        for graph, _, repeats in self.places():
+            read = {r for edge in graph.edges for r in edge.residuals if r in graph.producer}
+            size += repeats * sum(_jax.aval_bytes(r.aval) for r in read)
+        return size
 
     def fingerprint(self) -> str:
         """The same for graphs of the same program at the same shapes, and for no others but by accident.

@@ -326,11 +326,8 @@ class Part:
     @functools.cached_property
     def steps(self) -> list[int]:
         """Numbers of the steps of a slice that are needed, in order."""
-        return self._steps_to((*self.ends, *self.tangent_ends))
-
-    def _steps_to(self, results: Iterable[Atom]) -> list[int]:
         steps = self.program.flat.steps
-        live: set[Atom] = set(results)
+        live: set[Atom] = {*self.ends, *self.tangent_ends}
         found = []
         for number in sorted(self.inside | self.linear, reverse=True):
             if any(r in live for r in steps[number].results):
@@ -397,11 +394,9 @@ class Part:
         inputs = (*primals, *tangents)
         shapes = [axes.shape(_aval(a), nodes[a], self.axis, size) for a in inputs]
         like = [jax.ShapeDtypeStruct(shape, _aval(a).dtype) for shape, a in zip(shapes, inputs, strict=True)]
-        wanted = (*self.ends, *self.tangent_ends)
-        return _jax.program(lambda arrays: self.run(size, dict(zip(inputs, arrays, strict=True)), wanted), like)
+        return _jax.program(lambda arrays: self._run(size, dict(zip(inputs, arrays, strict=True))), like)
 
-    def run(self, size: int, env: dict[Atom, jax.Array], wanted: Sequence[Atom]) -> list[jax.Array]:
-        """What is wanted of a slice of so many entries, given what it takes."""
+    def _run(self, size: int, env: dict[Atom, jax.Array]) -> list[jax.Array]:
         program, tangents = self.program, self.program.flat.tangents
         made: set[Atom] = set()
 
@@ -410,7 +405,7 @@ class Part:
                 return jnp.zeros(_aval(atom).shape, _aval(atom).dtype)
             return env[atom] if atom in env or isinstance(atom, Value) else atom.value
 
-        for number in self._steps_to(wanted):
+        for number in self.steps:
             flat = program.flat.steps[number]
             arrays = [read(o, number in self.linear) for o in flat.operands]
             if number in self.inside:
@@ -419,7 +414,7 @@ class Part:
                 outs = _jax.bind(flat.equation, arrays)
             made.update(flat.results)
             env.update(zip(flat.results, outs, strict=True))
-        return [env[v] for v in wanted]
+        return [env[v] for v in (*self.ends, *self.tangent_ends)]
 
 
 def _aval(atom: Atom) -> _jax.Aval:

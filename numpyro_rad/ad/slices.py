@@ -106,6 +106,7 @@ class _Loop:
         self.size = -(-part.size // n_slices)
         self.n_inner = 1 if part.again else max(1, n_slices // part.size)
         self.plans: dict[int, PlannedSlice] = {}
+        self.programs: dict[int, _jax.Jaxpr] = {}
         self.primals, self.tangents = part.inputs()
         self.places = [part.position(a) for a in self.primals]
         self.gradient_places = [part.position(t) for t in self.tangents]
@@ -173,10 +174,16 @@ class _Loop:
         reads = {v: a for v, a in zip(plan.graph.inputs, arrays, strict=True) if v in plan.reads}
         return list(outs), list(backward(plan, seed, tape, reads, cotangents))
 
+    def program_of(self, size: int) -> _jax.Jaxpr:
+        """The program of a slice of so many entries."""
+        if size not in self.programs:
+            self.programs[size] = self.part.slice_program(size, self.primals, self.tangents)
+        return self.programs[size]
+
     def _plan(self, size: int) -> PlannedSlice:
         if size not in self.plans:
             part = self.part
-            program, slices = part.slice_program(size, self.primals, self.tangents), None
+            program, slices = self.program_of(size), None
             if self.n_inner > 1:
                 inner = find(program, [a in self.program.moving for a in self.primals])
                 if inner is not None and not inner.again:
@@ -250,10 +257,12 @@ class _Stage(_Loop):
 
     def run_part(self, env: dict[Atom, jax.Array]) -> None:
         part, arrays = self.part, [read(env, a) for a in self.primals]
+        primal = [True] * len(part.ends) + [False] * len(part.tangent_ends)
 
         def run(state: State, start: ArrayLike, size: int) -> State:
+            program, takes = _jax.needed_for(self.program_of(size), primal)
             taken = self.taken(arrays, self.places, start, size)
-            found = part.run(size, dict(zip(self.primals, taken, strict=True)), part.ends)
+            found = _jax.evaluate(program, [a for a, on in zip(taken, takes, strict=False) if on])
             return _collected(state[0], found, self.end_places, start), []
 
         ends, _ = self.each((self.zeros(part.ends, self.end_places), []), run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from numpyro_rad.ad import _jax
@@ -63,7 +63,7 @@ class Explanation:
     :ivar exact_bytes: bytes of the same residuals stored exactly, elementwise derivatives already fused.
     :ivar defaults: operations that took the safe default (the primitive's own derivative from exact inputs), with
         lines.
-    :ivar program: the fingerprint of the program.
+    :ivar program: the fingerprint of the program, in one go.
     :ivar predicted: what the plan is expected to cost; None where nothing is predicted.
     :ivar untouched: whether the program is left to JAX's own reverse mode. The rows are then what there is to store;
         JAX may store other arrays in their place, before the compiler drops those that it makes again.
@@ -164,9 +164,13 @@ class Explanation:
         )
 
 
+def _how_sliced(slices: Slices) -> str:
+    return f"in {slices.number} slices"
+
+
 def _in_slices(slices: Slices) -> Row:
     """A row for all residuals of the part that runs in slices."""
-    how, size = f"in {slices.number} slices", slices.bytes_in_all
+    how, size = _how_sliced(slices), slices.exact_bytes
     return Row(
         ", ".join(filter(None, dict.fromkeys(slices.lines))),
         "",
@@ -286,9 +290,9 @@ def explained(plan: Plan, labels: dict[Value, str]) -> Explanation:
     if plan.graph.slices is not None:
         rows = (_in_slices(plan.graph.slices), *rows)
     exact_bytes = sum(r.exact_bytes for r in rows if r.operation != _SOURCE)
-    fixed = plan.graph.fingerprint(), plan.predicted, plan.untouched
-    defaults = tuple(_defaults(plan))
-    return Explanation(rows, plan.stored_bytes, exact_bytes, defaults, *fixed, plan.graph.slices, plan.peak_bytes)
+    slices, defaults = plan.graph.slices, tuple(_defaults(plan))
+    fixed = plan.graph.fingerprint() if slices is None else slices.program, plan.predicted, plan.untouched
+    return Explanation(rows, plan.stored_bytes, exact_bytes, defaults, *fixed, slices, plan.peak_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,11 +379,16 @@ def compare(a: Explanation | Plan, b: Explanation | Plan) -> Comparison:
             f"compare: these are plans of different programs (fingerprints {first.program} and {second.program}). The "
             "model, the guide, the shapes of the data, the ELBO and the differentiated arguments have to be the same."
         )
-    groups = [_by_path(plan.rows) for plan in (first, second)]
+    # In slices the values of a program have other names: there rows are known by what they are.
+    key_of = _path if first.slices == second.slices else _place
+    groups = [_grouped(plan.rows, key_of) for plan in (first, second)]
+    sliced = ["" if plan.slices is None else _how_sliced(plan.slices) for plan in (first, second)]
     found = []
-    for path in _merged(*groups):
-        pair = [group.get(path, []) for group in groups]
-        decisions = tuple(" and ".join(dict.fromkeys(r.decision for r in rows)) for rows in pair)
+    for key in _merged(*groups):
+        pair = [group.get(key, []) for group in groups]
+        decisions = tuple(
+            " and ".join(dict.fromkeys(r.decision for r in rows)) or how for rows, how in zip(pair, sliced, strict=True)
+        )
         if decisions[0] != decisions[1]:
             row = next(r for rows in pair for r in rows)
             stored = tuple(sum(r.stored_bytes for r in rows) for rows in pair)
@@ -388,22 +397,30 @@ def compare(a: Explanation | Plan, b: Explanation | Plan) -> Comparison:
     return Comparison(tuple(found), (first, second))
 
 
-def _by_path(rows: Iterable[Row]) -> dict[Path, list[Row]]:
+def _path(row: Row) -> Hashable:
+    return row.path
+
+
+def _place(row: Row) -> Hashable:
+    return row.line, row.site, row.operation, row.shape
+
+
+def _grouped(rows: Iterable[Row], key_of: Callable[[Row], Hashable]) -> dict[Hashable, list[Row]]:
     """The rows of each residual: more than one if some readers take an estimate and others do not."""
-    found: dict[Path, list[Row]] = {}
+    found: dict[Hashable, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.path, []).append(row)
+        found.setdefault(key_of(row), []).append(row)
     return found
 
 
-def _merged(a: dict[Path, list[Row]], b: dict[Path, list[Row]]) -> list[Path]:
+def _merged(a: dict[Hashable, list[Row]], b: dict[Hashable, list[Row]]) -> list[Hashable]:
     """All keys, those of ``b`` alone behind the one that they follow there."""
     order = list(a)
-    previous: Path | None = None
-    for path in b:
-        if path not in a:
-            order.insert(order.index(previous) + 1 if previous is not None else 0, path)
-        previous = path
+    previous: Hashable | None = None
+    for key in b:
+        if key not in a:
+            order.insert(order.index(previous) + 1 if previous is not None else 0, key)
+        previous = key
     return order
 
 

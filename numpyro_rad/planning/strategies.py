@@ -84,7 +84,7 @@ def balanced(
     """
     whole = PlanProblem(graph, request.at_first)
     if exact_bytes is None:
-        in_slices = 0 if graph.slices is None else graph.slices.bytes_in_all
+        in_slices = 0 if graph.slices is None else graph.slices.exact_bytes
         exact_bytes = whole.residual_bytes + in_slices
     price = 1 / max(1, exact_bytes)
     best: list[tuple[float, PlanProblem, solver.Solution]] = []

@@ -80,18 +80,23 @@ def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: C
     part, whole = find(both, active), graph_of_both(both, has_tangent, active)
     if part is None:
         return Way(whole)
-    graph = _cut(part, n_slices, has_tangent, active, costs)
+    graph = _cut(part, whole, n_slices, has_tangent, active, costs)
     return Way(graph, exact=Timing(whole, costs))
 
 
 def _cut(
     part: Part,
+    whole: Graph,
     n_slices: int,
     has_tangent: Sequence[bool],
     active: Sequence[bool],
     costs: CostModel,
     room: float = math.inf,
 ) -> Graph:
+    """The graph of a program with a part of it in slices.
+
+    :param whole: its graph in one go.
+    """
     plan = functools.partial(planned_slice, costs=costs, room=room)
     both, slices = cut_all(part, active, n_slices, plan)
     if costs.platform == "cpu":
@@ -103,6 +108,8 @@ def _cut(
         slices,
         nanoseconds=slices.nanoseconds + slices.number * adding,
         nanoseconds_each=slices.nanoseconds_each + adding,
+        exact_bytes=max(0, whole.residual_bytes - graph.residual_bytes),
+        program=whole.fingerprint(),
     )
     return graph
 
@@ -309,7 +316,7 @@ class Search:
     def _halved(self) -> Graph:
         """The graph of the program with its part in two slices, however much they hold."""
         assert self._part is not None
-        return _cut(self._part, 2, self._has_tangent, self._active, self._costs)
+        return _cut(self._part, self._whole, 2, self._has_tangent, self._active, self._costs)
 
     @functools.cached_property
     def _room(self) -> int:
@@ -326,7 +333,7 @@ class Search:
                 return self._halved
         # a smaller slice at the end would be compiled besides
         even = (n for n in range(number, number * 5 // 4 + 1) if self._part.size % n == 0)
-        return _cut(self._part, next(even, number), self._has_tangent, self._active, self._costs, room)
+        return _cut(self._part, self._whole, next(even, number), self._has_tangent, self._active, self._costs, room)
 
     def _better(self, graph: Graph, least: int | None = None, exact_bytes: float = math.inf) -> Graph:
         """The same part in as many slices as take least time, foretold from how many there are.

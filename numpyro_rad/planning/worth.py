@@ -17,8 +17,9 @@ SMALL_BYTES = 2**23
 
 UNTOUCHED = (
     "Left to JAX's own reverse mode: without options where residuals take less than "
-    f"{size_text(CostModel.untouched_bytes)}, with memory_budget= where all that the gradient takes fits. To store "
-    "less, choose a memory_budget= (a smaller one), codec=, added_variance= or exact=True."
+    f"{size_text(CostModel.untouched_bytes)} or every plan takes much longer, with memory_budget= where all that the "
+    "gradient takes fits. To store less, choose a memory_budget= (a smaller one), codec=, added_variance= or "
+    "exact=True."
 )
 
 _WORTH_IT = 1.5  # times less memory than Trace_ELBO

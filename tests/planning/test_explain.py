@@ -202,6 +202,16 @@ def test_plans_are_compared_like_their_tables():
     assert {d.row.site for d in by_plan.rows} == {""} != {d.row.site for d in by_table.rows}
 
 
+def test_a_plan_in_slices_is_compared_with_one_in_one_go():
+    """They are plans of one program, whose residuals take as much in one go."""
+    sliced, whole = (explain(rad(network, exact=True, slices=n), KEY, X, W) for n in (4, 1))
+    assert sliced.exact_bytes == whole.exact_bytes and sliced.slices is not None and whole.slices is None
+    found = compare(sliced, whole)
+    assert ("in 4 slices", "keep") in {row.decisions for row in found.rows}
+    assert [row.decisions[1] for row in found.rows if row.row.operation.startswith("axis of")] == [""]
+    assert "in 4 slices" in str(compare(whole, sliced))
+
+
 def test_different_programs_are_not_compared():
     with pytest.raises(ValueError, match="different programs"):
         compare(table(network), table(recurrence))
