@@ -27,7 +27,15 @@ from numpyro_rad.planning import costs, strategies, ways
 from numpyro_rad.planning.calibration import Calibration
 from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.noise import EqualShares, ErrorPropagation
-from numpyro_rad.planning.request import OBJECTIVES, Codecs, PlanRequest, any_of, forced, uniform
+from numpyro_rad.planning.request import (
+    OBJECTIVES,
+    Codecs,
+    PlanRequest,
+    any_of,
+    forced,
+    not_in_long_loops,
+    uniform,
+)
 from numpyro_rad.planning.ways import Way
 from numpyro_rad.wording import arguments_text, call_text
 
@@ -347,7 +355,8 @@ class Planner:
 
     def _request(self, graph: Graph, names: Mapping[Value, str]) -> PlanRequest:
         """What a plan is chosen from, the overrides applied. Outside of slices codes are taken only where a budget
-        cannot be met without: they would hold the compiler to an order in which more is alive.
+        cannot be met without: they would hold the compiler to an order in which more is alive. In long loops they are,
+        unless they were measured or chosen, for safety.
         """
         special = self._special(graph, names) if self.overrides else {}
 
@@ -358,7 +367,11 @@ class Planner:
 
             return codecs if special else general
 
-        first = overridden(any_of(())) if graph.slices is not None and not self.exact else None
+        first = None
+        if graph.slices is not None and not self.exact:
+            first = overridden(any_of(()))
+        elif self.calibration is None and self.codec is None and self.added_variance is None and not self.exact:
+            first = overridden(not_in_long_loops(self._general))
         return PlanRequest(overridden(self._general), self.prices, objective=self.objective, first=first)
 
     @property

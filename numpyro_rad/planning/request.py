@@ -71,6 +71,17 @@ def any_of(codecs: tuple[Codec, ...], least_bytes: int = 0) -> Codecs:
     return choices
 
 
+LONG_LOOP = 100
+"""In loops of so many iterations nobody can tell what codes do without data. Errors may grow from step to step: those
+of the covariances of a Kalman filter that begins with a vague one did so by twelve orders of magnitude, where the
+model without data expected a thousandth of the variance."""
+
+
+def not_in_long_loops(codecs: Codecs) -> Codecs:
+    """These, and none in long loops."""
+    return lambda path, value, repeat: codecs(path, value, repeat) if repeat < LONG_LOOP else ()
+
+
 def forced(codec: Codec, value: Value) -> tuple[Codec, ...]:
     """This codec, or nothing where it is exact, cannot code the value or saves no bytes."""
     shape, dtype = value.aval.shape, value.aval.dtype

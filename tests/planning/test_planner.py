@@ -24,7 +24,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Offload
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.codecs import SampleAxis
-from numpyro_rad.planning import Planner, planner
+from numpyro_rad.planning import Planner, planner, request
 from numpyro_rad.planning.explain import explained
 from numpyro_rad.planning.noise import EqualShares, ErrorPropagation
 from numpyro_rad.planning.problem import PlanProblem
@@ -654,3 +654,20 @@ def test_compiled_memory_of_an_update_falls_with_the_budget():
     # How much the compiler adds for work in progress differs between its versions, by several of these arrays.
     assert compiled[-1] < min(compiled[:-1]), temp
     assert compiled[0] - compiled[-1] > 0.5 * (stored[0] - stored[-1]), temp
+
+
+def test_nothing_is_coded_in_long_loops_unless_that_is_asked_for(monkeypatch):
+    """Errors may grow from step to step, and nobody can tell by how much: exact as long as that fits."""
+    x, w = jnp.ones((16, 1024)), jnp.eye(1024)  # to multiply again takes longer than to code
+
+    def walk(x):
+        return (lax.scan(lambda h, i: (jnp.tanh(h @ w + i), None), x, jnp.arange(200.0))[0] ** 2).sum()
+
+    def coded(**options):
+        return any(child.encoded for child in planned(walk, x, **options).walk())
+
+    tenth, few = 200 * x.nbytes // 10, 4 * x.nbytes
+    assert not coded() and not coded(memory_budget=tenth)
+    assert coded(codec=StochasticRound(bits=4)) and coded(memory_budget=few)
+    monkeypatch.setattr(request, "LONG_LOOP", 201)
+    assert coded()
