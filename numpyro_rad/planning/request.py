@@ -72,9 +72,9 @@ def any_of(codecs: tuple[Codec, ...], least_bytes: int = 0) -> Codecs:
 
 
 LONG_LOOP = 100
-"""In loops of so many iterations nobody can tell what codes do without data. Errors may grow from step to step: those
-of the covariances of a Kalman filter that begins with a vague one did so by twelve orders of magnitude, where the
-model without data expected a thousandth of the variance."""
+"""In loops of so many iterations nobody can tell what codes do without data. Errors may grow from step to step: where a
+Kalman filter begins with a vague covariance, 4 bits made the error of the gradient a hundred times as long as the
+gradient, and the model without data expected a thousandth of the variance."""
 
 
 def not_in_long_loops(codecs: Codecs) -> Codecs:
