@@ -86,8 +86,10 @@ def saving_text(exact_bytes: int, stored_bytes: int) -> str:
     if not stored_bytes:
         return "nothing is stored"
     ratio = exact_bytes / stored_bytes
+    if ratio >= 1000:
+        return "hardly anything is stored"
     if ratio >= 1.05:
-        return f"{ratio:.1f}x less"
+        return f"{ratio:.1f}x less" if ratio < 100 else f"{ratio:.0f}x less"
     return f"{1 / ratio:.1f}x more" if 0 < ratio <= 0.95 else "no saving"
 
 

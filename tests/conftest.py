@@ -15,7 +15,7 @@ import jax
 import pytest
 
 import numpyro_rad.ad.schedule
-from numpyro_rad.planning import costs, strategies
+from numpyro_rad.planning import Planner, costs, strategies
 from numpyro_rad.planning.costs import CostModel
 
 
@@ -34,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("NUMPYRO_RAD_DATA"),
         help="folder with the data files (default: the environment variable NUMPYRO_RAD_DATA); "
         "tests that need a file skip without it",
+    )
+    parser.addoption(
+        "--slices",
+        type=int,
+        help="run whatever can be run in slices in so many, unless a test says otherwise: gradients stay right, and "
+        "tests that look at what is stored fail",
     )
     parser.addoption(
         "--every-version",
@@ -83,6 +89,19 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def in_slices(request, monkeypatch):
+    """Slices wherever a program can be cut, with ``--slices``."""
+    number, way = request.config.getoption("--slices"), Planner._way
+
+    def forced(planner, *args):
+        free = planner.slices is None and planner.plan is None
+        return way(dataclasses.replace(planner, slices=number) if free else planner, *args)
+
+    if number is not None:
+        monkeypatch.setattr(Planner, "_way", forced)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ them speak in the records of this module, and none of these needs JAX.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -93,15 +94,29 @@ class GradientVariance:
     def rho_text(self) -> str:
         """ρ with its interval and its prediction, as far as they say something."""
         low, high = (number(x) for x in self.rho_interval)
-        text = f"ρ = path / (minibatch + guide) = {positive_text(self.rho.value, self.rho.standard_error)}"
-        text += f", 95 % interval {low} to {high}" if self.rho.standard_error > 0 else ""
+        text = "ρ = path / (minibatch + guide)"
+        if self._hides_the_exact:
+            text += " is not known: what codes add hides what the exact gradient varies"
+        else:
+            text += f" = {positive_text(self.rho.value, self.rho.standard_error)}"
+            text += f", 95 % interval {low} to {high}" if self.rho.standard_error > 0 else ""
         return text + ("" if self.predicted_rho is None else f"; the plan predicted {number(self.predicted_rho)}")
+
+    @property
+    def _hides_the_exact(self) -> bool:
+        """Whether codes add variance for certain, beside which that of the exact gradient may be anything."""
+        path, parts = self.total.path, (self.total.minibatch, self.total.guide)
+        exact, error = sum(p.value for p in parts), math.hypot(*(p.standard_error for p in parts))
+        adds = path.value > 0 and path.standard_error > 0 and is_told_from_zero(path.value, path.standard_error)
+        return adds and not (exact > 0 and is_told_from_zero(exact, error))
 
     @property
     def signal_text(self) -> str:
         """Signal-to-noise ratio and noise scale, as far as they say something."""
         norm, total = self.total.squared_norm, self.total.total
         if not is_told_from_zero(total.value, total.standard_error) or total.value <= 0:
+            if self._hides_the_exact:
+                return "Nothing can be said of the signal: more draws, or codes that add less, would tell"
             return "The gradient has no noise that could be measured"
         if not is_told_from_zero(norm.value, norm.standard_error) or norm.value <= 0:
             return (

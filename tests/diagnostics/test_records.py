@@ -54,3 +54,14 @@ def test_integers_stay_integers():
 def test_something_else_is_refused(data):
     with pytest.raises(ValueError, match="not the data of a Estimate"):
         from_dict(Estimate, data)
+
+
+def test_rho_is_unknown_where_codes_hide_what_the_exact_gradient_varies():
+    def variance(guide, path, error):
+        told = {"minibatch": Estimate(0.0, 0.0), "guide": Estimate(guide, error), "path": Estimate(path, error)}
+        total = dataclasses.replace(BLOCK, total=Estimate(guide + path, 2 * error), **told)
+        return dataclasses.replace(VARIANCE, total=total, rho=Estimate(path / guide, 3.0))
+
+    hidden, clear, nothing = variance(-20.0, 100.0, 30.0), variance(50.0, 100.0, 5.0), variance(50.0, 1e-3, 5.0)
+    assert "not known" in hidden.rho_text and "no noise" not in hidden.signal_text
+    assert "not known" not in clear.rho_text and "not known" not in nothing.rho_text
