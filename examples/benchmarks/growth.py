@@ -140,18 +140,20 @@ RIVALS: dict[str, tuple[str, str, Loss, str]] = {  # label, family, loss, layer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compile everything and write the JSON."""
+    """Compile everything and write the JSON, in which axes that are not asked for stay as they were."""
     parser = argparse.ArgumentParser(description="How the memory of a step grows with the size of the model.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for trying things out")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what grows (default: all)")
     parser.add_argument("--output", type=Path, default=DEFAULT_FOLDER / "growth.json", help="where the JSON goes")
     options = parser.parse_args(arguments)
+    found = json.loads(options.output.read_text())["growth"] if options.output.exists() else {}
+    found |= {name: grow(name, options.quick) for name in options.axes}
     report = {
         "workload": {"name": "growth", "title": "Growth of memory with the size of a model"},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
-        "growth": {name: grow(name, options.quick) for name in options.axes},
+        "growth": {name: found[name] for name in AXES if name in found},
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n")

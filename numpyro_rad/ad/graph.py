@@ -354,10 +354,10 @@ class Graph:
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of all that its edges read and that is not there anyway, stored exactly."""
+        """Bytes of all that its edges read, stored exactly, but for what is there anyway and for gradients of slices."""
         size = 0
         for graph, _, repeats in self.places():
-            read = {r for edge in graph.edges for r in edge.residuals if r in graph.producer}
+            read = {r for edge in graph.edges for r in edge.residuals if r in graph.producer} - graph.gradients
             size += repeats * sum(_jax.aval_bytes(r.aval) for r in read)
         return size
 

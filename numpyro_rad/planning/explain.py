@@ -32,7 +32,8 @@ class Row:
     :ivar dtype: its dtype.
     :ivar decision: ``alive`` (an input of the program), ``recompute``, ``keep``, ``1-bit mask``, or the codec; for all
         residuals of a part that runs in slices, in how many.
-    :ivar exact_bytes: its bytes if it were stored exactly; 0 for inputs, which are not stored.
+    :ivar exact_bytes: its bytes if it were stored exactly; 0 for inputs, which are not stored, and for gradients that
+        slices add up where a result goes.
     :ivar stored_bytes: what the plan stores for it; a copy shared with an earlier row counts there.
     :ivar relative_variance: predicted variance of its estimate divided by its squared norm; 0 if exact.
     :ivar path: its name in the program, see ``Plan.to_dict``.
@@ -465,7 +466,8 @@ def _row(plan: Plan, value: Value, site: str, operation: str, decision: str, sto
     variance = 0.0
     if linear and carrier in plan.encoded:
         variance = plan.encoded[carrier].codec.relative_variance(carrier.aval.shape)
-    exact = 0 if decision == "alive" else _jax.aval_bytes(aval) * plan.repeat
+    anyway = decision == "alive" or value in plan.graph.gradients
+    exact = 0 if anyway else _jax.aval_bytes(aval) * plan.repeat
     line = equation.line if equation is not None else ""
     path = (*plan.path, value.number)
     within = _within(plan.graph, value)
