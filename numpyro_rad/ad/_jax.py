@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial, reduce
@@ -603,7 +604,7 @@ def _entry_bytes(dtype: np.dtype) -> int:
 
 
 def source_line(equation: JaxprEquation) -> str:
-    """``file.py:line`` of the innermost frame of the user, empty if unknown.
+    """``file.py:line`` of the innermost frame of the user (``In[4]:line`` in a notebook), empty if unknown.
 
     Frames of JAX, NumPyro and this package do not count. Those of other installed packages (a neural network's layers)
     count where there is no file of the user's own.
@@ -613,11 +614,18 @@ def source_line(equation: JaxprEquation) -> str:
         name = _whole_name(frame.file_name)
         if name.startswith(_MACHINERY):
             continue
-        line = f"{os.path.basename(name)}:{frame.start_line}"
+        line = f"{_cell(frame.file_name) or os.path.basename(name)}:{frame.start_line}"
         if not name.startswith(_INSTALLED):
             return line
         found = found or line
     return found
+
+
+def _cell(file_name: str) -> str:
+    """What a notebook calls the cell that a file of its kernel holds, as in ``In[4]``; empty for other files."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    found = shell.compile.format_code_name(file_name) if shell is not None else None
+    return "" if found is None else found[1]
 
 
 @functools.lru_cache(4096)

@@ -354,7 +354,7 @@ class Graph:
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of all that its edges read, stored exactly, but for what is there anyway and for gradients of slices."""
+        """Bytes of all that its edges read, stored exactly; what is there anyway and gradients of slices left out."""
         size = 0
         for graph, _, repeats in self.places():
             read = {r for edge in graph.edges for r in edge.residuals if r in graph.producer} - graph.gradients

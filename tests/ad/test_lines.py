@@ -1,6 +1,8 @@
 """Plans name lines of the user's own program, wherever that program is."""
 
 import linecache
+import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from IPython.core.compilerop import CachingCompiler
 from numpyro.contrib.module import flax_module
 from numpyro.infer import SVI, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
@@ -114,3 +117,12 @@ def test_layers_of_other_libraries_without_a_file_of_the_users(encode_all):
         assert _jax.source_line(equation).startswith("test_lines.py:")
     finally:
         _jax._INSTALLED = installed
+
+
+def test_a_cell_of_a_notebook_has_its_own_name(encode_all, monkeypatch):
+    """As the notebook shows it, which is also what a rule of ``overrides=`` may name."""
+    shell = types.SimpleNamespace(compile=CachingCompiler())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    program = {}
+    exec(compile(PROGRAM, shell.compile.cache(PROGRAM, 4), "exec"), program)
+    assert f"In[4]:{LAYER}" in lines(RAD_ELBO(codec=StochasticRound(4)), program["model"], X, Y)
