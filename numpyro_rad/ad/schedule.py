@@ -98,12 +98,16 @@ def backward_stages(graph: Graph, arriving: Collection[Value]) -> list[list[Edge
         for tangent in edge.inputs:
             complete[tangent] = max(ready, complete.get(tangent, 0))
     # Each edge waits until a cotangent that it adds to is needed: by the edge that made the tangent or, for the inputs
-    # of the graph, when the last contribution arrives.
+    # of the graph, when the last contribution arrives. It does not where that is smaller than what it waits with: a
+    # weight that many layers share, or that is a slice of one array, would keep the cotangents of all layers alive.
     producer = {o: e for e in live for o in e.outputs}
     stage: dict[Edge, int] = {}
     for edge in reversed(live):
         needed = [stage[producer[t]] - producer[t].expensive if t in producer else complete[t] for t in edge.inputs]
         stage[edge] = min(needed, default=0)
+        if sum(kept_bytes(t) for t in edge.inputs) < sum(kept_bytes(t) for t in edge.outputs):
+            first = max(complete[o] for o in edge.outputs if o in complete) + edge.expensive
+            stage[edge] = min(stage[edge], first)
     result: dict[int, list[Edge]] = {}
     for edge in live:
         result.setdefault(stage[edge], []).append(edge)

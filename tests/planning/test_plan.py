@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from jax.extend import core as jex_core
 from jax.interpreters import ad, mlir
-from programs import few, temp_bytes
+from programs import few, normal, temp_bytes
 
 import numpyro_rad
 from numpyro_rad import BudgetError, Keep, StochasticRound, explain, rad
@@ -625,3 +625,20 @@ def test_dead_edges_and_unused_inputs_need_nothing():
     jaxpr, _, _ = _jax.trace(lambda x, w: (x @ w).sum() + 0 * jnp.tanh(x @ w @ w).sum(), X, W)
     p = make_plan(linearize(jaxpr, [False, False]), PlanRequest(uniform(Keep())))
     assert p.stored_bytes == 0 and not p.graph.edges
+
+
+def test_weights_of_all_layers_in_one_array_take_no_more_than_apart():
+    """What a layer adds to their cotangent is added at once: to wait would keep the cotangents of all layers alive."""
+    x, ws = normal(2048, 32), normal(8, 32, 32, scale=0.2)
+
+    def stacked(ws):
+        h = x
+        for i in range(len(ws)):
+            h = h + jax.nn.gelu(h) @ ws[i]
+        return (h**2).sum()
+
+    def temp(f, args):
+        return temp_bytes(jax.grad(partial(rad(f, codec=StochasticRound(4)), KEY)), args)
+
+    together, apart = temp(stacked, ws), temp(stacked, list(ws))
+    assert together < 1.5 * apart
