@@ -471,7 +471,7 @@ def linear_transpose(
     return jax.linear_transpose(f, *structs)(list(cotangents))
 
 
-PULLED_BY = "pulled_by"
+PULLED_BY = "slices"  # what plans call it, since nothing else is pulled back so
 _PULLED_BY = Primitive(PULLED_BY)
 _PULLED_BY.multiple_results = True
 _PULLED_BY.def_abstract_eval(lambda *operands, pull, results: list(results))

@@ -11,6 +11,7 @@ kind                Jacobian                                        an estimate 
 ``Contraction``     linear in one operand: products, convolutions   that operand
 ``Rearrangement``   zeros and ones, for all that is stored of it    nothing
 ``Pointwise``       diagonal, of steps that are not fused           a factor
+``Again``           that of slices that run again                   nothing
 ``Unknown``         anything else: the safe default                 nothing
 ``Opaque``          of a call that cannot be parted                 nothing
 ``ControlFlowEdge`` that of loops and branches                      what their bodies say
@@ -213,6 +214,13 @@ class Pointwise(_Step):
 
 
 @dataclasses.dataclass(eq=False, slots=True)
+class Again(_Step):
+    """Slices of a part that run again: what they compute from is exact."""
+
+    expensive: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(eq=False, slots=True)
 class Unknown(_Step):
     """Any other linear step, whose residuals are exact."""
 
@@ -225,7 +233,9 @@ def linear_edge(name: str, operands: Operands, results: Sequence[Value], line: s
     traits = primitives.of(name)
     bilinear = traits.bilinear and len(operands.tangents) == 1
     linear = tuple(bilinear and primitives.is_real_float(r.aval.dtype) for r in operands.residuals)
-    if traits.structural:
+    if name == _jax.PULLED_BY:
+        kind = Again
+    elif traits.structural:
         kind = Rearrangement
     elif traits.coefficient is not None:
         kind = Pointwise

@@ -627,6 +627,12 @@ def test_explain_says_so():
     assert "axis of 256" in text and "in 8 slices" in text and "test_slices.py:" in text
 
 
+def test_explain_says_what_runs_again():
+    shown = explain(rad(kernel_of_features, exact=True, slices=3), jax.random.key(0), W, V, B, argnums=(0, 1, 2))
+    assert "once more on the way back" in str(shown)
+    assert "slices" in {row.operation for row in shown.rows} and not any("slices" in name for name in shown.defaults)
+
+
 def test_options_are_checked():
     with pytest.raises(TypeError, match="a number of slices is expected"):
         RAD_ELBO(slices=2.5)
