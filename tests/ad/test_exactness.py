@@ -653,3 +653,15 @@ def test_inner_and_outer_differentiation_at_once():
         return jax.grad(loss)(scale)
 
     np.testing.assert_allclose(outer(with_keep), outer(exactly), **DOUBLE)
+
+
+@pytest.mark.parametrize("f", [lambda h: h.sum() ** 2, lambda h: h.sum() * jnp.sin(h).sum()], ids=["waist", "stage"])
+def test_gradients_of_slices(f):
+    """Forward and backward together, and again on the way back: for the latter there is a primitive of our own."""
+    x, w = numbers(12, 4), numbers(4, 4)
+
+    def loss(w):
+        return f(jnp.tanh(x @ w) @ w)
+
+    got = jax.jit(jax.grad(lambda w: rad(loss, exact=True, slices=3)(KEY, w)))(w)
+    np.testing.assert_allclose(got, jax.grad(loss)(w), rtol=1e-4, atol=1e-5)
