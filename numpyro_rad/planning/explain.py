@@ -347,7 +347,7 @@ class Comparison:
             for d in self.rows
         ]
         totals = [cell for plan in self.plans for cell in ("", size_text(plan.stored_bytes), "")]
-        below = []
+        below = [] if self.rows else ["Both plans do the same with every residual."]
         for name, plan in zip(("First", "Second"), self.plans, strict=True):
             expected = _prediction(plan.predicted) if plan.predicted is not None else "nothing is predicted."
             below.append(f"{name} plan: {expected}")

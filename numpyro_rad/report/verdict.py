@@ -414,8 +414,14 @@ def _of_noise(record: FitRecord) -> Iterator[Finding]:
     if parts[largest] <= 0:
         return
     remedy = _REMEDIES[largest]
-    what = f"{100 * parts[largest]:.0f} % of the gradient's variance comes from {dict(SOURCES)[largest]}."
-    yield Finding("note", what, f"To lower the noise, begin there: {remedy}.")
+    source = dict(SOURCES)[largest]
+    if "batches" in record.options and not measured.total.minibatch.value:  # a loader's, of which one was looked at
+        what = f"Within one batch {100 * parts[largest]:.0f} % of the gradient's variance comes from {source}."
+        advice = "What batches add to it was not measured: gradient_variance(svi, result, *batch, batches=others) does."
+        yield Finding("note", what, advice)
+    else:
+        what = f"{100 * parts[largest]:.0f} % of the gradient's variance comes from {source}."
+        yield Finding("note", what, f"To lower the noise, begin there: {remedy}.")
     signal = measured.signal_to_noise
     error = signal.standard_error if math.isfinite(signal.standard_error) else 0.0
     if not signal.value + 2 * error < LITTLE_SIGNAL:

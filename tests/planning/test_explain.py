@@ -145,6 +145,7 @@ def test_the_order_of_two_plans_only_mirrors_them():
 def test_a_plan_beside_itself_shows_totals_only():
     shown = table(network, codec=StochasticRound(4))
     found = compare(shown, shown)
+    assert "do the same" in str(found)
     assert found.rows == ()
     assert "total" in str(found) and "4-bit" not in str(found)
 

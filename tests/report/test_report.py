@@ -293,6 +293,17 @@ def test_convergence(r_hat, converged, words, level):
     assert says(dataclasses.replace(record, quality=quality), words) == ([level] if level else [])
 
 
+def test_batches_of_a_loader_are_not_said_to_add_nothing():
+    """The noise of one of them is measured: what they add to it is not known."""
+    measured = fits.gradient_variance(["w"], 0.06)
+    still = dataclasses.replace(measured.total, minibatch=Estimate(0.0, 0.0))
+    record = dataclasses.replace(fits.good(), gradient_variance=dataclasses.replace(measured, total=still))
+    loaded = dataclasses.replace(record, options={**record.options, "batches": "3 epochs"})
+    whole, within = (report.html(r) for r in (record, loaded))
+    assert "begin there" in whole and "Within one batch" not in whole
+    assert "Within one batch" in within and "begin there" not in within
+
+
 def test_little_signal_is_bad_news_only_while_the_loss_falls():
     record = dataclasses.replace(fits.good(), gradient_variance=fits.gradient_variance(["w"], 0.06, signal=0.001))
     assert says(record, "nearly all noise") == ["note"]
