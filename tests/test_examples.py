@@ -482,7 +482,6 @@ BUDGETS = ["budgets_p1", "budgets_p2", "budgets_p3"]
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        ("README.md", ["p1"]),
         ("docs/benchmarks.md", ["p1", "p2", "p3", "match", "compiled", "growth", "memory", *BUDGETS]),
     ],
 )

@@ -40,7 +40,7 @@ from numpyro_rad.planning.ways import Way
 from numpyro_rad.wording import arguments_text, call_text
 
 DEFAULT_CODEC = StochasticRound(bits=4)
-"""Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (README, "Measured")."""
+"""Four bits: an eighth of the bytes, for less than 1 % more variance of SVI's gradient (docs/benchmarks.md, P1)."""
 
 LEAST_OFFLOADED_BYTES = 2**20
 """Smaller values are not worth the time that a transfer takes to start."""
