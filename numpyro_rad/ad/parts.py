@@ -17,6 +17,7 @@ In both, what is mixed before is an input of the part. A part is left as it is i
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -31,6 +32,15 @@ from numpyro_rad.ad.linearize import Flat
 
 WORTH = 0.1
 """A part whose slices run again should compute such a share of all that is dear in the program."""
+
+
+class _Use(enum.Enum):
+    """What a step does with an axis."""
+
+    NOTHING = enum.auto()
+    HANDS_ON = enum.auto()
+    SUMS_UP = enum.auto()
+    MIXES = enum.auto()
 
 
 class Bytes(NamedTuple):
@@ -155,23 +165,23 @@ class Program:
         flat = self.flat.steps[number]
         return flat.mixed or any(o in self.moving for o in flat.operands)
 
-    def _use(self, number: int, axis: int) -> str:
-        """What a step does with an axis: nothing (an empty text), "hands it on", "sums it up", or "mixes" it."""
+    def _use(self, number: int, axis: int) -> _Use:
+        """What a step does with an axis."""
         flat, step = self.flat.steps[number], self.steps[number]
         values = (*flat.operands, *flat.results)
         try:
             found = [self.has(v, axis) for v in values]
         except _Mixed:
-            return "mixes"
+            return _Use.MIXES
         if not any(found):
             inside = (n for body in step.bodies for s in body.steps for n in (*s.operands, *s.results))
-            return "mixes" if any(self.axes.position(n, axis) is not None for n in inside) else ""
+            return _Use.MIXES if any(self.axes.position(n, axis) is not None for n in inside) else _Use.NOTHING
         if self._any(step.mixed, axis) or self._any(step.made, axis):
-            return "mixes"
+            return _Use.MIXES
         kept = [self.has(r, axis) for r in flat.results]
         if all(kept):
-            return "hands it on"
-        return "sums it up" if not any(kept) and self._any(step.summed, axis) else "mixes"
+            return _Use.HANDS_ON
+        return _Use.SUMS_UP if not any(kept) and self._any(step.summed, axis) else _Use.MIXES
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -225,14 +235,14 @@ class Program:
         for number in reversed(range(len(self.steps))):
             flat, use = self.flat.steps[number], self._use(number, axis)
             moves = self.moves(number)
-            comes_back = use == "sums it up" and any(r in leading for r in flat.results)
-            mixes = use == "mixes" or (use == "sums it up" and (comes_back or not moves))
-            needed = any(r in whole for r in flat.results)
+            leads, needed = (any(r in those for r in flat.results) for those in (leading, whole))
+            # a sum that comes back to the axis mixes it, and one of what is only data is there before
+            mixes = use is _Use.MIXES or (use is _Use.SUMS_UP and (leads or not moves))
             if mixes or needed:
                 whole.update(flat.operands)
-            if use and not mixes and not (needed and moves):
+            if use in (_Use.HANDS_ON, _Use.SUMS_UP) and not mixes and not (needed and moves):
                 inside.add(number)
-            if use or any(r in leading for r in flat.results):
+            if leads or use is not _Use.NOTHING:
                 leading.update(flat.operands)
         return inside
 
@@ -249,7 +259,8 @@ class Program:
             use, moves = self._use(number, axis), self.moves(number)
             follows = any(o in after for o in flat.operands)
             back = any(o in made and not self.has(o, axis) for o in flat.operands)  # a sum of the part
-            if use and use != "mixes" and not follows and not back and (moves or use == "hands it on"):
+            fits = use is _Use.HANDS_ON or (use is _Use.SUMS_UP and moves)
+            if fits and not follows and not back:
                 inside.add(number)
                 if moves:
                     made.update(flat.results)
