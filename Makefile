@@ -1,6 +1,6 @@
 # make demo   train one Bayesian neural network twice, exact and randomized, and compare (under 3 minutes)
 # make test   run the test suite
-# make docs   build the site, all notebooks executed, into docs/_build/html (4 minutes)
+# make docs   build the site, all notebooks executed, into docs/_build/html (8 minutes)
 # make package  build wheel and sdist into dist, and try both in an environment of their own (2 minutes)
 # make lint   ruff (lint and format) and pyright
 # make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
