@@ -489,6 +489,7 @@ def pulled_by(
 
 
 def _pull(cotangents: Sequence[Any], *operands: Any, pull: Jaxpr, results: Sequence[Aval]) -> list[jax.Array | None]:
+    """The transpose of :func:`pulled_by`: cotangents of the tangents among its operands."""
     n_arrays = len(pull.jaxpr.invars) - len(results)
     pulled = evaluate(pull, [*operands[:n_arrays], *map(ad.instantiate_zeros, cotangents)])
     given = [ad.is_undefined_primal(x) for x in operands[n_arrays:]]

@@ -319,14 +319,14 @@ class Part:
         takes: that has to be there, however many slices there are.
         """
         program = self.program
-        taken = (a for a in self.inputs()[0] if a not in program.inputs and self.position(a) is not None)
+        taken = (a for a in self.inputs[0] if a not in program.inputs and self.position(a) is not None)
         made, there = program.made(self.inside), program.size_of(*self.ends, *taken)
         return Bytes(made.dear - there.dear, made.all - there.all)
 
     @property
     def gradient_bytes(self) -> int:
         """Bytes of the gradient in what the part takes, which of a waist stays until the backward sweep."""
-        return sum(_jax.aval_bytes(t.aval) for t in self.inputs()[1])
+        return sum(_jax.aval_bytes(t.aval) for t in self.inputs[1])
 
     @property
     def last(self) -> _jax.JaxprEquation:
@@ -346,6 +346,7 @@ class Part:
                 found.append(number)
         return found[::-1]
 
+    @functools.cached_property
     def inputs(self) -> tuple[list[Atom], list[Value]]:
         """Primal values and tangents that slices take from outside; of constants, those with the axis."""
         flat, has = self.program.flat, self.program.has
@@ -369,7 +370,7 @@ class Part:
     def outside(self) -> list[int]:
         """Numbers of the steps that are run outside of the part, in order."""
         flat = self.program.flat
-        primals, tangents = self.inputs()
+        primals, tangents = self.inputs
         live: set[Atom] = {*self.program.outputs, *primals, *tangents}
         found = []
         for number in reversed(range(len(flat.steps))):

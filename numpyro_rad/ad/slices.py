@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from numpyro_rad.ad import _jax
-from numpyro_rad.ad.graph import Atom, Constant, Graph, Slices, read
+from numpyro_rad.ad.graph import Atom, Constant, Graph, Slices, Value, read
 from numpyro_rad.ad.linearize import split_body
 from numpyro_rad.ad.parts import WORTH, Part, find
 from numpyro_rad.ad.plan import Plan
@@ -107,7 +107,7 @@ class _Loop:
         self.n_inner = 1 if part.again else max(1, n_slices // part.size)
         self.plans: dict[int, PlannedSlice] = {}
         self.programs: dict[int, _jax.Jaxpr] = {}
-        self.primals, self.tangents = part.inputs()
+        self.primals, self.tangents = part.inputs
         self.places = [part.position(a) for a in self.primals]
         self.gradient_places = [part.position(t) for t in self.tangents]
 
@@ -148,10 +148,9 @@ class _Loop:
         state, _ = lax.scan(iterate, state, self.size * jnp.arange(n_full, dtype=jnp.int32))
         return run(state, n_full * self.size, rest) if rest else state
 
-    def zeros(self, atoms: Sequence[Atom], places: Sequence[int | None]) -> list[jax.Array]:
+    def zeros(self, values: Sequence[Value], places: Sequence[int | None]) -> list[jax.Array]:
         """Where slices add up what they share, in full precision, or write what has the axis."""
-        avals = [a.aval for a in atoms if not isinstance(a, Constant)]
-        pairs = zip(avals, places, strict=True)
+        pairs = zip((v.aval for v in values), places, strict=True)
         return [jnp.zeros(a.shape, _wide(a.dtype) if at is None else a.dtype) for a, at in pairs]
 
     def taken(
