@@ -29,6 +29,7 @@ nb_execution_cache_path = "docs/_build/.jupyter_cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_show_tb = True
+nb_output_stderr = "warn"  # and that ends the build too
 nb_merge_streams = True  # what a cell prints is one box, however slowly it comes
 
 # Signatures are those of the source, a line for each parameter
