@@ -19,6 +19,7 @@ FRONT_PAGE = {  # how a row begins, and whose numbers it has
     "Bayesian neural network": "p1",
     "recurrent network": "p2",
     "convolutional network": "p3",
+    "reaction-diffusion equation": "p4",
     "Transformer encoder": "p5",
     "convolutional autoencoder": "p5vae",
 }
@@ -59,6 +60,13 @@ def test_the_front_page_says_what_was_measured(row):
     ratio = found["ratio_to_exact"]
     assert memory == f"1/{1 / ratio['temp_bytes']:.0f}" and time == f"{ratio['step']:.2f}x"
     assert as_fraction(ratio["temp_bytes"]).startswith("1/")
+
+
+def test_no_table_is_empty():
+    """A table between its marks comes from a JSON file, so that nobody misses it in the text."""
+    for page in DOCS.glob("*.md"):
+        for name, table in re.findall(r"(?s)<!-- (\S+)-table -->(.*?)<!-- /\1-table -->", page.read_text()):
+            assert table.count("\n| ") > 3, f"{page.name}: {name}"
 
 
 def test_the_messages_that_are_explained_are_those_of_the_library():
