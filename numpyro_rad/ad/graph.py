@@ -252,6 +252,7 @@ class Slices:
     :ivar nanoseconds: what all slices take besides what the parts take in one go, about.
     :ivar nanoseconds_each: what of that one more slice would take, with its share of the parts' own work left out.
     :ivar exact_bytes: of the residuals of the parts in one go.
+    :ivar exact_step: nanoseconds of the whole program's exact step in one go, about.
     :ivar program: the fingerprint of the program in one go.
     """
 
@@ -264,6 +265,7 @@ class Slices:
     nanoseconds: float
     nanoseconds_each: float
     exact_bytes: int = 0
+    exact_step: float = 0.0
     program: str = ""
 
     def beside(self, other: Slices) -> Slices:

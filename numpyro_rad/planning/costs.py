@@ -38,6 +38,8 @@ class CostModel:
     :ivar code_per_entry: of an entry that is encoded and decoded by plain rounding.
     :ivar code_start: what a code takes to start, likewise.
     :ivar make_start: what a step takes to start, run for the first time or again, likewise.
+    :ivar draw_start: what random numbers that are drawn again take to compile again, some 90 ms for each array, spread
+        over a hundred steps: who tries a model out waits for the compiler as well.
     :ivar offload_per_byte: of a byte that is sent to the host and fetched.
     :ivar hold_per_byte: of a byte that is held from one sweep to the other, with ``hold_from_bytes`` of residuals or
         more: allocators map large temporary memory anew in each step, and all that is held comes from main memory.
@@ -62,6 +64,7 @@ class CostModel:
     code_per_entry: float
     code_start: float
     make_start: float
+    draw_start: float = 900_000.0
     offload_per_byte: float
     hold_per_byte: float = 0.0
     hold_from_bytes: int = 2**25
@@ -110,7 +113,7 @@ CPU = CostModel(
         "power": 2.0,
         "gamma": 10.0,
         "bessel": 8.0,
-        "random": 8.0,
+        "random": 12.0,
         "series": 200.0,
         "cumulative": 1.0,
         "indexed": 1.0,
@@ -129,9 +132,9 @@ CPU = CostModel(
     hold_per_byte=0.7,
     slice_start=700.0,
 )
-"""Two CPU cores, measured. Small products do not run on all cores. To start an operation inside of a loop over slices
-took 500 to 2600 in a recurrent network, the less the more slices. There is no link to a host: its price is that of one
-with a hundredth of the memory's bandwidth."""
+"""Two CPU cores, measured. Small products do not run on all cores. Random bits took 8 to 14, relative to products, on two
+machines. To start an operation inside of a loop over slices took 500 to 2600 in a recurrent network, the less the more
+slices. There is no link to a host: its price is that of one with a hundredth of the memory's bandwidth."""
 
 _INSTRUCTIONS = {
     "simple": 1,

@@ -174,7 +174,7 @@ class PlanProblem:
             self.number[value] = self._keep(kept_bytes(value), repeat, held_in)
         made = [v for v in equation.outputs if _is_made_again(equation, v, repeat) and self._may_be_made(v)]
         if made:
-            cost = self._price(self.timing.making([equation]) * repeat) if forward else 0.0
+            cost = self._price(self.timing.making_again(equation, repeat)) if forward else 0.0
             self._problem.add_maker([self.number[v] for v in made], operands, cost)
         if graph is not self.graph or self.cuts.chain is not None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from numpyro_rad.ad.codecs import Codec
@@ -14,7 +15,7 @@ class Timing:
     """Nanoseconds of a program's parts.
 
     :ivar storing: what the exact step spends on its residuals.
-    :ivar step: what the exact step takes.
+    :ivar step: what the exact step takes, of the program in one go.
     """
 
     def __init__(self, graph: Graph, costs: CostModel) -> None:
@@ -22,8 +23,12 @@ class Timing:
         storing, size = self._exact_storing()
         self._hold = costs.holding(size)
         self.storing = storing + self.holding(size)
-        # the backward sweep has two products for each of the forward sweep
-        self.step = max(1.0, 3 * self.forward(graph) + self.storing)
+        self.step = max(1.0, self._exact_step() if graph.slices is None else graph.slices.exact_step)
+
+    def _exact_step(self) -> float:
+        """Of a program in one go: the backward sweep has two products for each of the forward sweep, and draws nothing."""
+        nothing_drawn = dataclasses.replace(self._costs, entry={**self._costs.entry, "random": 0.0})
+        return self.forward(self._graph) + 2 * _forward(self._graph, 1, nothing_drawn) + self.storing
 
     def _exact_storing(self) -> tuple[float, int]:
         """How long storing all residuals takes, besides holding them, and their bytes."""
@@ -39,13 +44,15 @@ class Timing:
 
     def forward(self, graph: Graph, repeat: int = 1) -> float:
         """To run a graph forward so many times."""
-        own = sum(self.making([e]) for e in graph.equations if e.node is None)
-        bodies = [(b, repeat * e.node.repeats) for e in graph.equations if e.node is not None for b in e.node.bodies]
-        return own * repeat + sum(self.forward(b, times) for b, times in bodies)
+        return _forward(graph, repeat, self._costs)
 
     def making(self, equations: Iterable[Equation]) -> float:
         """To run equations that are no control flow."""
-        return sum(self._costs.nanoseconds(e.work) + self._costs.make_start for e in equations)
+        return _making(equations, self._costs)
+
+    def making_again(self, equation: Equation, repeat: int) -> float:
+        """To run an equation that is no control flow so many times more than once."""
+        return self.making([equation]) * repeat + self._costs.draw_start * equation.draws_bits
 
     def keeping(self, size: int) -> float:
         """To store so many bytes exactly and read them."""
@@ -62,6 +69,16 @@ class Timing:
     def offloading(self, value: Value) -> float:
         """To send a value to the host and fetch it."""
         return self._costs.offload_per_byte * kept_bytes(value)
+
+
+def _forward(graph: Graph, repeat: int, costs: CostModel) -> float:
+    own = _making((e for e in graph.equations if e.node is None), costs)
+    bodies = [(b, repeat * e.node.repeats) for e in graph.equations if e.node is not None for b in e.node.bodies]
+    return own * repeat + sum(_forward(b, times, costs) for b, times in bodies)
+
+
+def _making(equations: Iterable[Equation], costs: CostModel) -> float:
+    return sum(costs.nanoseconds(e.work) + costs.make_start for e in equations)
 
 
 def launches(graph: Graph) -> int:

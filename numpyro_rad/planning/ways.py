@@ -109,6 +109,7 @@ def _cut(
         nanoseconds=slices.nanoseconds + slices.number * adding,
         nanoseconds_each=slices.nanoseconds_each + adding,
         exact_bytes=max(0, whole.residual_bytes - graph.residual_bytes),
+        exact_step=Timing(whole, costs).step,
         program=whole.fingerprint(),
     )
     return graph
