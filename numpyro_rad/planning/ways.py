@@ -42,10 +42,6 @@ TRIES = 4
 _SHARES = (1.0, 0.25, 0.0625)
 """What all bytes of residuals are worth without a budget, as a share of the step's time: less where plans take long."""
 
-_TRIED = 8
-"""So many slices are tried first where there is no budget: what others take is foretold from them."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Way:
     """How to go through a program.
@@ -102,8 +98,7 @@ def _cut(
     if costs.platform == "cpu":
         both = fast_in_loops(both)
     graph = graph_of_both(both, has_tangent, active)
-    # each slice writes its gradient, reads it and what was added up before, and writes the sum
-    adding = 1.5 * costs.keep_per_byte * part.gradient_bytes
+    adding = _adding(part, costs)
     graph.slices = dataclasses.replace(
         slices,
         nanoseconds=slices.nanoseconds + slices.number * adding,
@@ -113,6 +108,11 @@ def _cut(
         program=whole.fingerprint(),
     )
     return graph
+
+
+def _adding(part: Part, costs: CostModel) -> float:
+    """Nanoseconds that a slice takes to write its gradient, read it and what was added up before, and write the sum."""
+    return 1.5 * costs.keep_per_byte * part.gradient_bytes
 
 
 def exact_plan(graph: Graph, costs: CostModel) -> tuple[Plan, float]:
@@ -248,7 +248,7 @@ class Search:
         part = self._part if may_be_sliced else None
         if part is not None and part.again:  # a third forward sweep takes more time than memory is worth
             part = None
-        tried = self._cut(_TRIED) if part is not None and self._starts_in_time(part) else None
+        tried = self._cut(self._foretold(part, size)) if part is not None and self._starts_in_time(part) else None
         for share in _SHARES:
             exact_bytes = max(1, size) / share
             ways = [balanced(self._whole, exact_bytes)]
@@ -344,20 +344,33 @@ class Search:
         """
         slices = graph.slices
         assert slices is not None
-        work = slices.nanoseconds - slices.number * slices.nanoseconds_each
-        size = slices.bytes_in_all
+        best = self._best(least or slices.number, slices.nanoseconds_each, slices.bytes_in_all, exact_bytes)
+        return graph if best == slices.number else self._cut(best)
+
+    def _foretold(self, part: Part, exact_bytes: float) -> int:
+        """How many slices are worth it, about, before any was planned: to plan them twice takes as long again."""
+        starts = self._costs.slice_start * launches(self._whole) * part.share
+        size = exact_plan(self._whole, self._costs)[0].stored_bytes * part.share
+        return self._best(2, starts + _adding(part, self._costs), size, exact_bytes)
+
+    def _best(self, least: int, each: float, size: float, exact_bytes: float) -> int:
+        """How many slices take least time, at least so many.
+
+        :param each: nanoseconds that one more takes.
+        :param size: what all of them hold.
+        :param exact_bytes: as for :meth:`_better`.
+        """
 
         def cost(number: int) -> float:
             held = size / number
-            nanoseconds = work + number * slices.nanoseconds_each + self._costs.holding(held) * held
-            return nanoseconds / self._exact.step + held / exact_bytes
+            return (number * each + self._costs.holding(held) * held) / self._exact.step + held / exact_bytes
 
-        best = number = least or slices.number
+        best = number = least
         while 2 * number <= self._costs.most_slices:
             number *= 2
             if cost(number) <= cost(best) - WORTH:
                 best = number
-        return graph if best == slices.number else self._cut(best)
+        return best
 
     def _fewest(self, number: int = 2) -> Graph | None:
         """As few slices, from a number on, as leave room to keep exactly what is stored outside of them, or else for
