@@ -132,9 +132,9 @@ CPU = CostModel(
     hold_per_byte=0.7,
     slice_start=700.0,
 )
-"""Two CPU cores, measured. Small products do not run on all cores. Random bits took 8 to 14, relative to products, on two
-machines. To start an operation inside of a loop over slices took 500 to 2600 in a recurrent network, the less the more
-slices. There is no link to a host: its price is that of one with a hundredth of the memory's bandwidth."""
+"""Two CPU cores, measured. Small products do not run on all cores. Random bits took 8 to 14, relative to products, on
+two machines. To start an operation inside of a loop over slices took 500 to 2600 in a recurrent network, the less the
+more slices. There is no link to a host: its price is that of one with a hundredth of the memory's bandwidth."""
 
 _INSTRUCTIONS = {
     "simple": 1,

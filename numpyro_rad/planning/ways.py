@@ -42,6 +42,7 @@ TRIES = 4
 _SHARES = (1.0, 0.25, 0.0625)
 """What all bytes of residuals are worth without a budget, as a share of the step's time: less where plans take long."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Way:
     """How to go through a program.
