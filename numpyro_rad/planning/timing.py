@@ -26,7 +26,7 @@ class Timing:
         self.step = max(1.0, self._exact_step() if graph.slices is None else graph.slices.exact_step)
 
     def _exact_step(self) -> float:
-        """Of a program in one go. The backward sweep has two products for each of the forward sweep, and draws nothing."""
+        """Of a program in one go; its backward sweep has two products for each of the forward sweep, and no draws."""
         nothing_drawn = dataclasses.replace(self._costs, entry={**self._costs.entry, "random": 0.0})
         return self.forward(self._graph) + 2 * _forward(self._graph, 1, nothing_drawn) + self.storing
 
