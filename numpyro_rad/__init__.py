@@ -9,8 +9,9 @@ calibrations), ``diagnostics`` (how noisy the gradient is and how good the fit),
 (both as a JAX transformation), ``elbo`` (both in NumPyro), ``diagnostics``, ``report`` and ``training``.
 """
 
-from numpyro_rad.ad.codecs import Keep, StochasticRound
+from numpyro_rad.ad.codecs import Keep
 from numpyro_rad.ad.plan import BudgetError
+from numpyro_rad.ad.rounding import StochasticRound
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.diagnostics.variance import gradient_variance
 from numpyro_rad.elbo import RAD_ELBO

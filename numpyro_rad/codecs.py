@@ -1,15 +1,9 @@
 """Codecs: how a residual is stored, as ``RAD_ELBO(codec=...)``, ``overrides=`` and a plan name it."""
 
-from numpyro_rad.ad.codecs import (
-    BitMask,
-    Codec,
-    DitheredRound,
-    Keep,
-    RandomProjection,
-    SampleAxis,
-    SampledRound,
-    StochasticRound,
-)
+from numpyro_rad.ad.codecs import BitMask, Codec, Keep
+from numpyro_rad.ad.rotation import RotatedRound
+from numpyro_rad.ad.rounding import DitheredRound, SampledRound, StochasticRound
+from numpyro_rad.ad.sampling import RandomProjection, SampleAxis
 
 __all__ = [
     "BitMask",
@@ -17,6 +11,7 @@ __all__ = [
     "DitheredRound",
     "Keep",
     "RandomProjection",
+    "RotatedRound",
     "SampleAxis",
     "SampledRound",
     "StochasticRound",

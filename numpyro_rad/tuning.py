@@ -55,7 +55,7 @@ def calibrated(
         every = [found[i] if i in found else jnp.zeros_like(x) for i, x in enumerate(leaves)]
         return pull(treedef.unflatten(every))
 
-    calibrator = Calibrator(taken.graph, (*strategies.LADDER, *strategies.DITHERED), most)
+    calibrator = Calibrator(taken.graph, (*strategies.LADDER, *strategies.MEASURED), most)
     for i, key in enumerate(jax.random.split(jax.random.fold_in(svi_state.rng_key, _TAG), draws)):
         sign_key, loss_key, row_key = jax.random.split(key, 3)
         _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))

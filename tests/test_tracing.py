@@ -88,7 +88,7 @@ def test_so_much_is_remembered_of_what_was_asked_last():
 def test_where_the_compiler_says_nothing(monkeypatch):
     monkeypatch.setattr(_jax, "compiled_bytes", lambda compiled: None)
     monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:1])
-    monkeypatch.setattr(strategies, "DITHERED", ())
+    monkeypatch.setattr(strategies, "MEASURED", ())
     x = X.reshape(2, 3)
     svi = SVI(linear, AutoNormal(linear), optax.adam(0.05), RAD_ELBO(added_variance=0.1))
     state = svi.init(jax.random.PRNGKey(0), x, x[:, 0])

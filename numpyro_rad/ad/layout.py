@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+"""Bits of an entry, and the planes that they are shared out to, the lower ones first. In each, entries fill bytes."""
+
 LEAST_ROW = 32
 """Trailing axes of so many entries make rows on their own; shorter ones are taken together with a part of the next."""
 
@@ -48,7 +51,7 @@ def sampled_rows(shape: tuple[int, ...]) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Layout:
     """View of an array as rows, cut into *runs*. One or several runs make a group, and entries at the same place of
-    `slots` neighbouring lanes, of one or several runs, share a byte.
+    neighbouring lanes, of one or several runs, share a byte.
 
     Rows are whole trailing axes where these are long enough, and a lane is a row where there are enough of them. So
     packing and unpacking are vector operations on lanes, and nothing is rearranged on the way from the array and back,
@@ -63,20 +66,22 @@ class Layout:
     width: int  # entries of a run; the last ones of a row may be padding
     block: int  # runs of a group
     lane: int  # runs of a lane
-    slots: int  # entries packed in a byte
+    bits: int  # of an entry
 
     @classmethod
-    def of(cls, shape: Sequence[int], slots: int, group: int | None = None) -> Layout:
+    def of(cls, shape: Sequence[int], bits: int, group: int | None = None) -> Layout:
         """
+        :param bits: of an entry, one of :data:`PLANES`.
         :param group: most entries of a group; None for groups of one run, of any length.
         """
-        return cls._of(tuple(shape), slots, group, jax.device_count())
+        return cls._of(tuple(shape), bits, group, jax.device_count())
 
     @classmethod
     @lru_cache(maxsize=4096)
-    def _of(cls, shape: tuple[int, ...], slots: int, group: int | None, all_devices: int) -> Layout:
+    def _of(cls, shape: tuple[int, ...], bits: int, group: int | None, all_devices: int) -> Layout:
         if not math.prod(shape):
-            return cls(0, 1, 1, 1, 1, 1, slots)
+            return cls(0, 1, 1, 1, 1, 1, bits)
+        slots = 8 // min(PLANES[bits])  # entries that fill a byte in each plane
         size, devices = max(256, group or 0), _sharing(shape[0], all_devices) if shape else 1
         axis, inner, rest = len(shape), 1, 1  # a row takes all of the axes from this one on, or 1 / rest of it
         while axis and inner < LEAST_ROW and rest == 1:
@@ -98,7 +103,7 @@ class Layout:
             block = lanes * lane * _together(rest, inner, group, 1 if axis else devices)
         else:
             block = _together(lanes * lane, width, group, 1)
-        return cls(rows, inner, lanes * lane, width, block, lane, slots)
+        return cls(rows, inner, lanes * lane, width, block, lane, bits)
 
     @property
     def groups(self) -> int:
@@ -110,7 +115,7 @@ class Layout:
 
     def packed_bytes(self, entries: int) -> int:
         """Of so many entries of each run."""
-        return -(-self.lanes // self.slots) * self.lane * entries
+        return sum(-(-self.lanes * plane // 8) for plane in PLANES[self.bits]) * self.lane * entries
 
     def split(self, x: jax.Array) -> jax.Array:
         """Entries as (rows, parts, width)."""
@@ -133,34 +138,55 @@ class Layout:
         return x.reshape(self.rows, self.parts * self.width)[:, : self.inner].reshape(shape)
 
     def pack(self, q: jax.Array) -> tuple[jax.Array, ...]:
-        """Integers below 2**(8 / slots), (rows, parts, some), as bytes: uint8 arrays of shape (bytes, lane, some), of
-        the lanes that fill theirs and of those that are left, if any.
+        """Integers below 2**bits, (rows, parts, some), as bytes: for each plane uint8 arrays of shape (bytes, lane,
+        some), of the lanes that fill theirs and of those that are left, if any.
 
         These are not one array. With a padding of all lanes, or a concatenation of both parts, whatever makes the
         numbers would be fused with it and not vectorized: with JAX 0.10, inside of loops on CPU, it then takes 5 ns an
         entry instead of 1.2.
         """
         q = q.astype(jnp.uint8).reshape(self.lanes, self.lane, q.shape[2])
-        whole = self.lanes // self.slots * self.slots
-        if whole == self.lanes:
-            return (self._joined(q),)
-        left = jnp.pad(q[whole:], ((0, self.slots + whole - self.lanes), (0, 0), (0, 0)))
-        return (self._joined(q[:whole]), self._joined(left)) if whole else (self._joined(left),)
+        packed: list[jax.Array] = []
+        for plane in PLANES[self.bits]:
+            part = q if plane == self.bits else q & np.uint8(2**plane - 1)
+            q = q if plane == self.bits else q >> np.uint8(plane)
+            packed += self._packed(part, plane)
+        return tuple(packed)
 
-    def _joined(self, q: jax.Array) -> jax.Array:
-        """So many neighbouring lanes in each byte."""
-        shift = lax.broadcasted_iota(jnp.uint8, (1, self.slots, 1, 1), 1) * np.uint8(8 // self.slots)
-        q = q.reshape(q.shape[0] // self.slots, self.slots, *q.shape[1:])
-        # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
-        # stored. Added rather than combined by "or", which not every backend has among devices.
-        return lax.reduce(q << shift, np.uint8(0), lax.add, (1,))
+    def _packed(self, q: jax.Array, bits: int) -> list[jax.Array]:
+        """One plane."""
+        slots = 8 // bits
+        whole = self.lanes // slots * slots
+        if whole == self.lanes:
+            return [_joined(q, bits)]
+        left = jnp.pad(q[whole:], ((0, slots + whole - self.lanes), (0, 0), (0, 0)))
+        return [_joined(q[:whole], bits), _joined(left, bits)] if whole else [_joined(left, bits)]
 
     def unpack(self, packed: Sequence[jax.Array]) -> jax.Array:
         """What was packed, (rows, parts, some)."""
-        code = jnp.concatenate(packed) if len(packed) > 1 else packed[0]
-        bits = 8 // self.slots
-        shift = lax.broadcasted_iota(jnp.int32, (1, self.slots, 1, 1), 1) * np.int32(bits)
+        arrays, lower, q = iter(packed), 0, None
+        for bits in PLANES[self.bits]:
+            left = self.lanes % (8 // bits)
+            codes = [next(arrays) for _ in range(2 if 0 < left < self.lanes else 1)]
+            code = jnp.concatenate(codes) if len(codes) > 1 else codes[0]
+            plane = self._unpacked(code, bits)
+            q = plane if q is None else q | (plane << np.int32(lower))
+            lower += bits
+        assert q is not None
+        return q.reshape(self.rows, self.parts, q.shape[2])
+
+    def _unpacked(self, code: jax.Array, bits: int) -> jax.Array:
+        """One plane, (lanes, lane, some)."""
+        shift = lax.broadcasted_iota(jnp.int32, (1, 8 // bits, 1, 1), 1) * np.int32(bits)
         q = (code.astype(jnp.int32)[:, None] >> shift) & np.int32(2**bits - 1)
-        return q.reshape(q.shape[0] * self.slots, *code.shape[1:])[: self.lanes].reshape(
-            self.rows, self.parts, code.shape[2]
-        )
+        return q.reshape(q.shape[0] * (8 // bits), *code.shape[1:])[: self.lanes]
+
+
+def _joined(q: jax.Array, bits: int) -> jax.Array:
+    """So many neighbouring lanes in each byte as it has room for."""
+    slots = 8 // bits
+    shift = lax.broadcasted_iota(jnp.uint8, (1, slots, 1, 1), 1) * np.uint8(bits)
+    q = q.reshape(q.shape[0] // slots, slots, *q.shape[1:])
+    # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
+    # stored. Added rather than combined by "or", which not every backend has among devices.
+    return lax.reduce(q << shift, np.uint8(0), lax.add, (1,))

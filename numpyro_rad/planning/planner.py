@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from numpyro_rad.ad import _jax, bounds
-from numpyro_rad.ad.codecs import Codec, StochasticRound
+from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import ControlFlowEdge, Graph, Path, Value, sites
 from numpyro_rad.ad.linearize import linearize
 from numpyro_rad.ad.plan import Plan, carrier_of, kept_bytes
+from numpyro_rad.ad.rounding import StochasticRound
 from numpyro_rad.mistakes import fields_checked, shown
 from numpyro_rad.planning import costs, strategies, ways
 from numpyro_rad.planning.calibration import Calibration

@@ -12,17 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from numpyro_rad.ad import primitives
-from numpyro_rad.ad.codecs import (
-    Codec,
-    DitheredRound,
-    PassThrough,
-    RandomProjection,
-    SampleAxis,
-    SampledRound,
-    StochasticRound,
-)
+from numpyro_rad.ad.codecs import Codec, PassThrough
 from numpyro_rad.ad.graph import Graph, Path, Scan, Value
 from numpyro_rad.ad.plan import BudgetError, Plan, Prediction
+from numpyro_rad.ad.rotation import RotatedRound
+from numpyro_rad.ad.rounding import DitheredRound, SampledRound, StochasticRound
+from numpyro_rad.ad.sampling import RandomProjection, SampleAxis
 from numpyro_rad.ad.segments import cut_chain, segment_lengths
 from numpyro_rad.planning import search, solver
 from numpyro_rad.planning.assembly import plan_of
@@ -41,9 +36,14 @@ LADDER: tuple[Codec, ...] = (
 )
 """Codecs by falling size: rounding first, rounding of a sampled part for about one bit and less."""
 
-DITHERED: tuple[Codec, ...] = tuple(DitheredRound(bits=bits) for bits in (4, 2, 1))
-"""Of the same sizes, with half the variance where entries lie anywhere between the levels and more where they lie on
-them (zeros behind a ReLU, one-hot vectors): measured by a calibration, and chosen with one only."""
+MEASURED: tuple[Codec, ...] = (
+    *(DitheredRound(bits=bits) for bits in (4, 2, 1)),
+    *(RotatedRound(bits=bits) for bits in (4, 3, 2, 1)),
+)
+"""Chosen with a calibration only, for what they are worth depends on the data. With dither there is half the variance
+where entries lie anywhere between the levels, and more where they lie on them (zeros behind a ReLU, one-hot vectors);
+turned, less still at few bits and where a few entries are much larger than the rest, and more where groups are
+constant."""
 
 
 SEGMENT_LEVELS = (1, 2, 3)
@@ -266,7 +266,7 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
 
 def codec_from(fields: dict[str, Any]) -> Codec:
     """The codec of which a name and fields were saved."""
-    known = (StochasticRound, DitheredRound, SampledRound, SampleAxis, RandomProjection)
+    known = (StochasticRound, DitheredRound, SampledRound, RotatedRound, SampleAxis, RandomProjection)
     kinds = {kind.__name__: kind for kind in known}
     return kinds[fields.pop("name")](**fields)
 

@@ -60,7 +60,7 @@ class Timing:
 
     def coding(self, codec: Codec, value: Value) -> float:
         """To encode and decode a value."""
-        return self._costs.code_per_entry * codec.work * value.aval.size + self._costs.code_start
+        return self._costs.code_per_entry * codec.work * value.aval.size + self._costs.code_start * codec.start
 
     def holding(self, size: float) -> float:
         """What it takes besides that so many bytes are held from one sweep to the other."""

@@ -16,25 +16,27 @@ from programs import few
 from zscores import assert_unbiased, assert_uncorrelated, bound, z_scores
 
 from numpyro_rad.ad import _jax
-from numpyro_rad.ad.codecs import (
+from numpyro_rad.ad.seeds import fold, seed_words
+from numpyro_rad.codecs import (
     BitMask,
     Codec,
     DitheredRound,
     Keep,
     RandomProjection,
+    RotatedRound,
     SampleAxis,
     SampledRound,
     StochasticRound,
 )
-from numpyro_rad.ad.seeds import fold, seed_words
 
 DRAWS = 4096
-ROUNDING = [StochasticRound(bits) for bits in (1, 2, 4, 8)] + [StochasticRound(2, group=16)]
-DITHERED = [DitheredRound(bits) for bits in (1, 2, 4, 8)] + [DitheredRound(2, group=16)]
+ROUNDING = [StochasticRound(bits) for bits in (1, 2, 4, 8, 3, 6)] + [StochasticRound(2, group=16)]
+DITHERED = [DitheredRound(bits) for bits in (1, 2, 4, 8, 3, 6)] + [DitheredRound(2, group=16)]
+ROTATED = [RotatedRound(bits) for bits in (1, 2, 3, 4)] + [RotatedRound(2, group=16)]
 SAMPLING = [SampleAxis(0.1), SampleAxis(0.3, "shared"), SampleAxis(0.3, centred=True), SampleAxis(0.1, "shared", True)]
 LINEAR = [*SAMPLING, RandomProjection(0.1), RandomProjection(0.5)]
 SAMPLED = [SampledRound(), SampledRound(1, 16, 3), SampledRound(2, 64, 2)]
-RANDOM = [*ROUNDING, *LINEAR, *SAMPLED, *DITHERED]
+RANDOM = [*ROUNDING, *LINEAR, *SAMPLED, *DITHERED, *ROTATED]
 SHAPES = [(), (0,), (1,), (3,), (7,), (255,), (257,), (1000,), (5, 3, 129), (0, 4), (4, 0), (6, 512), (3, 2000)]
 
 
@@ -120,7 +122,7 @@ def test_unbiased_in_every_entry(codec):
 @pytest.mark.parametrize("dtype", few([jnp.bfloat16, jnp.float16], jnp.bfloat16, slow=0))
 @pytest.mark.parametrize(
     "codec",
-    [*ROUNDING, *DITHERED[1:3], SampleAxis(0.1), SampleAxis(0.3, centred=True), RandomProjection(0.5)],
+    [*ROUNDING, *DITHERED[1:3], RotatedRound(2), SampleAxis(0.1), SampleAxis(0.3, centred=True), RandomProjection(0.5)],
     ids=label,
 )
 def test_unbiased_in_half_precision(codec, dtype):
@@ -156,7 +158,9 @@ ADVERSARIAL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", [StochasticRound(4), DitheredRound(1), DitheredRound(4)], ids=label)
+@pytest.mark.parametrize(
+    "codec", [StochasticRound(4), DitheredRound(1), DitheredRound(4), RotatedRound(1), RotatedRound(4)], ids=label
+)
 def test_unbiased_on_adversarial_arrays(codec):
     """A hundred thousand draws: a bias of a fiftieth of the standard deviation of an entry would be seen."""
     for name, array in ADVERSARIAL.items():
@@ -193,6 +197,17 @@ class OffCentre(DitheredRound):
         return super().decode(seed, (packed, low + step * 0.03, step), like)
 
 
+class OneHadamard(RotatedRound):
+    """Random signs before a fixed rotation: cheaper, and biased where a few entries are larger than the rest."""
+
+    def _rotation(self, seed, layout, dtype):
+        _, signs = super()._rotation(seed, layout, dtype)
+        matrix = np.ones((1, 1), dtype)
+        while len(matrix) < signs.shape[1]:
+            matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
+        return jnp.asarray(matrix, dtype), signs
+
+
 class SlightlyLarge(StochasticRound):
     def decode(self, seed, code, like):
         packed, low, step = code
@@ -216,6 +231,43 @@ def test_bound_is_the_normal_quantile():
 
 
 # Variance and independence
+
+
+@pytest.mark.parametrize("codec", [RotatedRound(1), OneHadamard(1)], ids=repr)
+def test_a_rotation_has_to_be_uniform(codec):
+    """One large entry among small ones of the same size: the first Hadamard transform of it has two values."""
+    x = jnp.asarray(np.concatenate([[3.0], np.full(63, 0.3)]), jnp.float32)
+    draws = draw(codec, x, draws=20_000)
+    if isinstance(codec, OneHadamard):
+        with pytest.raises(AssertionError, match="biased"):
+            assert_unbiased(draws, x)
+    else:
+        assert_unbiased(draws, x)
+
+
+def test_groups_that_are_turned_together_err_apart():
+    """Of 256 rows that are all the same, along one direction: as if each had a matrix of its own, up to rows / n**2."""
+    x, direction = jnp.tile(normal((1, 128)), (256, 1)), jnp.tile(normal((1, 128), number=1), (256, 1))
+    for codec in (RotatedRound(1), RotatedRound(3)):
+        along = ((draw(codec, x, draws=1000) - np.asarray(x)) * np.asarray(direction)).sum((1, 2))
+        assert 0.8 < along.var() / float(codec.variance_along(x, direction)) < 1.25
+
+    class OneSign(RotatedRound):
+        def _rotation(self, seed, layout, dtype):
+            matrix, signs = super()._rotation(seed, layout, dtype)
+            return matrix, jnp.ones_like(signs)
+
+    along = ((draw(OneSign(1), x, draws=200) - np.asarray(x)) * np.asarray(direction)).sum((1, 2))
+    assert along.var() > 50 * float(RotatedRound(1).variance_along(x, direction))
+
+
+def test_what_is_turned_has_an_error_that_depends_on_its_length_alone():
+    for x in (normal((256,)), jnp.asarray(ADVERSARIAL["spike"], jnp.float32)):
+        for bits, expected in ((1, 0.56), (2, 0.128), (3, 0.034), (4, 0.009)):
+            relative = float(RotatedRound(bits).variance(x) / (x**2).sum())
+            assert relative == pytest.approx(expected, rel=0.02)
+            assert RotatedRound(bits).relative_variance(x.shape) == pytest.approx(relative, rel=1e-5)
+    assert np.array_equal(round_trip(RotatedRound(1), seed(0), jnp.zeros(300)), np.zeros(300))
 
 
 @pytest.mark.parametrize("codec", few(RANDOM, *RANDOM[::3], slow=5), ids=label)
@@ -330,7 +382,7 @@ def test_two_valued_groups_are_exact_at_one_bit():
 def test_error_is_below_one_step(codec, shape):
     x = jnp.stack([normal(shape) * np.float32(scale) for scale in (1e-30, 1, 1e37)])
     decoded = np.asarray(jax.jit(jax.vmap(lambda x: round_trip(codec, seed(0), x)))(x))
-    steps = jax.jit(jax.vmap(lambda x: codec.encode(seed(0), x)[2]))(x)
+    steps = jax.jit(jax.vmap(lambda x: codec.encode(seed(0), x)[-1]))(x)
     for scale, exact, estimate, step in zip((1e-30, 1, 1e37), x, decoded, steps, strict=True):
         if exact.size:
             assert np.max(step) <= np.ptp(exact) / (2**codec.bits - 1) * (1 + 1e-6)
@@ -357,7 +409,7 @@ def test_not_finite_stays_visible(codec, bad, dtype):
     assert np.all(np.isfinite(decoded[[0, 2]]))
     poisoned = np.isnan(decoded[1])
     assert not np.any(np.isinf(decoded))
-    if isinstance(codec, StochasticRound):
+    if isinstance(codec, StochasticRound | RotatedRound):
         group = min(codec.group, 512)
         start = 300 // group * group
         assert np.all(poisoned[start : start + group]) and poisoned.sum() == group
@@ -369,7 +421,9 @@ def test_not_finite_stays_visible(codec, bad, dtype):
 
 def test_bad_arguments_say_what_to_do():
     for make, message in [
-        (lambda: StochasticRound(3), "Use 1, 2, 4 or 8"),
+        (lambda: StochasticRound(5), "Use 1, 2, 3, 4, 6 or 8"),
+        (lambda: RotatedRound(8), "Use 1, 2, 3 or 4"),
+        (lambda: RotatedRound(2, group=100), "such as 64"),
         (lambda: StochasticRound(2, group=100), "Try 256"),
         (lambda: StochasticRound(2, group=0), "Try 256"),
         (lambda: SampleAxis(0.0), "Keep"),
@@ -395,7 +449,7 @@ def test_supports():
         assert codec.supports((2,), jnp.bfloat16) and codec.supports((2,), np.dtype("float64"))
         for dtype in (jnp.int32, jnp.bool_, jnp.complex64, jax.random.key(0).dtype):
             assert not codec.supports((2,), dtype)
-        assert codec.supports((), jnp.float32) == isinstance(codec, StochasticRound)
+        assert codec.supports((), jnp.float32) == isinstance(codec, StochasticRound | RotatedRound)
 
 
 def test_labels_and_hashing():

@@ -18,7 +18,7 @@ from programs import few, normal
 from zscores import bound
 
 from numpyro_rad import RAD_ELBO, Keep, NoiseKeys, StochasticRound, explain
-from numpyro_rad.codecs import Codec, DitheredRound, SampleAxis, SampledRound
+from numpyro_rad.codecs import Codec, DitheredRound, RotatedRound, SampleAxis, SampledRound
 from numpyro_rad.planning import calibration, strategies
 
 KEY = jax.random.key(4)
@@ -63,6 +63,8 @@ CODECS = [
     SampleAxis(1 / 64),
     SampledRound(),
     SampledRound(1, 64, 3),
+    RotatedRound(1),
+    RotatedRound(3, group=16),
 ]
 
 
@@ -320,7 +322,7 @@ def empty_carry(x):
 )
 def test_what_is_empty_is_passed_over(none, monkeypatch):
     monkeypatch.setattr(strategies, "LADDER", strategies.LADDER[:1])
-    monkeypatch.setattr(strategies, "DITHERED", ())
+    monkeypatch.setattr(strategies, "MEASURED", ())
 
     def model(x):
         w = numpyro.sample("w", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
@@ -368,7 +370,7 @@ def test_dither_is_chosen_where_it_is_better(no_residual_is_too_small, monkeypat
     assert DitheredRound in kinds
     by_site = {r.site: r.decision for r in explain(svi, state, *args).rows if r.operation == "dot_general"}
     assert "dithered" in by_site["middle"] and "dithered" not in by_site["last"]
-    monkeypatch.setattr(strategies, "DITHERED", ())
+    monkeypatch.setattr(strategies, "MEASURED", ())
     svi.loss = plain.replace(calibration=plain.calibrate(svi, state, *args, draws=4))
     without, _ = plan_and_codecs()
     assert chosen.predicted.added_variance < 0.8 * without.predicted.added_variance

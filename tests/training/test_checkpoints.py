@@ -22,7 +22,7 @@ from programs import same_run
 
 from numpyro_rad import RAD_ELBO
 from numpyro_rad.ad._jax import digest
-from numpyro_rad.ad.codecs import SampleAxis, StochasticRound
+from numpyro_rad.codecs import SampleAxis, StochasticRound
 from numpyro_rad.diagnostics.tracking import Tracking
 from numpyro_rad.planning.calibration import Calibration, ResidualNoise
 from numpyro_rad.training.checkpoints import Checkpoint, CheckpointError, Store, check_same_run
