@@ -66,13 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
         picture = next((pictures[kind] for kind in pictures if kind in report), draw)
         picture(report, options.figure or options.report.with_suffix(".png"))
     for page in options.into:
-        page.write_text(with_table(page.read_text(), report))
+        page.write_text(with_table(page.read_text(), options.report.stem, report))
     print(markdown_table(report))
 
 
-def with_table(page: str, report: dict[str, Any]) -> str:
-    """The page with the report's table between its markers."""
-    name = ("budgets_" if "budgets" in report else "") + report["workload"]["name"]
+def with_table(page: str, name: str, report: dict[str, Any]) -> str:
+    """The page with the report's table between its markers, which are named as the report's file."""
     start, end = (f"<!-- {slash}{name}-table -->" for slash in ("", "/"))
     if page.count(start) != 1 or page.count(end) != 1:
         raise ValueError(f"The page needs one {start} and one {end}, with the table between them.")
@@ -426,7 +425,7 @@ class Point:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Memory against step time, one labelled point per rival; bars are the quartiles of the time."""
     measured = [row for row in report["rivals"] if "temp_bytes" in row and "step" in row]
-    rows = [row for row in measured if not row["name"].endswith("_dithered")]  # beside what is plainly rounded
+    rows = [row for row in measured if not row["name"].endswith(("_dithered", "_rotated"))]  # beside the plain
     reference = next(row for row in rows if row["name"] == "exact")["step"]["median_seconds"]
     axes = new_figure()
     points = []

@@ -163,6 +163,12 @@ def _dithered(bits: int) -> Rival:
     return Rival(name, label, "ours", "randomized", elbo, note=f"DitheredRound(bits={bits})")
 
 
+def _rotated(bits: int) -> Rival:
+    plain, elbo = _rounding(bits), _rad(lambda codecs: codecs.RotatedRound(bits=bits))
+    name, label = f"{plain.name}_rotated", f"{plain.label}, rotated"
+    return Rival(name, label, "ours", "randomized", elbo, note=f"RotatedRound(bits={bits})")
+
+
 def _exact(_: Workload) -> Trace_ELBO:
     return Trace_ELBO()
 
@@ -257,6 +263,9 @@ _ALL = [
     _dithered(4),
     _dithered(2),
     _dithered(1),
+    _rotated(4),
+    _rotated(2),
+    _rotated(1),
     Rival("ours_default", "ours, default", "ours", "randomized", _rad(), note="RAD_ELBO()"),
 ]
 RIVALS: dict[str, Rival] = {rival.name: rival for rival in _ALL}
