@@ -71,7 +71,7 @@ class RotatedRound(Codec):
     Var <d, y> = c |x|**2 (|d|**2 - <d, x>**2 / |x|**2) / (n - 1) for a group of n, with c = 0.56, 0.13, 0.034, 0.009
     for 1 to 4 bits.
 
-    So outliers do no harm, and few bits have much less variance than with plain rounding: an eighth at one bit for
+    So outliers do no harm, and few bits have much less variance than with plain rounding: a twelfth at one bit for
     normal entries, a quarter at two. Where groups are constant or have two values, plain rounding is exact and this is
     not; where entries are small in a group of large ones, their errors are as large as those of the others.
 
