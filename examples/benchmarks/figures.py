@@ -576,7 +576,7 @@ def finish(axes: Axes, title: str, vertical: str) -> None:
     axes.set_ylim(max(min(bottom, 0.7), 0.0), max(top, 1.3))
     if top > 4:  # one slow rival must not push all others together
         axes.set_yscale("log", base=2)
-        axes.set_ylim(0.5, 1.3 * top)
+        axes.set_ylim(min(0.5, 0.8 * axes.dataLim.ymin), 1.3 * top)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
