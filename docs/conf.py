@@ -1,6 +1,10 @@
 """How the site is built: ``make docs``."""
 
 import importlib.metadata
+from typing import Any
+
+import latex2mathml.converter
+from docutils import nodes
 
 project = "numpyro_rad"
 author = "the numpyro_rad developers"
@@ -41,3 +45,24 @@ add_module_names = False
 toc_object_entries_show_parents = "hide"  # there is no room for Class.method
 python_use_unqualified_type_names = True
 suppress_warnings = ["ref.python"]  # a name may live in several packages: where it is made, and where it is offered
+
+# Formulas become MathML, which browsers show by themselves: a page needs nothing from elsewhere
+html_math_renderer = "mathml"
+
+
+def show_inline(translator: Any, node: nodes.math) -> None:
+    """A formula in a line of text."""
+    translator.body.append(latex2mathml.converter.convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def show_block(translator: Any, node: nodes.math_block) -> None:
+    """A formula between two lines; a wide one scrolls."""
+    formula = latex2mathml.converter.convert(node.astext(), display="block")
+    translator.body.append(f'<div class="formula">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Any) -> None:
+    """What Sphinx asks for."""
+    app.add_html_math_renderer("mathml", (show_inline, None), (show_block, None))

@@ -65,11 +65,13 @@ class RotatedRound(Codec):
     Each group x of entries is turned, z = R x, with a rotation R that is uniform over all of them, and every entry of z
     becomes the nearest of the 2**bits levels that suit normal numbers best (times the length of x over the square root
     of the group's size): that is what the entries of z look like, whatever x is. With the levels q and the factor
-    s = |x|**2 / <z, q>, which is stored, the decoder returns y = s R^T q. Unbiased: <x, y> = |x|**2 always, and to turn
+    s = (x . x) / (z . q), which is stored, the decoder returns y = s R^T q. Unbiased: x . y = x . x always, and to turn
     what is orthogonal to x leaves the distribution of R as it is, so that the mean of y has no other direction than x.
     The same two facts say what the variance is: the error is orthogonal to x and alike in all directions there, so
-    Var <d, y> = c |x|**2 (|d|**2 - <d, x>**2 / |x|**2) / (n - 1) for a group of n, with c = 0.56, 0.13, 0.034, 0.009
-    for 1 to 4 bits.
+
+        Var(d . y) = c ((x . x) (d . d) - (d . x)**2) / (n - 1),
+
+    for a group of n, with c = 0.56, 0.13, 0.034, 0.009 for 1 to 4 bits.
 
     So outliers do no harm, and few bits have much less variance than with plain rounding: a twelfth at one bit for
     normal entries, a quarter at two. Where groups are constant or have two values, plain rounding is exact and this is
