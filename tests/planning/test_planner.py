@@ -671,3 +671,44 @@ def test_nothing_is_coded_in_long_loops_unless_that_is_asked_for(monkeypatch):
     assert coded(codec=StochasticRound(bits=4)) and coded(memory_budget=few)
     monkeypatch.setattr(request, "LONG_LOOP", 201)
     assert coded()
+
+
+def attention(x, weights):
+    """Blocks of saturated attention, each after a normalization."""
+    for q, k, v in weights:
+        h = (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-3)
+        x = x + jax.nn.softmax(h @ q @ (h @ k).swapaxes(-1, -2), axis=-1) @ (h @ v)
+    return (x**2).mean()
+
+
+def test_nothing_is_coded_where_values_range_widely_unless_that_is_asked_for(monkeypatch, encode_all):
+    """4 bits are far too coarse for probabilities between 1e-30 and 1, and nothing without data would say so."""
+    x, weights = normal(8, 32, 16), normal(4, 3, 16, 16)
+    exact = jax.grad(attention, 1)(x, weights)
+
+    def coded(**options):
+        return any(p.encoded for p in planned(attention, x, weights, **options).walk())
+
+    def error():
+        got = grad(attention, argnums=1)(KEY, x, weights)
+        return float(((got - exact) ** 2).sum() / (exact**2).sum())
+
+    assert not coded() and error() < 1e-6
+    assert coded(codec=StochasticRound(bits=4)) and coded(memory_budget=x.nbytes)
+    monkeypatch.setattr(planner, "ranges_widely", lambda graph: False)
+    assert coded() and error() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("widely", "f"),
+    [
+        (True, lambda x: (jnp.exp(-((x[:, None] - x) ** 2).sum(-1)) @ x).sum()),  # a kernel
+        (True, lambda x: lax.scan(lambda h, _: (jax.nn.softmax(h, -1).T @ h, None), x, None, length=3)[0].sum()),
+        (False, lambda x: jax.nn.log_softmax(jnp.tanh(x @ x)).sum()),
+        (False, lambda x: (jax.nn.softplus(x) @ jax.nn.gelu(x) @ jax.nn.sigmoid(x)).sum()),
+    ],
+    ids=["kernel", "attention in a loop", "classifier", "activations"],
+)
+def test_what_ranges_widely(widely, f):
+    graph = planned(f, normal(6, 6), exact=True).graph
+    assert request.ranges_widely(graph) == widely
