@@ -180,7 +180,7 @@ def test_exact_plan_has_the_gradient_of_trace_elbo(double, name):
 @pytest.mark.slow
 def test_default_adds_little_to_the_noise_of_the_guide():
     """The measure of the added noise is how the gradient varies anyway from key to key; both are means over keys."""
-    wide = partial(network_regression, hidden=(64, 64))  # in narrow layers codes take longer than they are worth
+    wide = partial(network_regression, hidden=(128, 128))  # in narrow layers codes take longer than they are worth
     problem = program(wide, AutoNormal(wide, init_scale=0.1), *wave(512))
     assert is_random(problem.explain(RAD_ELBO()))
     keys = jax.random.split(jax.random.key(9), 256)

@@ -237,7 +237,7 @@ def test_benchmark_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     sizes = {"batch": 8, "micro_batches": 2, "training_steps": 1, **TINY_WORKLOADS[name]}
     tiny = replace(WORKLOADS[name][0], **sizes)
     monkeypatch.setitem(WORKLOADS, name, (tiny, tiny))
-    output, page = tmp_path / "report.json", tmp_path / "page.md"
+    output, page = tmp_path / f"{name}.json", tmp_path / "page.md"
     run.main([name, "--rivals", "ours_4bit", "--repeats", "1", "--draws", "2", "--output", str(output)])
 
     report = json.loads(output.read_text())
@@ -259,7 +259,7 @@ def test_budget_curves_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_pat
     sizes = {"batch": 8, "micro_batches": 2, "training_steps": 1, **TINY_WORKLOADS["p1"]}
     tiny = replace(WORKLOADS["p1"][0], **sizes)
     monkeypatch.setitem(WORKLOADS, "p1", (tiny, tiny))
-    output, page = tmp_path / "budgets.json", tmp_path / "page.md"
+    output, page = tmp_path / "budgets_p1.json", tmp_path / "page.md"
     settings = ["--rivals", "exact", "--budgets", "0.01,59.9,60", "--repeats", "1", "--draws", "2"]
     budgets.main(["p1", *settings, "--output", str(output)])
 
@@ -500,7 +500,7 @@ def test_default_run_learns(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout.splitlines()[-1])
     assert all(run["accuracy"] > 0.94 for run in numbers.values())  # both get about 0.967 of 360 images
-    assert numbers["RAD_ELBO"]["residual_bytes"] < numbers["Trace_ELBO"]["residual_bytes"] / 4
+    assert numbers["RAD_ELBO"]["residual_bytes"] < numbers["Trace_ELBO"]["residual_bytes"] / 2
     assert (tmp_path / "bnn_digits.png").is_file()
 
 
