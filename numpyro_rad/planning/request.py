@@ -83,22 +83,28 @@ def not_in_long_loops(codecs: Codecs) -> Codecs:
     return lambda path, value, repeat: codecs(path, value, repeat) if repeat < LONG_LOOP else ()
 
 
+_NARROWS = frozenset(("log", "log1p"))
+_SUMS = frozenset(("add", "add_any", "sub", "max", "min"))
+
+
 def ranges_widely(graph: Graph) -> bool:
-    """Whether a product reads what follows, entry by entry, from an exponential: attention, kernels, scales of a flow.
+    """Whether a product reads what follows, entry by entry, from an exponential: attention, kernels.
 
     Its entries range over many powers of ten, and what comes back to them does, too: levels that are evenly spaced
     are too coarse for the small ones. In four blocks of attention at NumPyro's default initial values 4 bits added half
-    of the squared gradient, where the model without data expected less than a hundredth.
+    of the squared gradient, where the model without data expected less than a hundredth. What something else was added
+    to (a location, to noise times the exponential of a scale) does not count.
     """
     for body in graph.walk():
         wide: set[Value] = set()
         for equation in body.equations:
-            reads = any(a in wide for a in equation.inputs if isinstance(a, Value))
-            if reads and isinstance(equation.work, Multiplications):
+            operands = [a in wide for a in equation.inputs if isinstance(a, Value)]
+            if any(operands) and isinstance(equation.work, Multiplications):
                 return True
             traits = primitives.of(equation.name)
-            follows = reads and (traits.elementwise or traits.rearranges) and equation.name not in ("log", "log1p")
-            if follows or equation.name in ("exp", "exp2"):
+            follows = all(operands) if equation.name in _SUMS else any(operands)
+            follows = follows and (traits.elementwise or traits.rearranges) and equation.name not in _NARROWS
+            if equation.name in ("exp", "exp2") or (operands and follows):
                 wide.update(equation.outputs)
     return False
 

@@ -705,9 +705,10 @@ def test_nothing_is_coded_where_values_range_widely_unless_that_is_asked_for(mon
         (True, lambda x: (jnp.exp(-((x[:, None] - x) ** 2).sum(-1)) @ x).sum()),  # a kernel
         (True, lambda x: lax.scan(lambda h, _: (jax.nn.softmax(h, -1).T @ h, None), x, None, length=3)[0].sum()),
         (False, lambda x: jax.nn.log_softmax(jnp.tanh(x @ x)).sum()),
+        (False, lambda x: ((x + jnp.exp(x) * jnp.cos(x)) @ x).sum()),
         (False, lambda x: (jax.nn.softplus(x) @ jax.nn.gelu(x) @ jax.nn.sigmoid(x)).sum()),
     ],
-    ids=["kernel", "attention in a loop", "classifier", "activations"],
+    ids=["kernel", "attention in a loop", "classifier", "sampled weights", "activations"],
 )
 def test_what_ranges_widely(widely, f):
     graph = planned(f, normal(6, 6), exact=True).graph
