@@ -43,9 +43,10 @@ def test_a_notebook_is_text(path: Path) -> None:
     assert text.startswith("---\njupytext:") and "image/png" not in text and len(text) < 20_000
 
 
-def test_the_docs_extra_installs_what_notebooks_import() -> None:
+def test_an_extra_installs_what_notebooks_import() -> None:
     """In the environment of the tests there is more: there a notebook runs that does not on the site."""
-    asked = set(requirements("numpyro_rad[docs]"))
+    assert "numpyro_rad[notebooks]" in PROJECT["optional-dependencies"]["docs"]
+    asked = set(requirements("numpyro_rad[notebooks]"))
     installed = asked | {name for given in asked for name in needed(given)}
     owners = metadata.packages_distributions()
     imported = {module for path in NOTEBOOKS for module in imports(path)} - sys.stdlib_module_names - {"numpyro_rad"}
