@@ -358,7 +358,7 @@ class Planner:
     def _request(self, graph: Graph, names: Mapping[Value, str]) -> PlanRequest:
         """What a plan is chosen from, the overrides applied. Outside of slices codes are taken only where a budget
         cannot be met without: they would hold the compiler to an order in which more is alive. In long loops, and
-        where values range widely, they are, unless they were measured or chosen, for safety.
+        without a budget where values range widely, they are, unless they were measured or chosen, for safety.
         """
         special = self._special(graph, names) if self.overrides else {}
 
@@ -373,8 +373,9 @@ class Planner:
         if graph.slices is not None and not self.exact:
             first = overridden(any_of(()))
         elif self.calibration is None and self.codec is None and self.added_variance is None and not self.exact:
-            safe = any_of(()) if ranges_widely(graph) else not_in_long_loops(self._general)
-            first = overridden(safe)
+            # with a budget codes have been asked for
+            nowhere = self.memory_budget is None and ranges_widely(graph)
+            first = overridden(any_of(()) if nowhere else not_in_long_loops(self._general))
         return PlanRequest(overridden(self._general), self.prices, objective=self.objective, first=first)
 
     @property
