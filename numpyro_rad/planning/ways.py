@@ -77,13 +77,14 @@ def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: C
     part, whole = find(both, active), graph_of_both(both, has_tangent, active)
     if part is None:
         return Way(whole)
-    graph = _cut(part, whole, n_slices, has_tangent, active, costs)
-    return Way(graph, exact=Timing(whole, costs))
+    exact = Timing(whole, costs)
+    return Way(_cut(part, whole, exact, n_slices, has_tangent, active, costs), exact=exact)
 
 
 def _cut(
     part: Part,
     whole: Graph,
+    exact: Timing,
     n_slices: int,
     has_tangent: Sequence[bool],
     active: Sequence[bool],
@@ -93,6 +94,7 @@ def _cut(
     """The graph of a program with a part of it in slices.
 
     :param whole: its graph in one go.
+    :param exact: the time of an exact step of that.
     """
     plan = functools.partial(planned_slice, costs=costs, room=room)
     both, slices = cut_all(part, active, n_slices, plan)
@@ -105,7 +107,7 @@ def _cut(
         nanoseconds=slices.nanoseconds + slices.number * adding,
         nanoseconds_each=slices.nanoseconds_each + adding,
         exact_bytes=max(0, whole.residual_bytes - graph.residual_bytes),
-        exact_step=Timing(whole, costs).step,
+        exact_step=exact.step,
         program=whole.fingerprint(),
     )
     return graph
@@ -318,7 +320,7 @@ class Search:
     def _halved(self) -> Graph:
         """The graph of the program with its part in two slices, however much they hold."""
         assert self._part is not None
-        return _cut(self._part, self._whole, 2, self._has_tangent, self._active, self._costs)
+        return _cut(self._part, self._whole, self._exact, 2, self._has_tangent, self._active, self._costs)
 
     @functools.cached_property
     def _room(self) -> int:
@@ -335,7 +337,9 @@ class Search:
                 return self._halved
         # a smaller slice at the end would be compiled besides
         even = (n for n in range(number, number * 5 // 4 + 1) if self._part.size % n == 0)
-        return _cut(self._part, self._whole, next(even, number), self._has_tangent, self._active, self._costs, room)
+        return _cut(
+            self._part, self._whole, self._exact, next(even, number), self._has_tangent, self._active, self._costs, room
+        )
 
     def _better(self, graph: Graph, least: int | None = None, exact_bytes: float = math.inf) -> Graph:
         """The same part in as many slices as take least time, foretold from how many there are.
