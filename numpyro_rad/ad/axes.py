@@ -66,6 +66,8 @@ def _elementwise(equation: _jax.JaxprEquation) -> Signature | None:
     shape = _shape(equation.outvars[0])
     if any(len(_shape(v)) not in (len(shape), 0) for v in equation.invars):
         return None
+    if shape and any(_jax.is_typed_key(v.aval) and not _shape(v) for v in equation.invars):
+        return None  # what one key draws for all entries differs by their place, and by how many they are
 
     def labels(v: _jax.Variable) -> Labels:  # an axis of one entry may be repeated
         return tuple(i if n == m else None for i, (n, m) in enumerate(zip(_shape(v), shape, strict=False)))

@@ -144,6 +144,12 @@ def over_rows(w, v, b):
     return cross_entropy(jax.nn.softmax(h @ h.T) @ h @ v + b)
 
 
+def drawn_with_one_key(w, v, b):
+    """What is drawn for an entry depends on how many there are."""
+    drawn = jax.random.gamma(jax.random.key(2), jnp.exp(jnp.tanh(X @ w)))
+    return jnp.sin(drawn @ v + b).sum()
+
+
 def neighbours(w, v, b):
     return cross_entropy(jnp.cumsum(jnp.tanh(X @ w), 0) @ v + b)
 
@@ -184,7 +190,7 @@ def prints(w, v, b):
     return network(w, v, b)
 
 
-BEHIND = {f.__name__: f for f in (batch_norm, over_rows, neighbours)}
+BEHIND = {f.__name__: f for f in (batch_norm, over_rows, neighbours, drawn_with_one_key)}
 STAGES = {f.__name__: f for f in (two_numbers, two_batch_norms, kernel_of_features, weighed_particles, groups)}
 
 
