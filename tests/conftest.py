@@ -38,8 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--slices",
         type=int,
-        help="run whatever can be run in slices in so many, unless a test says otherwise: gradients stay right, and "
-        "tests that look at what is stored fail",
+        help="run whatever can be run in slices in so many, unless a test says otherwise or is marked in_one_go",
     )
     parser.addoption(
         "--every-version",
@@ -101,7 +100,7 @@ def in_slices(request, monkeypatch):
         free = exact and planner.slices is None and planner.plan is None and planner.added_variance is None
         return way(dataclasses.replace(planner, slices=number) if free else planner, *args)
 
-    if number is not None:
+    if number is not None and request.node.get_closest_marker("in_one_go") is None:
         monkeypatch.setattr(Planner, "_way", forced)
 
 

@@ -538,6 +538,7 @@ def test_path_key_moves_the_gradient_and_not_the_value(encode_all):
     np.testing.assert_allclose(raw[0], expected[0], rtol=1e-6)
 
 
+@pytest.mark.in_one_go
 @pytest.mark.parametrize(
     "codec", [None, pytest.param(StochasticRound(bits=1), marks=pytest.mark.exhaustive)], ids=["default", "1 bit"]
 )
@@ -572,6 +573,7 @@ def test_gradient_of_the_full_data_is_unbiased_over_minibatches_and_paths(double
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.in_one_go
 @pytest.mark.parametrize("case", few([(1, True), (3, True), (3, False)], (3, True), slow=2), ids=str)
 def test_budget_is_met(encode_all, case):
     (particles, loop), problem = case, small_network(128)
@@ -740,6 +742,7 @@ def test_an_elbo_does_not_change(name):
     assert (vars(elbo), vars(elbo.base)) == before
 
 
+@pytest.mark.in_one_go
 def test_no_tracer_outlives_the_gradient():
     problem = small_network(8)
     with jax.check_tracer_leaks(True):

@@ -102,6 +102,7 @@ def test_a_band_of_rho_plans_anew(name):
     assert any(alarm.kind == "replan" and "new plan" in alarm.message for alarm in result.alarms)
 
 
+@pytest.mark.in_one_go
 def test_sites_are_those_of_the_parameters(encode_all):
     """The table, overrides and blocks of parameters say ``net``, not the names of its leaves."""
     model, guide, args = TREES["plain"]()
@@ -144,6 +145,7 @@ def test_a_run_with_mutable_state_is_that_of_svi(name):
     np.testing.assert_allclose(svi.evaluate(found.state, *args), expected.losses[3], rtol=1e-5)
 
 
+@pytest.mark.in_one_go
 def test_a_plan_needs_the_mutable_state():
     """It is taken from a result, a state or among the parameters, and is not differentiated."""
     model, guide, args = MUTABLE["flax"]()

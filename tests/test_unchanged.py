@@ -12,7 +12,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_rad import RAD_ELBO, RAD_SVI, Tracking, advise, explain, gradient_variance
 
-pytestmark = pytest.mark.usefixtures("few_codecs")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("few_codecs")]
 
 KEY = jax.random.PRNGKey(3)
 X = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)

@@ -20,7 +20,7 @@ from numpyro_rad.planning.request import PlanRequest, uniform
 KEY = jax.random.key(5)
 
 
-pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("arrays_of_any_size_count")]
 
 
 X, WS = normal(64, 16), [normal(16, 16, seed=i, scale=0.4) for i in range(12)]

@@ -21,7 +21,7 @@ KEY = jax.random.key(3)
 LARGE = 20  # elements: what has fewer is a parameter
 
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("double")]
 
 
 X, Y = numbers(ROWS, 3), numbers(ROWS)

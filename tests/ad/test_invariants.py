@@ -77,6 +77,7 @@ def temporary_bytes(f):
     return step.memory_analysis().temp_size_in_bytes, *step(*ARGS)
 
 
+@pytest.mark.in_one_go
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 def test_about_the_memory_of_jax(program):
     bytes_of_jax, value, gradient = temporary_bytes(program)

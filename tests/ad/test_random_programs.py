@@ -62,6 +62,8 @@ def check_exact(f, number=0):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9 * max(1e-3, np.abs(expected).max()))
     for codec in (Keep(), StochasticRound(1), LINEAR[number % 3]):
         p = rad(f, codec=codec).planned((*ARGS, INDEX), {}, ARGNUMS)[0]
+        if p.graph.slices is not None:  # what they add up is where results go
+            continue
         inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in p.graph.inputs]
         tape = jax.eval_shape(partial(forward, p), jax.ShapeDtypeStruct((2,), jnp.uint32), inputs)[1]
         assert p.stored_bytes == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tape)), codec

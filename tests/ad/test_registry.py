@@ -17,6 +17,8 @@ from numpyro_rad.ad.primitives import UNKNOWN, Traits, elementwise, names, of, r
 from numpyro_rad.ad.work import Entries
 from numpyro_rad.planning.costs import CPU
 
+pytestmark = pytest.mark.in_one_go
+
 KEY = jax.random.key(0)
 X, W = normal(64, 32), normal(32, 32, seed=1)
 

@@ -29,7 +29,7 @@ LENGTH = 16
 CUTS = [(4,), (5,), (1,), (7, 3, 2)]  # even, with a shorter segment at the end, single iterations, nested unevenly
 
 
-pytestmark = pytest.mark.usefixtures("arrays_of_any_size_count")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("arrays_of_any_size_count")]
 
 
 # Programs: loops of LENGTH iterations

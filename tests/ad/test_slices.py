@@ -23,6 +23,8 @@ from numpyro_rad.ad import slices as slices_module
 from numpyro_rad.ad.codecs import InResult
 from numpyro_rad.planning.costs import CostModel
 
+pytestmark = pytest.mark.in_one_go
+
 ROWS, INPUTS, HIDDEN, CLASSES = 12, 5, 6, 3
 
 

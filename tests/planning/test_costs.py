@@ -16,6 +16,8 @@ from numpyro_rad.ad.work import NOTHING, Entries, Multiplications, OneOf, Togeth
 from numpyro_rad.planning import Planner, costs
 from numpyro_rad.planning.costs import A100, B200, CPU, H100, H200, V5E, V6E, for_device
 
+pytestmark = pytest.mark.in_one_go
+
 X, W = normal(64, 32), normal(32, 32, seed=1)
 TABLES = [CPU, A100, H100, H200, B200, V5E, V6E]
 

@@ -13,7 +13,7 @@ from numpyro_rad import Keep, StochasticRound, compare, explain, rad
 from numpyro_rad.planning import costs
 from numpyro_rad.wording import change_text, size_text
 
-pytestmark = pytest.mark.usefixtures("no_residual_is_too_small")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("no_residual_is_too_small")]
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)

@@ -18,7 +18,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_rad import RAD_ELBO, BudgetError, Keep, StochasticRound, explain, plan_figure, rad
 from numpyro_rad.planning.figures import exact_timeline, timeline
 
-pytestmark = pytest.mark.usefixtures("no_residual_is_too_small")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("no_residual_is_too_small")]
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)

@@ -17,6 +17,8 @@ from numpyro_rad import RAD_ELBO, BudgetError, rad
 from numpyro_rad.errors import VarianceWarning
 from numpyro_rad.planning.costs import CostModel
 
+pytestmark = pytest.mark.in_one_go
+
 X = np.random.default_rng(0).standard_normal((8192, 8)).astype(np.float32)
 Y = np.sin(X.sum(1)).astype(np.float32)
 

@@ -15,7 +15,7 @@ from programs import few, normal
 from numpyro_rad import Keep, rad
 from numpyro_rad.planning.noise import CodeNoise, EqualShares, ErrorPropagation
 
-pytestmark = pytest.mark.usefixtures("encode_all")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("encode_all")]
 
 
 class Known:

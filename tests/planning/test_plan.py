@@ -23,7 +23,7 @@ from numpyro_rad.planning.readers import disjoint_groups
 from numpyro_rad.planning.request import PlanRequest, uniform
 from numpyro_rad.planning.strategies import make_plan
 
-pytestmark = pytest.mark.usefixtures("no_residual_is_too_small")
+pytestmark = [pytest.mark.in_one_go, pytest.mark.usefixtures("no_residual_is_too_small")]
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)

@@ -31,6 +31,8 @@ from numpyro_rad.planning.problem import PlanProblem
 from numpyro_rad.planning.request import PlanRequest, any_of
 from numpyro_rad.planning.strategies import LADDER, plan_for_variance
 
+pytestmark = pytest.mark.in_one_go
+
 KEY = jax.random.key(0)
 
 

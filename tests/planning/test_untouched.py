@@ -20,7 +20,7 @@ import numpyro_rad.planning.ways
 from numpyro_rad import RAD_ELBO, RAD_SVI, Keep, StochasticRound, explain, rad
 from numpyro_rad.planning import worth
 
-pytestmark = pytest.mark.untouched
+pytestmark = [pytest.mark.in_one_go, pytest.mark.untouched]
 
 
 def with_effects(x):
