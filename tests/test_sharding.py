@@ -16,12 +16,12 @@ import pytest
 
 DEVICES = 8
 SIZES = ((512, 64), (520, 50))  # (points, features): rows of a code that fit the shares, and rows that have to be cut
-DEFAULT = (("None", SIZES[1]),)
+DEFAULT = (("", SIZES[1]), ("slices=3", SIZES[0]))
 OTHERS = (
-    ("Keep()", SIZES[0]),
-    ("StochasticRound(1)", SIZES[1]),
-    ("SampleAxis(0.1)", SIZES[0]),
-    ("RandomProjection(0.1)", SIZES[1]),
+    ("codec=Keep()", SIZES[0]),
+    ("codec=StochasticRound(1)", SIZES[1]),
+    ("codec=SampleAxis(0.1)", SIZES[0]),
+    ("codec=RandomProjection(0.1)", SIZES[1]),
 )
 
 PROGRAM = '''
@@ -32,6 +32,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro_rad import RAD_ELBO, explain
 from numpyro_rad.codecs import Keep, RandomProjection, SampleAxis, StochasticRound
+from numpyro_rad.ad import _jax
 from numpyro_rad.planning.costs import CPU
 import dataclasses
 
@@ -63,6 +64,8 @@ def run(points, features, elbo, sharded):
         x, y = (jax.device_put(a, NamedSharding(mesh, PartitionSpec("batch"))) for a in (x, y))
         state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     update = jax.jit(svi.update, donate_argnums=0).lower(state, x, y).compile()
+    devices = []
+    jax.jit(lambda x: devices.append(_jax.devices_of(_jax.trace(jnp.sum, x)[0]))).lower(x)
     loss, gradient = jax.jit(jax.value_and_grad(
         lambda p, x, y: elbo.loss(jax.random.key(1), svi.constrain_fn(p), model, svi.guide, x, y)
     ))(svi.optim.get_params(state.optim_state), x, y)
@@ -70,6 +73,8 @@ def run(points, features, elbo, sharded):
         "loss": float(loss),
         "gradient": np.asarray(gradient["w0_auto_loc"]).tolist(),
         "program": update.as_text(),
+        "temporary": update.memory_analysis().temp_size_in_bytes,
+        "devices": devices,
         "same code": same_code(elbo, x),
         "losses": [float(update(state, x, y)[1])],
     }
@@ -78,8 +83,9 @@ assert jax.device_count() == DEVICES
 report = {}
 for size in {size for _, size in CASES}:
     report[f"Trace_ELBO {size}"] = [run(*size, Trace_ELBO(), sharded) for sharded in (False, True)]
-for codec, size in CASES:
-    report[codec] = [run(*size, RAD_ELBO(codec=eval(codec), costs=PRICES), sharded) for sharded in (False, True)]
+for options, size in CASES:
+    elbo = eval(f"RAD_ELBO(costs=PRICES, {options})")
+    report[options] = [run(*size, elbo, sharded) for sharded in (False, True)]
 json.dump(report, sys.stdout)
 '''
 
@@ -102,6 +108,13 @@ def collectives(run):
     return sorted(COLLECTIVE.findall(run["program"]))
 
 
+def in_loops(run):
+    """The collectives in bodies of loops."""
+    bodies = re.findall(r"body=%?([\w.\-]+)", run["program"])
+    texts = [re.search(rf"^%?{re.escape(b)} \(.*?^}}", run["program"], re.DOTALL | re.MULTILINE) for b in bodies]
+    return [found for text in texts if text for found in COLLECTIVE.findall(text.group())]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cases", [pytest.param(DEFAULT, id="default"), pytest.param(OTHERS, id="others", marks=pytest.mark.exhaustive)]
@@ -109,8 +122,8 @@ def collectives(run):
 def test_sharded_step(cases):
     """Same loss, a gradient with as much noise, and no collective of our own."""
     runs = report(cases)
-    for codec, size in cases:
-        alone, sharded = runs[codec]
+    for options, size in cases:
+        alone, sharded = runs[options]
         exact_alone, exact = runs[f"Trace_ELBO {size}"]
         assert sharded["loss"] == pytest.approx(exact["loss"], rel=1e-5)
         assert sharded["losses"] == pytest.approx(exact_alone["losses"], rel=1e-5)
@@ -120,4 +133,8 @@ def test_sharded_step(cases):
         assert sharded["same code"]
         assert not collectives(alone)
         assert collectives(exact), "the exact step sums gradients over devices: there is something to compare with"
-        assert len(collectives(sharded)) <= len(collectives(exact)), (codec, collectives(sharded), collectives(exact))
+        assert len(collectives(sharded)) <= len(collectives(exact)), (options, collectives(sharded))
+        assert not in_loops(sharded)
+        assert (alone["devices"], sharded["devices"]) == ([1], [DEVICES])
+        if "slices" in options:
+            assert sharded["temporary"] < 0.8 * exact["temporary"]

@@ -12,6 +12,7 @@ import enum
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ from jax._src.state.types import AbstractRef
 from jax.core import ShapedArray as Aval
 from jax.extend import core as jex_core
 from jax.interpreters import ad, partial_eval
+from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
 from numpyro_rad.annotations import Key, PyTree
@@ -132,6 +134,21 @@ def trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Jaxpr, list[jax.Arra
     """
     jaxpr, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     return closed(convert_constvars_jaxpr(jaxpr.jaxpr)), list(jaxpr.consts), shapes
+
+
+def devices_of(jaxpr: Jaxpr) -> int:
+    """Over how many devices what a program takes may be spread, as its types tell. Inside of ``jax.shard_map`` or
+    ``jax.pmap`` each device runs a program of its own; what is put on devices by ``jit(in_shardings=...)`` alone is not
+    known while a program is traced.
+    """
+    meshes = (v.aval.sharding.mesh for v in jaxpr.jaxpr.invars if hasattr(v.aval, "sharding"))
+    return max((_shared_by_compiler(mesh) for mesh in meshes if not mesh.empty), default=1)
+
+
+def _shared_by_compiler(mesh: Any) -> int:
+    """Devices of a mesh along the axes that are not manual."""
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in kinds if kind != AxisType.Manual)
 
 
 def digest(f: Callable[..., PyTree], *args: PyTree) -> str:

@@ -17,8 +17,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-import jax
-
 from numpyro_rad.ad import _jax
 from numpyro_rad.ad.convolutions import fast_in_loops
 from numpyro_rad.ad.graph import Graph
@@ -77,8 +75,8 @@ def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: C
     part, whole = find(both, active), graph_of_both(both, has_tangent, active)
     if part is None:
         return Way(whole)
-    exact = Timing(whole, costs)
-    return Way(_cut(part, whole, exact, n_slices, has_tangent, active, costs), exact=exact)
+    exact, devices = Timing(whole, costs), _jax.devices_of(jaxpr)
+    return Way(_cut(part, whole, exact, n_slices, has_tangent, active, costs, devices=devices), exact=exact)
 
 
 def _cut(
@@ -90,14 +88,16 @@ def _cut(
     active: Sequence[bool],
     costs: CostModel,
     room: float = math.inf,
+    devices: int = 1,
 ) -> Graph:
     """The graph of a program with a part of it in slices.
 
     :param whole: its graph in one go.
     :param exact: the time of an exact step of that.
+    :param devices: over how many it is spread.
     """
     plan = functools.partial(planned_slice, costs=costs, room=room)
-    both, slices = cut_all(part, active, n_slices, plan)
+    both, slices = cut_all(part, active, n_slices, plan, devices)
     if costs.platform == "cpu":
         both = fast_in_loops(both)
     graph = graph_of_both(both, has_tangent, active)
@@ -173,6 +173,8 @@ class Search:
     ) -> None:
         self._active, self._request, self._costs, self._taken = active, request, costs, taken
         self._budget_bytes = budget_bytes
+        # which axes are sharded only the compiler will know: a slice of such an axis would be fetched from all devices
+        self._may_slice = costs.most_slices > 1 and _jax.devices_of(jaxpr) == 1
         self._both, self._has_tangent = with_tangents(jaxpr, active)
         self._whole = graph_of_both(self._both, self._has_tangent, active)
 
@@ -196,12 +198,9 @@ class Search:
 
         :param may_be_untouched: whether the program may be left to JAX.
         """
-        # among several devices a slice of a sharded axis would be fetched from all of them, and the compiler would
-        # have to know how the operands are sharded
-        may_be_sliced = self._costs.most_slices > 1 and jax.device_count() == 1
         if self._budget_bytes is None:
-            return self._balanced(may_be_sliced)
-        if not may_be_sliced:
+            return self._balanced()
+        if not self._may_slice:
             return Way(self._whole, self._budget)
         if may_be_untouched:
             plan = strategies.untouched_plan(self._whole)
@@ -234,7 +233,7 @@ class Search:
         # where nothing fits, the least of memory x (time and variance)
         return min(tried, key=lambda found: found[0] ** 2 * (1 + found[1]))[2] if tried else priced[-1][1]
 
-    def _balanced(self, may_be_sliced: bool) -> Way:
+    def _balanced(self) -> Way:
         """The way to take where no option says what matters: what memory is worth is known, so that the compiler need
         not be asked.
         """
@@ -248,7 +247,7 @@ class Search:
             assert way.plan is not None
             return cost + way.plan.peak_bytes / exact_bytes, way
 
-        part = self._part if may_be_sliced else None
+        part = self._part if self._may_slice else None
         if part is not None and part.again:  # a third forward sweep takes more time than memory is worth
             part = None
         tried = self._cut(self._foretold(part, size)) if part is not None and self._starts_in_time(part) else None
