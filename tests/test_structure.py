@@ -28,7 +28,7 @@ LAYERS = (
     ("ad", "ad.seeds", "ad.layout", "ad.loops", "ad.work", "mistakes", "tables", "tracing", "wording"),
     ("fits",),
     ("ad._jax", "ad.codecs"),
-    ("ad.primitives", "ad.convolutions", "ad.rounding", "ad.rotation", "ad.sampling"),
+    ("ad.primitives", "ad.convolutions", "ad.rounding", "ad.rotation", "ad.floating", "ad.sampling"),
     ("ad.graph", "ad.invariants", "ad.axes", "ad.tangents"),
     ("ad.coefficients", "ad.plan", "ad.bounds"),
     ("ad.edges", "ad.segments", "ad.recompute", "ad.schedule"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from numpyro_rad.ad import primitives
 from numpyro_rad.ad.codecs import Codec, PassThrough
+from numpyro_rad.ad.floating import FloatRound
 from numpyro_rad.ad.graph import Graph, Path, Scan, Value
 from numpyro_rad.ad.plan import BudgetError, Plan, Prediction
 from numpyro_rad.ad.rotation import RotatedRound
@@ -39,11 +40,12 @@ LADDER: tuple[Codec, ...] = (
 MEASURED: tuple[Codec, ...] = (
     *(DitheredRound(bits=bits) for bits in (4, 2, 1)),
     *(RotatedRound(bits=bits) for bits in (4, 3, 2, 1)),
+    *(FloatRound(bits=bits) for bits in (8, 4)),
 )
 """Chosen with a calibration only, for what they are worth depends on the data. With dither there is half the variance
 where entries lie anywhere between the levels, and more where they lie on them (zeros behind a ReLU, one-hot vectors);
-turned, less still at few bits and where a few entries are much larger than the rest, and more where groups are
-constant."""
+turned, less still at few bits, and more where groups are constant; as small floating-point numbers, a hundredth of it
+and less where a few entries are much larger than those that matter, and several times as much elsewhere."""
 
 
 SEGMENT_LEVELS = (1, 2, 3)
@@ -266,7 +268,7 @@ def restored(graph: Graph, saved: Mapping[str, Any]) -> Plan:
 
 def codec_from(fields: dict[str, Any]) -> Codec:
     """The codec of which a name and fields were saved."""
-    known = (StochasticRound, DitheredRound, SampledRound, RotatedRound, SampleAxis, RandomProjection)
+    known = (StochasticRound, DitheredRound, SampledRound, RotatedRound, FloatRound, SampleAxis, RandomProjection)
     kinds = {kind.__name__: kind for kind in known}
     return kinds[fields.pop("name")](**fields)
 

@@ -21,6 +21,7 @@ from numpyro_rad.codecs import (
     BitMask,
     Codec,
     DitheredRound,
+    FloatRound,
     Keep,
     RandomProjection,
     RotatedRound,
@@ -33,10 +34,12 @@ DRAWS = 4096
 ROUNDING = [StochasticRound(bits) for bits in (1, 2, 4, 8, 3, 6)] + [StochasticRound(2, group=16)]
 DITHERED = [DitheredRound(bits) for bits in (1, 2, 4, 8, 3, 6)] + [DitheredRound(2, group=16)]
 ROTATED = [RotatedRound(bits) for bits in (1, 2, 3, 4)] + [RotatedRound(2, group=16)]
+FLOATS = [FloatRound(bits) for bits in (4, 6, 8)]
 SAMPLING = [SampleAxis(0.1), SampleAxis(0.3, "shared"), SampleAxis(0.3, centred=True), SampleAxis(0.1, "shared", True)]
 LINEAR = [*SAMPLING, RandomProjection(0.1), RandomProjection(0.5)]
 SAMPLED = [SampledRound(), SampledRound(1, 16, 3), SampledRound(2, 64, 2)]
-RANDOM = [*ROUNDING, *LINEAR, *SAMPLED, *DITHERED, *ROTATED]
+RANDOM = [*ROUNDING, *LINEAR, *SAMPLED, *DITHERED, *ROTATED, *FLOATS]
+WITH_GROUPS = StochasticRound | RotatedRound | FloatRound
 SHAPES = [(), (0,), (1,), (3,), (7,), (255,), (257,), (1000,), (5, 3, 129), (0, 4), (4, 0), (6, 512), (3, 2000)]
 
 
@@ -122,7 +125,15 @@ def test_unbiased_in_every_entry(codec):
 @pytest.mark.parametrize("dtype", few([jnp.bfloat16, jnp.float16], jnp.bfloat16, slow=0))
 @pytest.mark.parametrize(
     "codec",
-    [*ROUNDING, *DITHERED[1:3], RotatedRound(2), SampleAxis(0.1), SampleAxis(0.3, centred=True), RandomProjection(0.5)],
+    [
+        *ROUNDING,
+        *DITHERED[1:3],
+        RotatedRound(2),
+        *FLOATS,
+        SampleAxis(0.1),
+        SampleAxis(0.3, centred=True),
+        RandomProjection(0.5),
+    ],
     ids=label,
 )
 def test_unbiased_in_half_precision(codec, dtype):
@@ -159,7 +170,9 @@ ADVERSARIAL = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "codec", [StochasticRound(4), DitheredRound(1), DitheredRound(4), RotatedRound(1), RotatedRound(4)], ids=label
+    "codec",
+    [StochasticRound(4), DitheredRound(1), DitheredRound(4), RotatedRound(1), RotatedRound(4), *FLOATS],
+    ids=label,
 )
 def test_unbiased_on_adversarial_arrays(codec):
     """A hundred thousand draws: a bias of a fiftieth of the standard deviation of an entry would be seen. To draw a
@@ -211,6 +224,17 @@ class OneHadamard(RotatedRound):
         return jnp.asarray(matrix, dtype), signs
 
 
+class Truncated(FloatRound):
+    """As if the random number were never small enough to round up."""
+
+    def encode(self, seed, x):
+        layout = self._layout(x.shape)
+        x = layout.split(x)
+        lowest, _ = self._lowest(layout, jnp.abs(x), x.dtype)
+        number, _, _ = self._neighbours(jnp.abs(x), layout.to_entries(lowest))
+        return *layout.pack(number + (x < 0) * 2 ** (self.bits - 1)), lowest.astype(jnp.int8)
+
+
 class SlightlyLarge(StochasticRound):
     def decode(self, seed, code, like):
         packed, low, step = code
@@ -218,7 +242,9 @@ class SlightlyLarge(StochasticRound):
 
 
 @pytest.mark.parametrize(
-    "codec", [Nearest(), Clipped(8), Unscaled(0.1), OtherSeed(0.5), SlightlyLarge(4), OffCentre(4)], ids=repr
+    "codec",
+    [Nearest(), Clipped(8), Unscaled(0.1), OtherSeed(0.5), SlightlyLarge(4), OffCentre(4), Truncated(8)],
+    ids=repr,
 )
 def test_checker_catches_a_planted_bias(codec):
     x = normal((2, 60))
@@ -273,6 +299,26 @@ def test_what_is_turned_has_an_error_that_depends_on_its_length_alone():
     assert np.array_equal(round_trip(RotatedRound(1), seed(0), jnp.zeros(300)), np.zeros(300))
 
 
+@pytest.mark.parametrize("codec", FLOATS, ids=label)
+def test_small_floats_err_in_proportion_to_each_entry(codec):
+    """Whatever else is in its group, as far as the exponent reaches; of smaller ones the errors are all as large."""
+    most, octaves = {4: (1 / 8, 6), 6: (1 / 24, 14), 8: (1 / 80, 30)}[codec.bits]
+    exponents = np.random.default_rng(0).permutation(np.linspace(-40, 0, 256))
+    for largest in (1e-12, 1.0, 1e12):  # as far as float32 holds squares
+        x = jnp.asarray(largest * 2.0**exponents * np.where(np.arange(256) % 2, 1, -1), jnp.float32)
+        decoded = draw(codec, x, draws=100)
+        assert np.all((decoded == 0) | (np.sign(decoded) == np.sign(x)))
+        groups = np.abs(np.asarray(x)).reshape(-1, 32)
+        smallest = np.repeat(groups.max(1) * 2.0 ** (1 - octaves), 32)  # at most: the largest may be rounded up
+        size = np.abs(np.asarray(x, np.float64))
+        variance = np.asarray(codec._variances(x), np.float64)
+        assert np.all(variance <= np.where(size >= smallest, most * size**2, size * smallest) * (1 + 1e-5))
+        assert np.any(variance > 0.9 * most * size**2)
+    powers = jnp.asarray(2.0 ** np.arange(-3, 3).repeat(40), jnp.float32)
+    for exact in (jnp.full(300, 2.0**-120), jnp.full(300, 2.0**127), jnp.zeros(300), powers, -powers, jnp.float32(0.5)):
+        assert np.array_equal(round_trip(codec, seed(0), exact), exact)
+
+
 @pytest.mark.parametrize("codec", few(RANDOM, *RANDOM[::3], slow=5), ids=label)
 def test_variance_is_the_measured_one(codec):
     x = normal((3, 300) if isinstance(codec, StochasticRound) else (3, 41)) + 0.5
@@ -317,7 +363,7 @@ def test_relative_variance_model(codec, shape):
     assert codec.relative_variance(shape) == pytest.approx(float(measured), rel=0.25)
 
 
-UNCORRELATED = [*ROUNDING, DitheredRound(4), SampleAxis(0.1), RandomProjection(0.1)]
+UNCORRELATED = [*ROUNDING, DitheredRound(4), FloatRound(4), SampleAxis(0.1), RandomProjection(0.1)]
 
 
 @pytest.mark.parametrize("codec", few(UNCORRELATED, *UNCORRELATED[::2], slow=0), ids=label)
@@ -412,7 +458,7 @@ def test_not_finite_stays_visible(codec, bad, dtype):
     assert np.all(np.isfinite(decoded[[0, 2]]))
     poisoned = np.isnan(decoded[1])
     assert not np.any(np.isinf(decoded))
-    if isinstance(codec, StochasticRound | RotatedRound):
+    if isinstance(codec, WITH_GROUPS):
         group = min(codec.group, 512)
         start = 300 // group * group
         assert np.all(poisoned[start : start + group]) and poisoned.sum() == group
@@ -428,6 +474,8 @@ def test_bad_arguments_say_what_to_do():
         (lambda: RotatedRound(8), "Use 1, 2, 3 or 4"),
         (lambda: RotatedRound(2, group=100), "such as 64"),
         (lambda: StochasticRound(2, group=100), "Try 256"),
+        (lambda: FloatRound(2), "4, 6 and 8"),
+        (lambda: FloatRound(8, group=100), "Try 32"),
         (lambda: StochasticRound(2, group=0), "Try 256"),
         (lambda: SampleAxis(0.0), "Keep"),
         (lambda: SampleAxis(0.9), "Keep"),
@@ -452,7 +500,7 @@ def test_supports():
         assert codec.supports((2,), jnp.bfloat16) and codec.supports((2,), np.dtype("float64"))
         for dtype in (jnp.int32, jnp.bool_, jnp.complex64, jax.random.key(0).dtype):
             assert not codec.supports((2,), dtype)
-        assert codec.supports((), jnp.float32) == isinstance(codec, StochasticRound | RotatedRound)
+        assert codec.supports((), jnp.float32) == isinstance(codec, WITH_GROUPS)
 
 
 def test_labels_and_hashing():
