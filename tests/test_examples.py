@@ -228,6 +228,7 @@ TINY_WORKLOADS = {
     "p4": {"side": 5, "steps": 12, "batch": 1, "micro_batches": 1},
     "p5": {"depth": 1, "width": 8, "heads": 2, "tokens": 4, "vocabulary": 5, "data_size": 32},
     "p5vae": {"side": 4, "channels": (2, 4), "latents": 2},
+    "fc": {"side": 4, "widths": (8, 8)},
 }
 
 
@@ -395,11 +396,16 @@ def test_every_variant_of_a_layer_is_that_layer(name: str) -> None:
 def test_benchmarks_read_stored_images(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     write_cifar10(tmp_path)
-    for name, shape in (("p2", (10, 784)), ("p3", (10, 32, 32, 3)), ("p5vae", (10, 28, 28, 1))):
+    shapes = {"p2": (10, 784), "p3": (10, 32, 32, 3), "p5vae": (10, 28, 28, 1), "fc": (10, 784)}
+    for name, shape in shapes.items():
         workload, (x, y) = WORKLOADS[name][0].load(0, tmp_path)
         assert x.shape == shape
         assert workload.data_size == 10
         np.testing.assert_array_equal(y, x if name == "p5vae" else np.arange(10))
+        if name != "p5vae":
+            test_x, test_y = workload.held_out(0, tmp_path)
+            assert test_x.shape == (5, *shape[1:])
+            np.testing.assert_array_equal(test_y, np.arange(5))
 
 
 @pytest.mark.parametrize("name", few(["p4", "p5", "p5vae"], slow=2))

@@ -5,7 +5,7 @@
 writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers; with ``--into PAGE.md`` the table
 also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page. The same for the budget
 curves that ``budgets.py`` writes (``docs/benchmarks/budgets_p1.json``, ``<!-- budgets_p1-table -->``), and for
-``growth.py``.
+``growth.py``, and for the curves of ``training.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
-MIB = 2**20
+from examples.benchmarks.training_figures import draw_training, training_table
+from examples.benchmarks.wording import MIB, as_fraction, circumstances
+
 # Okabe-Ito colours, which stay apart for colour-blind readers; each family has its own marker as well.
 STYLES: dict[str, dict[str, Any]] = {
     "reference": {"color": "#000000", "marker": "s", "label": "NumPyro's Trace_ELBO"},
@@ -53,16 +55,15 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    parser.add_argument(
-        "report", type=Path, help="JSON of run.py, budgets.py, growth.py, memory.py, match.py, compiled.py, device.py"
-    )
+    programs = "run.py, budgets.py, growth.py, memory.py, match.py, compiled.py, device.py, training.py"
+    parser.add_argument("report", type=Path, help=f"JSON of {programs}")
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")
     options = parser.parse_args(arguments)
     report = json.loads(options.report.read_text())
     if not options.table_only:
-        pictures = {"budgets": draw_budgets, "growth": draw_growth, "memory": draw_memory}
+        pictures = {"budgets": draw_budgets, "growth": draw_growth, "memory": draw_memory, "training": draw_training}
         picture = next((pictures[kind] for kind in pictures if kind in report), draw)
         picture(report, options.figure or options.report.with_suffix(".png"))
     for page in options.into:
@@ -91,6 +92,8 @@ def markdown_table(report: dict[str, Any]) -> str:
         return compiled_table(report)
     if "device" in report:
         return device_table(report)
+    if "training" in report:
+        return training_table(report)
     measured = [row for row in report["rivals"] if "temp_bytes" in row]
     if "budgets" in report:
         lines = [
@@ -346,11 +349,6 @@ def growth(rows: list[dict[str, Any]], field: str) -> float:
     return (last[field] - before[field]) / (last["size"] - before["size"]) if field in last else 0.0
 
 
-def as_fraction(ratio: float) -> str:
-    """Memory ratios as the targets state them: 1/9.2 rather than 0.11."""
-    return f"1/{1 / ratio:.1f}" if 0 < ratio < 0.5 else f"{ratio:.2f}"
-
-
 def spread(step: dict[str, Any]) -> str:
     """Median step time with its quartiles."""
     low, high = step["quartiles_seconds"]
@@ -387,22 +385,6 @@ def budgets_footnote(report: dict[str, Any]) -> str:
         "bytes stored between the sweeps. ρ: added variance / variance of the exact stochastic gradient; 0 where "
         "nothing is random. Predicted: added time / time of the exact step, added variance as ρ, calibrated with "
         f"{budgets['calibration']['draws']} gradients."
-    )
-
-
-def circumstances(report: dict[str, Any]) -> str:
-    """What was measured when, where, with what and how often."""
-    machine, versions, settings = report["machine"], report["versions"], report.get("settings")
-    measured = (
-        f"; seed {settings['seed']}, median of {settings['repeats']} interleaved rounds, {settings['draws']} draws per "
-        "variance"
-        if settings
-        else ""
-    )
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return (
-        f"{report['workload']['title']}; {report['date'][:10]}; {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['os']}, backend {machine['backend']}; {packages}{measured}."
     )
 
 

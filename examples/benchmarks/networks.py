@@ -1,4 +1,4 @@
-"""P1 to P3: Bayesian neural networks with feed-forward, recurrent and convolutional layers."""
+"""P1 to P3 and the MNIST network of the RAD paper: feed-forward, recurrent and convolutional layers, latent weights."""
 
 from __future__ import annotations
 
@@ -72,6 +72,47 @@ class BayesianMLP(MeanFieldWorkload):
         return dist.Normal(outputs, self.noise_scale).to_event(1)
 
 
+def handwritten(side: int, data_dir: Path | None, test: bool = False) -> tuple[str, Arrays]:
+    """MNIST from ``data_dir``, else scikit-learn's small digits, at the size asked for.
+
+    :return: the name, and arrays of shape ``(images, side * side)`` and ``(images,)``.
+    """
+    name = "mnist" if data_dir else "digits"
+    x, y = images(name, data_dir, (side, side), test)
+    return name, (x.reshape(len(x), -1), y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BayesianDenseNet(Classifier):
+    """The fully connected network of the RAD paper (Oktay et al. 2021), with latent weights.
+
+        w ~ Normal(0, 1 / sqrt(fan_in)),   h' = relu(h w + b),   y ~ Categorical(logits = h w_out + b_out)
+
+    :param side: images have ``side * side`` pixels.
+    :param widths: units of each hidden layer.
+    """
+
+    side: int = 28
+    widths: tuple[int, ...] = (300, 300, 300)
+    initial_gain: float = 1.5
+    initial_scale: float = 0.005
+    learning_rate: float = 1e-3
+
+    layer: ClassVar[Layer] = Layer(jnp.matmul, jax.nn.relu)
+
+    def dataset(self, seed: int, data_dir: Path | None) -> tuple[str, Arrays]:
+        return handwritten(self.side, data_dir)
+
+    def held_out(self, seed: int, data_dir: Path | None) -> Arrays:
+        return handwritten(self.side, data_dir, test=True)[1]
+
+    def outputs(self, x: jax.Array, apply: Apply) -> jax.Array:
+        h = x  # (batch, pixels)
+        for i, width in enumerate(self.widths):
+            h = apply(h, *affine(f"{i}", (h.shape[-1], width)))  # (batch, width)
+        return linear_output(h, self.classes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BayesianIRNN(Classifier):
     """P2: a recurrent network that reads an image pixel by pixel (Le, Jaitly and Hinton 2015), with latent weights.
@@ -95,13 +136,10 @@ class BayesianIRNN(Classifier):
     without: ClassVar[tuple[str, ...]] = ()
 
     def dataset(self, seed: int, data_dir: Path | None) -> tuple[str, Arrays]:
-        """MNIST from ``data_dir``, else the small digits of scikit-learn enlarged; ``(rows, side * side)`` and labels.
+        return handwritten(self.side, data_dir)
 
-        :return: the name, and arrays of shape ``(data_size, side * side)`` and ``(data_size,)``.
-        """
-        name = "mnist" if data_dir else "digits"
-        x, y = images(name, data_dir, (self.side, self.side))
-        return name, (x.reshape(len(x), -1), y)
+    def held_out(self, seed: int, data_dir: Path | None) -> Arrays:
+        return handwritten(self.side, data_dir, test=True)[1]
 
     def outputs(self, x: jax.Array, apply: Apply) -> jax.Array:
         w = weight("w", (self.units, self.units), 1e-3, jnp.eye(self.units))
@@ -136,15 +174,25 @@ class BayesianConvNet(Classifier):
 
         :return: the name, and arrays of shape ``(data_size, side, side, 3)`` and ``(data_size,)``.
         """
-        shape = (self.side, self.side, 3)
         if data_dir:
-            return "cifar10", images("cifar10", data_dir, shape)
-        key_class, key_label, key_noise = jax.random.split(jax.random.key(seed), 3)
+            return "cifar10", images("cifar10", data_dir, (self.side, self.side, 3))
+        return "synthetic", self.noisy_images(*jax.random.split(jax.random.key(seed), 3))
+
+    def held_out(self, seed: int, data_dir: Path | None) -> Arrays:
+        """The official test images, else others of the same classes, with other noise."""
+        if data_dir:
+            return images("cifar10", data_dir, (self.side, self.side, 3), test=True)
+        key_class, *others = jax.random.split(jax.random.key(seed), 3)
+        return self.noisy_images(key_class, *(jax.random.fold_in(key, 1) for key in others))
+
+    def noisy_images(self, key_class: jax.Array, key_label: jax.Array, key_noise: jax.Array) -> Arrays:
+        """A smooth random image for each class, with noise."""
+        shape = (self.side, self.side, 3)
         labels = jax.random.randint(key_label, (self.data_size,), 0, self.classes)
         centres = jax.image.resize(
             jax.random.normal(key_class, (self.classes, 4, 4, 3)), (self.classes, *shape), "cubic"
         )
-        return "synthetic", (centres[labels] + jax.random.normal(key_noise, (self.data_size, *shape)), labels)
+        return centres[labels] + jax.random.normal(key_noise, (self.data_size, *shape)), labels
 
     def outputs(self, x: jax.Array, apply: Apply) -> jax.Array:
         h = x  # (batch, side, side, 3)

@@ -95,7 +95,7 @@ def common_parser(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="folder with mnist/ for p2, p5vae and cifar10/ for p3 (default: scikit-learn's digits, synthetic images)",
+        help="folder with mnist/ for fc, p2, p5vae, cifar10/ for p3 (default: scikit-learn's digits, synthetic images)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help=f"where the JSON goes (default: {output})")
     return parser

@@ -21,7 +21,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from jax import lax
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
 from numpyro.infer.initialization import init_to_sample
 
 from examples import data as datasets
@@ -74,6 +74,10 @@ class Workload:
         """The guide of such a model, called with the same arguments."""
         raise NotImplementedError
 
+    def held_out(self, seed: int, data_dir: Path | None) -> Arrays | None:
+        """Inputs and targets of the rows to test on, ``dataset`` gives the others; None if there are none."""
+        return None
+
     def load(self, seed: int, data_dir: Path | None) -> tuple[Workload, Arrays]:
         """The workload on its data, and the data: from ``data_dir`` where it is given and the workload reads files."""
         name, arrays = self.dataset(seed, data_dir)
@@ -98,6 +102,7 @@ class MeanFieldWorkload(Workload):
 
     :param initial_gain: initial guide locations are prior draws, their distance from the prior mean times this.
     :param initial_scale: initial standard deviation of every guide factor.
+    :param guide_name: ``AutoNormal``, or ``AutoDelta`` for weights that are points: the mode of the posterior.
     """
 
     initial_gain: float
@@ -124,8 +129,8 @@ class MeanFieldWorkload(Workload):
 
         return model
 
-    def guide(self, model: Callable[..., None], variant: str = "plain") -> AutoNormal:
-        """A mean-field normal guide that starts near scaled prior draws, with small standard deviations."""
+    def guide(self, model: Callable[..., None], variant: str = "plain") -> AutoGuide:
+        """A guide that starts at scaled prior draws: mean-field normal with small standard deviations, or points."""
 
         def scaled_prior_draw(site: dict[str, Any]) -> jax.Array | None:
             value = cast(jax.Array | None, init_to_sample(site))
@@ -135,7 +140,10 @@ class MeanFieldWorkload(Workload):
             return mean + self.initial_gain * (value - mean)
 
         # NumPyro calls an initialization strategy to get one, unless it is a partial.
-        return AutoNormal(model, init_loc_fn=partial(scaled_prior_draw), init_scale=self.initial_scale)
+        start = partial(scaled_prior_draw)
+        if self.guide_name == "AutoDelta":
+            return AutoDelta(model, init_loc_fn=start)
+        return AutoNormal(model, init_loc_fn=start, init_scale=self.initial_scale)
 
 
 def weight(name: str, shape: tuple[int, ...], scale: float, loc: jax.Array | float = 0.0) -> jax.Array:
@@ -166,12 +174,16 @@ def linear_output(h: jax.Array, outputs: int) -> jax.Array:
     return h.astype(w.dtype) @ w + b  # (batch, outputs)
 
 
-def images(name: str, data_dir: Path | None, shape: tuple[int, ...]) -> Arrays:
-    """Training images of a stored data set, resized to ``shape`` (rows, columns, then channels if any), and labels."""
+def images(name: str, data_dir: Path | None, shape: tuple[int, ...], test: bool = False) -> Arrays:
+    """Images of a stored data set, resized to ``shape`` (rows, columns, then channels if any), and their labels.
+
+    :param test: the images to test on, instead of those to train on.
+    """
     found = datasets.load(name, data_dir)
-    side = int((found.x_train.shape[1] / np.prod(shape[2:])) ** 0.5)
-    x = jnp.asarray(found.x_train).reshape(-1, side, side, *shape[2:])
-    return jax.image.resize(x, (len(x), *shape), "linear"), jnp.asarray(found.y_train)
+    stored, labels = (found.x_test, found.y_test) if test else (found.x_train, found.y_train)
+    side = int((stored.shape[1] / np.prod(shape[2:])) ** 0.5)
+    x = jnp.asarray(stored).reshape(-1, side, side, *shape[2:])
+    return jax.image.resize(x, (len(x), *shape), "linear"), jnp.asarray(labels)
 
 
 def convolution(h: jax.Array, w: jax.Array) -> jax.Array:

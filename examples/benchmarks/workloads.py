@@ -1,12 +1,12 @@
 """The workloads of the benchmarks by name: ``WORKLOADS`` lists each in its full and in its quick size.
 
-The models are in ``networks.py`` (P1 to P3), ``reaction_diffusion.py`` (P4), ``transformer.py`` and ``vae.py`` (P5);
-what every workload has to say is in ``workload.py``.
+The models are in ``networks.py`` (P1 to P3, and ``fc``), ``reaction_diffusion.py`` (P4), ``transformer.py`` and
+``vae.py`` (P5); what every workload has to say is in ``workload.py``.
 """
 
 from __future__ import annotations
 
-from examples.benchmarks.networks import BayesianConvNet, BayesianIRNN, BayesianMLP
+from examples.benchmarks.networks import BayesianConvNet, BayesianDenseNet, BayesianIRNN, BayesianMLP
 from examples.benchmarks.reaction_diffusion import ReactionDiffusion
 from examples.benchmarks.transformer import BayesianTransformer
 from examples.benchmarks.vae import ConvolutionalVAE
@@ -151,6 +151,28 @@ WORKLOADS: dict[str, tuple[Workload, Workload]] = {
             latents=4,
             batch=32,
             micro_batches=1,
+            training_steps=100,
+            draws=256,
+            repeats=30,
+        ),
+    ),
+    "fc": (
+        BayesianDenseNet(
+            name="fc",
+            title="Fully connected network 784-300-300-300-10, batch 150",
+            batch=150,
+            micro_batches=15,
+            training_steps=30,
+            draws=32,
+            repeats=10,
+        ),
+        BayesianDenseNet(
+            name="fc-quick",
+            title="Fully connected network 64-32-32-10, batch 32",
+            side=8,
+            widths=(32, 32),
+            batch=32,
+            micro_batches=4,
             training_steps=100,
             draws=256,
             repeats=30,
