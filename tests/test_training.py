@@ -173,7 +173,7 @@ def test_the_small_batch_takes_the_first_rows() -> None:
             np.testing.assert_array_equal(y, data[1][np.asarray(rows[-1])])
             return state, 0.0
 
-        runs.compiled[name] = measure.Compiled(step, 0.0, 0.0, 0.0, 0)
+        runs.compiled[name] = step
         assert runs.follow(name, 1, 1e-3, 5).losses["loss"]
     assert len(seen["exact"]) == 5
     for all_rows, first in zip(seen["exact"], seen["small_batch"], strict=True):

@@ -59,7 +59,7 @@ from examples.benchmarks.workload import Arrays, Classifier, Workload
 from examples.benchmarks.workloads import WORKLOADS
 from examples.bnn import classification_scores
 from numpyro_rad import RAD_ELBO, explain
-from numpyro_rad.codecs import Codec, RandomProjection, SampleAxis
+from numpyro_rad.codecs import Codec, Keep, RandomProjection, SampleAxis
 
 GUIDES = ["AutoDelta", "AutoNormal"]
 DATA_SEED = TUNING_SEED = 0  # the compared runs have the seeds from 1
@@ -135,7 +135,7 @@ _CONTROL = ("same_sample_5", "different_sample_5", "projection_10", "projection_
 EXPERIMENTS: dict[str, tuple[Experiment, Experiment]] = {
     "fc": (
         Experiment(2000, (3e-4, 1e-3, 3e-3), small_rows=20, without=_NETWORK),
-        Experiment(80, (1e-3, 3e-3, 1e-2), small_rows=4, without=_NETWORK),
+        Experiment(80, (1e-3, 3e-3, 1e-2), small_rows=8, without=_NETWORK),
     ),
     "p2": (
         Experiment(400, (1e-5, 3e-5, 1e-4), small_rows=21, without=_NETWORK),
@@ -278,8 +278,7 @@ class Training:
         self.workload, self.data, self.held_out = workload, data, held_out
         self.experiment, self.entry = experiment, entry
         self.at = experiment.evaluated_at()
-        self.steps: dict[str, measure.Step] = {}
-        self.compiled: dict[str, measure.Compiled] = {}
+        self.compiled: dict[str, Any] = {}
         self.starts: dict[int, tuple[Any, np.ndarray]] = {}
         self.pick = jax.jit(lambda data, rows: tuple(array[rows] for array in data))
 
@@ -321,71 +320,77 @@ class Training:
                     raise
                 costs[name]["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                 log(costs[name]["failure"])
-        rate = jnp.float32(self.experiment.rates[0])
-        calls = {
-            name: partial(self.compiled[name].step, step.state, rate, *step.batch) for name, step in self.steps.items()
-        }
+        rate, state = jnp.float32(self.experiment.rates[0]), self.reference.state
+        calls = {name: partial(self.compiled[name], state, rate, *self.batch(name)) for name in self.compiled}
         for name, seconds in measure.interleaved_times(calls, TIMED_ROUNDS, DATA_SEED).items():
             costs[name]["step"] = measure.summarize_times(seconds)
         self.entry["costs"] |= costs
 
     def cost(self, name: str) -> dict[str, Any]:
         """What one step takes, but for its time; the step is compiled for later."""
-        rows, kind = self.rows_of(name), ESTIMATORS[name].kind
-        stored = noisy = None
+        rival, stored, noisy = self.estimator(name), None, False
         if name in ("exact", "small_batch"):
-            stored = self.explanation(RIVALS["ours_exact"], rows).exact_bytes
-        elif ESTIMATORS[name].family in ("ours", "rad2021"):
-            plan = self.explanation(self.estimator(name), rows)
-            predicted = plan.predicted
-            stored = plan.stored_bytes
-            noisy = not plan.untouched and (predicted is None or predicted.added_variance > 0)
-        compiled = self.prepare(name)
+            stored = self.exact_bytes(name)
+        elif rival.family in ("ours", "rad2021"):
+            plan = self.explanation(rival.elbo(self.workload), name)
+            stored = int(plan.stored_bytes)
+            # Of a plan that was not chosen by its cost nothing is predicted: it has the codec that was asked for.
+            noisy = (
+                any(row.relative_variance for row in plan.rows)
+                if plan.predicted is None
+                else bool(plan.predicted.added_variance)
+            )
         return {
-            "rows_per_step": rows,
-            "stored_bytes": stored if stored is None else int(stored),
-            "temp_bytes": compiled.temp_bytes,
-            "compile_seconds": compiled.trace_and_lower_seconds + compiled.compile_seconds,
-            "follows_exact": name != "exact" and (kind == "exact" or (kind == "randomized" and not noisy)),
+            "rows_per_step": len(self.batch(name)[0]),
+            "stored_bytes": stored,
+            "temp_bytes": measure.temp_size(self.prepare(name)),
+            "follows_exact": rival.kind in ("exact", "randomized") and name != "exact" and not noisy,
         }
 
     def estimator(self, name: str) -> Rival:
         if name != "ours_budget":
             return ESTIMATORS[name]
-        budget = self.exact_bytes // BUDGET_SHARE
+        budget = self.exact_bytes(name) // BUDGET_SHARE
         return replace(ESTIMATORS[name], elbo=lambda _: RAD_ELBO(memory_budget=budget, slices=1))
 
-    def rows_of(self, name: str) -> int:
-        return self.experiment.small_rows if name == "small_batch" else self.workload.batch
+    def batch(self, name: str) -> tuple[jax.Array, ...]:
+        """Some rows, as many as the estimator takes."""
+        rows = self.experiment.small_rows if name == "small_batch" else self.workload.batch
+        return tuple(array[:rows] for array in self.reference.batch)
 
-    @cached_property
-    def exact_bytes(self) -> int:
-        """The bytes of all residuals, each stored exactly."""
-        return int(self.explanation(RIVALS["ours_exact"], self.workload.batch).exact_bytes)
+    def exact_bytes(self, name: str) -> int:
+        """The bytes of all residuals of the estimator's rows, each stored exactly."""
+        return int(self.explanation(RAD_ELBO(codec=Keep()), name).exact_bytes)
 
-    def build(self, rival: Rival, rows: int, seed: int = DATA_SEED) -> measure.Step:
-        return measure.build(rival, self.workload, self.data, seed, rows)
+    def explanation(self, elbo: Any, name: str) -> Any:
+        """The plan of an ELBO for the estimator's rows."""
+        svi, key = self.reference.svi, jax.random.key(0)
+        return explain(elbo, key, svi.get_params(self.reference.state), svi.model, svi.guide, *self.batch(name))
 
-    def explanation(self, rival: Rival, rows: int) -> Any:
-        """The plan of an estimator's step."""
-        step = self.build(rival, rows)
-        svi = step.svi
-        return explain(svi.loss, jax.random.key(0), svi.get_params(step.state), svi.model, svi.guide, *step.batch)
-
-    def prepare(self, name: str) -> measure.Compiled:
+    def prepare(self, name: str) -> Any:
         """The compiled step of an estimator, a function of state, learning rate and rows."""
         if name not in self.compiled:
-            step = self.build(self.estimator(name), self.rows_of(name))
+            rival, svi = self.estimator(name), copy.copy(self.reference.svi)
+            if rival.layer != "plain":
+                svi = self.build(rival, DATA_SEED).svi
+            svi.loss = rival.elbo(self.workload)
 
             def update(state: Any, rate: jax.Array, *batch: jax.Array) -> Any:
-                svi = copy.copy(step.svi)
-                svi.optim = optax_to_numpyro(replace(self.workload, learning_rate=rate).optimizer())
-                return svi.update(state, *batch)
+                tuned = copy.copy(svi)
+                tuned.optim = optax_to_numpyro(replace(self.workload, learning_rate=rate).optimizer())
+                return tuned.update(state, *batch)
 
-            rate = jnp.float32(self.workload.learning_rate)
-            self.compiled[name] = measure.compile_update(update, step.state, rate, *step.batch)
-            self.steps[name] = step
+            operands = self.reference.state, jnp.float32(self.workload.learning_rate), *self.batch(name)
+            self.compiled[name] = jax.jit(update).lower(*operands).compile()
         return self.compiled[name]
+
+    def build(self, rival: Rival, seed: int) -> measure.Step:
+        return measure.build(rival, self.workload, self.data, seed, self.workload.batch)
+
+    @cached_property
+    def reference(self) -> measure.Step:
+        """``Trace_ELBO`` with the plain model, whose parts all but a few estimators share."""
+        return self.build(RIVALS["exact"], DATA_SEED)
 
     def start(self, seed: int) -> tuple[Any, np.ndarray]:
         """The state from which every run of a seed starts, and its rows, ``(steps, batch)``."""
@@ -393,12 +398,9 @@ class Training:
             draw = np.random.default_rng([seed, 1])
             size, batch = self.workload.data_size, self.workload.batch
             rows = np.stack([draw.choice(size, batch, replace=False) for _ in range(self.at[-1])])
-            self.starts[seed] = self.build(RIVALS["exact"], batch, seed).state, rows.astype(np.int32)
+            step = self.reference if seed == DATA_SEED else self.build(RIVALS["exact"], seed)
+            self.starts[seed] = step.state, rows.astype(np.int32)
         return self.starts[seed]
-
-    @cached_property
-    def reference(self) -> measure.Step:
-        return self.build(RIVALS["exact"], self.workload.batch)
 
     @cached_property
     def evaluate(self) -> Callable[[Any], jax.Array]:
@@ -422,8 +424,8 @@ class Training:
 
     def follow(self, name: str, seed: int, rate: float, steps: int) -> Curves:
         """One run."""
-        take, (state, rows) = self.prepare(name).step, self.start(seed)
-        own, fixed_rate, evaluations, final = self.rows_of(name), jnp.float32(rate), [], None
+        take, (state, rows) = self.prepare(name), self.start(seed)
+        own, fixed_rate, evaluations, final = len(self.batch(name)[0]), jnp.float32(rate), [], None
         for k in range(steps + 1):
             if k in self.at:
                 evaluations.append(np.asarray(self.evaluate(state), np.float64))
@@ -493,7 +495,7 @@ class Training:
         """The first steps of an estimator beside those of ``exact``: relative differences of their losses."""
         rate, losses = jnp.float32(chosen_rate(self.entry["tuning"], "exact")), {}
         for who in ("exact", name):
-            take, (state, rows), losses[who] = self.prepare(who).step, self.start(1), []
+            take, (state, rows), losses[who] = self.prepare(who), self.start(1), []
             for k in range(min(CHECKED_STEPS, len(rows))):
                 state, loss = take(state, rate, *self.pick(self.data, rows[k]))
                 losses[who].append(float(loss))

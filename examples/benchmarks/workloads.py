@@ -168,10 +168,10 @@ WORKLOADS: dict[str, tuple[Workload, Workload]] = {
         ),
         BayesianDenseNet(
             name="fc-quick",
-            title="Fully connected network 64-32-32-10, batch 32",
+            title="Fully connected network 64-64-64-10, batch 64",
             side=8,
-            widths=(32, 32),
-            batch=32,
+            widths=(64, 64),
+            batch=64,
             micro_batches=4,
             training_steps=100,
             draws=256,
