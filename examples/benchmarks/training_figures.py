@@ -123,8 +123,8 @@ def footnote(report: dict[str, Any]) -> str:
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
     return (
         f"{circumstances(report)} {len(seeds)} paired seeds. Rate: of Adam, the best of {rates} for each estimator, on "
-        "a seed of its own. T: temporary bytes of the compiled `svi.update`. R: bytes stored between the sweeps; where "
-        "a step stores all residuals exactly, the sum of them. In brackets: of exact's. Time: median of "
+        "a seed of its own. T: temporary bytes of the compiled `svi.update`. R: bytes stored between the sweeps; of "
+        "Trace_ELBO, those of `RAD_ELBO(codec=Keep())`. In brackets: of exact's. Time: median of "
         f"{settings['timed_rounds']} interleaved rounds. Final loss: after {settings['steps']} steps, per row, with "
         f"its data part, the negative log likelihood; evaluated exactly on {settings['evaluated_rows']} rows of the "
         "training data with one draw of the guide, the same for all, and averaged over "
