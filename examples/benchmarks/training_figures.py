@@ -108,7 +108,7 @@ def ratio_cell(ratio: dict[str, Any]) -> str:
     """Steps to a loss, in relation to those of its owner."""
     if ratio["mean"] is None:
         return f"{ratio['there']} of {len(ratio['values'])} arrive"
-    return f"{ratio['mean']:.2f}{error_text(ratio, '.1g')}"
+    return f"{ratio['mean']:.2f}{error_text(ratio, '.2f')}"
 
 
 def error_text(value: dict[str, Any], form: str) -> str:
@@ -121,13 +121,15 @@ def footnote(report: dict[str, Any]) -> str:
     settings = report["training"]["settings"]
     seeds = {run["seed"] for entry in report["training"]["guides"].values() for run in entry["runs"]}
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
+    rows = settings["evaluated_rows"]
+    evaluated = "the only row" if rows == 1 else f"{rows} rows of the training data"
     return (
         f"{circumstances(report)} {len(seeds)} paired seeds. Rate: of Adam, the best of {rates} for each estimator, on "
         "a seed of its own. T: temporary bytes of the compiled `svi.update`. R: bytes stored between the sweeps; of "
         "Trace_ELBO, those of `RAD_ELBO(codec=Keep())`. In brackets: of exact's. Time: median of "
         f"{settings['timed_rounds']} interleaved rounds. Final loss: after {settings['steps']} steps, per row, with "
-        f"its data part, the negative log likelihood; evaluated exactly on {settings['evaluated_rows']} rows of the "
-        "training data with one draw of the guide, the same for all, and averaged over "
+        f"its data part, the negative log likelihood; evaluated exactly on {evaluated} "
+        "with one draw of the guide, the same for all, and averaged over "
         f"{settings['averaged_evaluations']} evaluations. That of exact itself, and for the others what differs from "
         "it on the same seed, with the standard error. Steps to exact's: until its final loss, and until its "
         "data part, as ratios to the steps of exact itself; runs have a quarter more steps. The same for the small "
@@ -144,7 +146,7 @@ def draw_training(report: dict[str, Any], path: Path) -> None:
         len(guides),
         4,
         figsize=(16, 3.8 * len(guides) + 0.8),
-        dpi=110,
+        dpi=100,
         facecolor="white",
         layout="constrained",
         squeeze=False,
@@ -160,7 +162,7 @@ def draw_training(report: dict[str, Any], path: Path) -> None:
         label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(f"{report['workload']['title']}: means over paired seeds", fontsize=11)
+    figure.suptitle(f"{report['workload']['title']}: means over paired seeds (left and low is better)", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
