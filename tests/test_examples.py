@@ -232,7 +232,7 @@ TINY_WORKLOADS = {
 }
 
 
-@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=6))
+@pytest.mark.parametrize("name", few(TINY_WORKLOADS, slow=7))
 @pytest.mark.usefixtures("hardly_optimized")
 def test_benchmark_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     sizes = {"batch": 8, "micro_batches": 2, "training_steps": 1, **TINY_WORKLOADS[name]}
