@@ -78,7 +78,7 @@ def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
 
 
 class VarianceWarning(UserWarning):
-    """The budget is so small that codes add more variance than the gradient has."""
+    """Codes add more variance than the gradient has: within a budget, or wherever it was measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +311,7 @@ class Planner:
         graph = way.graph
         as_known = self.calibration is None and not (self.overrides or self.offload)
         if way.plan is not None and (way.plan.untouched or as_known):
-            return self._warned(way.plan) if way.held_bytes is not None else way.plan
+            return way.plan if way.plan.untouched else self._warned(way.plan)
         if self.plan is not None:
             return strategies.restored(graph, self.plan)
         model = EqualShares(graph) if self.calibration is None else self.calibration.variance_model(graph)
@@ -323,7 +323,7 @@ class Planner:
                     "host's, so nothing is gained. Leave it out here."
                 )
             request = dataclasses.replace(request, offload=lambda _, value: kept_bytes(value) >= LEAST_OFFLOADED_BYTES)
-        return way.timed(self._chosen(way, request), self.prices)
+        return way.timed(self._warned(self._chosen(way, request)), self.prices)
 
     def _chosen(self, way: Way, request: PlanRequest) -> Plan:
         """The plan for a way, by what was asked for."""
@@ -335,21 +335,24 @@ class Planner:
         if self.added_variance is not None:
             return strategies.plan_for_variance(graph, self.added_variance, request)
         if way.held_bytes is not None:
-            return self._warned(strategies.plan_within(graph, way.held_bytes, request))
+            return strategies.plan_within(graph, way.held_bytes, request)
         if self.exact or self.codec is not None:
             return strategies.make_plan(graph, request)
         return strategies.balanced_plan(graph, request)
 
     def _warned(self, plan: Plan) -> Plan:
-        """A plan within the budget, with a word where it is a bad bargain."""
+        """A plan, with a word where it is a bad bargain that nobody asked for. Without a budget only what was measured
+        counts: the model without data knows little of a codec that was chosen for all."""
         assert plan.predicted is not None
-        if plan.predicted.added_variance > 1:
-            known = self.calibration is not None
+        added, known = plan.predicted.added_variance, self.calibration is not None
+        if added > 1 and self.added_variance is None and (known or self.memory_budget is not None):
             by = "by the calibration" if known else "by the model without data (RAD_ELBO.calibrate measures it)"
+            why, more = "", "More bits"
+            if self.memory_budget is not None:
+                why, more = f"memory_budget={self.memory_budget!r} is so small that ", "A larger budget"
             warnings.warn(
-                f"memory_budget={self.memory_budget!r} is so small that codes add {plan.predicted.added_variance:.2g} "
-                f"times the variance of the exact gradient, {by}. A larger budget, a smaller minibatch or "
-                "exact=True will train faster.",
+                f"{why}codes add {added:.2g} times the variance of the exact gradient, {by}. {more}, a smaller minibatch "
+                "or exact=True will train faster.",
                 VarianceWarning,
                 stacklevel=2,
             )

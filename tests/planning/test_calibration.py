@@ -20,6 +20,7 @@ from zscores import bound
 
 from numpyro_rad import RAD_ELBO, Keep, NoiseKeys, StochasticRound, explain
 from numpyro_rad.codecs import Codec, DitheredRound, FloatRound, RotatedRound, SampleAxis, SampledRound
+from numpyro_rad.errors import VarianceWarning
 from numpyro_rad.planning import calibration, strategies
 
 KEY = jax.random.key(4)
@@ -466,7 +467,8 @@ def test_entries_that_do_not_count_do_no_harm_where_they_were_measured():
     state = svi.init(KEY, *args)
     budget = explain(svi, state, *args).exact_bytes // 4
     plain = RAD_ELBO(memory_budget=budget, slices=1)
-    measured = plain.replace(calibration=plain.calibrate(svi, state, *args))
+    prices = plain.calibrate(svi, state, *args)
+    measured = plain.replace(calibration=prices)
     params = svi.get_params(state)
 
     @partial(jax.jit, static_argnums=0)
@@ -476,5 +478,7 @@ def test_entries_that_do_not_count_do_no_harm_where_they_were_measured():
     exact = gradient(Trace_ELBO(), KEY, *args)
     errors = [float(jnp.sum((gradient(elbo, KEY, *args) - exact) ** 2)) for elbo in (plain, measured)]
     assert errors[1] < 1e-3 * float(jnp.sum(exact**2)) < 0.1 * errors[0]
+    with pytest.warns(VarianceWarning, match=r"^codes add .* by the calibration.*More bits"):
+        gradient(RAD_ELBO(codec=StochasticRound(4), slices=1, calibration=prices), KEY, *args)
     svi.loss = measured
     assert any("float" in row.decision for row in explain(svi, state, *args).rows)
