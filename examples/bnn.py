@@ -187,8 +187,10 @@ def positive_float(text: str) -> float:
     return float(text)
 
 
-def make_model(dataset: data.Data, options: argparse.Namespace) -> Callable[..., None]:
-    """A fully connected residual network with GELU layers and a normal prior on every weight and bias."""
+def make_model(
+    dataset: data.Data, options: argparse.Namespace, activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu
+) -> Callable[..., None]:
+    """A fully connected residual network, of GELU layers as a rule, with a normal prior on every weight and bias."""
     num_data, num_features = dataset.x_train.shape
     widths = [num_features, *[options.hidden] * options.layers, dataset.num_classes or 1]
 
@@ -205,7 +207,7 @@ def make_model(dataset: data.Data, options: argparse.Namespace) -> Callable[...,
         with numpyro.plate("data", num_data, subsample_size=len(x)):  # x is the minibatch: the plate scales it up
             h = x
             for i, (weights, bias) in enumerate(layers):
-                out = (jax.nn.gelu(h) if i else h) @ weights + bias  # (batch, fan_out)
+                out = (activation(h) if i else h) @ weights + bias  # (batch, fan_out)
                 h = h + out if 0 < i < options.layers else out  # a deep network trains through the skip connections
             if dataset.num_classes:
                 logits = numpyro.deterministic("logits", h)

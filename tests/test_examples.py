@@ -51,9 +51,9 @@ def write_uci(folder: Path, points: int = 60) -> None:
     rng = np.random.default_rng(0)
     x = np.column_stack([rng.normal(size=(points, 2)), np.full(points, 0.1)])
     y = 50.0 + 10.0 * x[:, 0] + rng.normal(size=points)
-    rows = np.stack([rng.permutation(points) for _ in range(2)]).astype(np.uint16)
+    rows, cut = np.stack([rng.permutation(points) for _ in range(2)]).astype(np.uint16), points * 9 // 10
     (folder / "uci").mkdir()
-    np.savez(folder / "uci" / "small.npz", X=x, y=y, train_idx=rows[:, :54], test_idx=rows[:, 54:])
+    np.savez(folder / "uci" / "small.npz", X=x, y=y, train_idx=rows[:, :cut], test_idx=rows[:, cut:])
 
 
 def write_mnist(folder: Path) -> None:

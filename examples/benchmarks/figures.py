@@ -4,8 +4,8 @@
 
 writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers; with ``--into PAGE.md`` the table
 also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page. The same for the budget
-curves that ``budgets.py`` writes (``docs/benchmarks/budgets_p1.json``, ``<!-- budgets_p1-table -->``), and for
-``growth.py``, and for the curves of ``training.py``.
+curves that ``budgets.py`` writes (``docs/benchmarks/budgets_p1.json``, ``<!-- budgets_p1-table -->``), for
+``growth.py`` and the others here, and for ``posteriors.py``, ``uci.py`` and ``bigger_than_memory.py`` of the examples.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from matplotlib.transforms import Bbox
 
 from examples.benchmarks.training_figures import draw_training, training_table
 from examples.benchmarks.wording import MIB, as_fraction, circumstances
+from examples.evidence import draw_memory_over_time, memory_limit_table, posteriors_table, uci_table
 
 # Okabe-Ito colours, which stay apart for colour-blind readers; each family has its own marker as well.
 STYLES: dict[str, dict[str, Any]] = {
@@ -55,7 +56,8 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    programs = "run.py, budgets.py, growth.py, memory.py, match.py, compiled.py, device.py, training.py"
+    programs = "run.py, budgets.py, growth.py, memory.py, match.py, compiled.py, device.py, training.py, posteriors.py, "
+    programs += "uci.py, bigger_than_memory.py"
     parser.add_argument("report", type=Path, help=f"JSON of {programs}")
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
@@ -63,8 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     report = json.loads(options.report.read_text())
     if not options.table_only:
-        pictures = {"budgets": draw_budgets, "growth": draw_growth, "memory": draw_memory, "training": draw_training}
-        picture = next((pictures[kind] for kind in pictures if kind in report), draw)
+        picture = next((PICTURES[kind] for kind in PICTURES if kind in report), draw)
         picture(report, options.figure or options.report.with_suffix(".png"))
     for page in options.into:
         page.write_text(with_table(page.read_text(), options.report.stem, report))
@@ -94,6 +95,9 @@ def markdown_table(report: dict[str, Any]) -> str:
         return device_table(report)
     if "training" in report:
         return training_table(report)
+    for kind, table in EVIDENCE.items():
+        if kind in report:
+            return f"{table(report)}\n\n{circumstances(report)}"
     measured = [row for row in report["rivals"] if "temp_bytes" in row]
     if "budgets" in report:
         lines = [
@@ -510,6 +514,17 @@ def draw_memory(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.gcf().savefig(path)
     plt.close()
+
+
+# By what a report has.
+PICTURES = {
+    "budgets": draw_budgets,
+    "growth": draw_growth,
+    "memory": draw_memory,
+    "training": draw_training,
+    "bigger_than_memory": draw_memory_over_time,
+}
+EVIDENCE = {"posteriors": posteriors_table, "uci": uci_table, "bigger_than_memory": memory_limit_table}
 
 
 def point(row: dict[str, Any], color: str, factor: float) -> Point:
