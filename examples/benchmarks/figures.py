@@ -56,9 +56,9 @@ OFFSETS = [(dx * r, dy * r) for r in (9, 16, 26, 38, 52, 70) for dx, dy in ANGLE
 def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
-    programs = "run.py, budgets.py, growth.py, memory.py, match.py, compiled.py, device.py, training.py, posteriors.py, "
-    programs += "uci.py, bigger_than_memory.py"
-    parser.add_argument("report", type=Path, help=f"JSON of {programs}")
+    parser.add_argument(
+        "report", type=Path, help="JSON of one of the programs here, posteriors, uci, bigger_than_memory"
+    )
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is replaced")

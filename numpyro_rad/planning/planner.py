@@ -351,8 +351,8 @@ class Planner:
             if self.memory_budget is not None:
                 why, more = f"memory_budget={self.memory_budget!r} is so small that ", "A larger budget"
             warnings.warn(
-                f"{why}codes add {added:.2g} times the variance of the exact gradient, {by}. {more}, a smaller minibatch "
-                "or exact=True will train faster.",
+                f"{why}codes add {added:.2g} times the variance of the exact gradient, {by}. {more}, a smaller "
+                "minibatch or exact=True will train faster.",
                 VarianceWarning,
                 stacklevel=2,
             )
