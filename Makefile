@@ -4,6 +4,8 @@
 # make package  build wheel and sdist into dist, and try both in an environment of their own (2 minutes)
 # make lint   ruff (lint and format) and pyright
 # make bench  run the benchmarks (minutes to hours); BENCH_ARGS selects the workload
+# make bench-all  run all of them that are not stored or out of date (many hours; BENCH_ALL_ARGS="--quick --output DIR"
+#             for tiny models)
 # make bench-compiled  compile the benchmarks for an accelerator that is not there; DEVICE=h200 (default), h100, a100,
 #             b200, v5e or v6e
 # make bench-device  run the benchmarks on the accelerator that JAX finds in this environment (10 minutes)
@@ -26,13 +28,14 @@ VENV ?= .venv
 DEMO_ARGS ?= --codec 4
 PYTEST_ARGS ?=
 BENCH_ARGS ?= p1
+BENCH_ALL_ARGS ?=
 DEVICE ?= h200
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs package lint bench bench-compiled bench-device clean
+.PHONY: help demo test docs package lint bench bench-all bench-compiled bench-device clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -64,6 +67,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-examples
 	$(BIN)/python -m examples.benchmarks.run $(BENCH_ARGS)
+
+bench-all: $(VENV)/.installed-examples
+	$(BIN)/python -m examples.benchmarks.all $(BENCH_ALL_ARGS)
 
 # In an environment of its own: with the compilers installed, JAX would look for the devices in each of its processes.
 bench-compiled:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,7 +21,8 @@ from numpyro.infer.util import log_density
 from programs import few
 
 from examples import bnn, data, noise
-from examples.benchmarks import budgets, figures, growth, match, measure, memory, run
+from examples.benchmarks import all as all_benchmarks
+from examples.benchmarks import budgets, figures, growth, match, measure, memory, record, run
 from examples.benchmarks.layers import VARIANTS
 from examples.benchmarks.rivals import RIVALS
 from examples.benchmarks.workloads import WORKLOADS
@@ -483,11 +485,55 @@ def test_reaction_diffusion_gradient() -> None:
 
 
 def test_tables_come_from_the_stored_numbers() -> None:
-    text = (ROOT / "docs/benchmarks.md").read_text()
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("benchmarks.md", "fits.md"))
     stored = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
     assert len(stored) >= 16
     for path in stored:
         assert figures.with_table(text, path.stem, json.loads(path.read_text())) == text, path.stem
+
+
+def test_stored_reports_are_of_this_version_and_of_these_workloads() -> None:
+    """No table is older than what it measures, as far as sizes and versions tell."""
+    names = [stage.name for stage in all_benchmarks.STAGES]
+    assert len(set(names)) == len(names)
+    seen = 0
+    for stage in all_benchmarks.STAGES:
+        path = all_benchmarks.report_of(stage, None)
+        if path.exists():
+            seen += 1
+            assert not stage.outdated(json.loads(path.read_text())), stage.name
+    assert seen >= 16
+    p1, match = (next(stage for stage in all_benchmarks.STAGES if stage.name == name) for name in ("p1", "match"))
+    report = json.loads(all_benchmarks.report_of(p1, None).read_text())
+    report["workload"]["depth"] += 1
+    assert p1.outdated(report) == "p1 has another depth now"
+    report = json.loads(all_benchmarks.report_of(match, None).read_text())
+    report["match"]["p5"]["versions"]["numpyro_rad"] = "0.0.1"
+    assert match.outdated(report).startswith("made by version 0.0.1")
+
+
+def test_only_what_is_missing_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def run_one(command: list[str], **_: object) -> SimpleNamespace:
+        ran.append(command)
+        return SimpleNamespace(returncode="examples.benchmarks.growth" in command)
+
+    monkeypatch.setattr(all_benchmarks.subprocess, "run", run_one)
+    (tmp_path / "memory.json").write_text(json.dumps({"versions": record.versions()}))
+    only = ["--only", "memory", "growth", "uci", "posteriors"]
+    with pytest.raises(SystemExit, match="failed: growth"):
+        all_benchmarks.main(["--quick", "--output", str(tmp_path), *only])
+    assert [command[2] for command in ran] == ["examples.benchmarks.growth", "examples.posteriors"]
+    assert all(
+        ["--output", str(tmp_path / f"{n}.json"), "--quick"] == c[3:] for n, c in zip(only[2::2], ran, strict=True)
+    )
+    assert "memory: up to date" in capsys.readouterr().out
+    for wrong in (["--only", "p0"], ["--quick"]):
+        with pytest.raises(SystemExit, match="2"):
+            all_benchmarks.main(wrong)
 
 
 @pytest.mark.slow
