@@ -208,6 +208,7 @@ DEEP = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:codes add")  # as many as these nobody should use
 @pytest.mark.parametrize("name", few(DEEP, slow=3))
 def test_errors_that_multiply(name):
     """Codes together add more than twice what they add one by one."""
