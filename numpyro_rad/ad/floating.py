@@ -59,9 +59,9 @@ class FloatRound(Codec):
     """Unbiased stochastic rounding to small floating-point numbers: the error is in proportion to each entry.
 
     Groups of neighbours share a power of two, as in the MX formats (Rouhani et al., "Microscaling data formats for deep
-    learning", 2023), and each entry x, between the numbers a <= |x| <= b of the format, becomes b with probability
-    (|x| - a) / (b - a), else a, with the sign of x. Its variance (|x| - a)(b - |x|) is at most x**2 / 8, / 24, / 80 for
-    4, 6, 8 bits, as long as |x| is not less than 2**-5, 2**-13, 2**-29 times the largest of its group; of smaller ones
+    learning", 2023), and each entry, of absolute value x between the numbers a <= x <= b of the format, becomes b with
+    probability (x - a) / (b - a), else a, with its sign. Its variance (x - a)(b - x) is at most x**2 / 8, 24 or 80 for
+    4, 6, 8 bits, as long as x is not less than 2**-5, 2**-13, 2**-29 times the largest of its group; of smaller ones
     the steps are all of one size. Zeros are exact.
 
     So entries may range over many powers of ten (probabilities, products of many factors, sentinels among data) and
