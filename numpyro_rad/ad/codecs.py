@@ -126,6 +126,32 @@ class Codec:
     _needs, _least_axes = "real floating-point arrays (float16, bfloat16, float32, float64)", 0
 
 
+class EntryByEntry(Codec):
+    """A codec whose errors are independent from entry to entry. A subclass defines `_variances`."""
+
+    def _variances(self, x: jax.Array) -> jax.Array:
+        """Variance of each entry of x."""
+        raise NotImplementedError
+
+    def variance(self, x: jax.Array) -> jax.Array:
+        return self._variances(x).sum()
+
+    def variance_along(self, x: jax.Array, direction: jax.Array) -> jax.Array:
+        variances = self._variances(x)
+        return (variances * direction.astype(variances.dtype) ** 2).sum()
+
+
+def check_group(group: int, usual: int) -> None:
+    """
+    :raises ValueError: if groups cannot have this size.
+    """
+    if not (isinstance(group, int) and 8 <= group <= 65536 and group % 8 == 0):
+        raise ValueError(
+            f"group={group}: a group is stored in whole bytes, so its size must be a multiple of 8 between 8 and "
+            f"65536. Try {usual}."
+        )
+
+
 class _Noiseless(Codec):
     def variance(self, x: jax.Array) -> jax.Array:
         return jnp.zeros((), jnp.float32)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from numpyro_rad.ad.codecs import Codec, work_dtype
+from numpyro_rad.ad.codecs import EntryByEntry, check_group, work_dtype
 from numpyro_rad.ad.layout import Layout
 from numpyro_rad.ad.seeds import uniform
 from numpyro_rad.mistakes import fields_checked
@@ -40,11 +40,8 @@ def _power(exponent: jax.Array, dtype: np.dtype) -> jax.Array:
 @lru_cache(maxsize=256)
 def _normal_variance(bits: int, size: int) -> float:
     """Relative variance for groups of `size` standard normal entries, simulated with a fixed seed."""
-    (exponent_bits, mantissa), x = (
-        _FORMATS[bits],
-        np.random.default_rng(0).standard_normal((max(8, 2**16 // size), size)),
-    )
-    x = np.abs(x)
+    exponent_bits, mantissa = _FORMATS[bits]
+    x = np.abs(np.random.default_rng(0).standard_normal((max(8, 2**16 // size), size)))
     most = x.max(1, keepdims=True)
     top = np.floor(np.log2(most)) + (most > (2 - 2.0**-mantissa) * 2 ** np.floor(np.log2(most)))
     lowest = top - (2**exponent_bits - 2)
@@ -55,7 +52,7 @@ def _normal_variance(bits: int, size: int) -> float:
 
 @fields_checked
 @dataclass(frozen=True)
-class FloatRound(Codec):
+class FloatRound(EntryByEntry):
     """Unbiased stochastic rounding to small floating-point numbers: the error is in proportion to each entry.
 
     Groups of neighbours share a power of two, as in the MX formats (Rouhani et al., "Microscaling data formats for deep
@@ -81,11 +78,7 @@ class FloatRound(Codec):
     def __post_init__(self) -> None:
         if self.bits not in _FORMATS:
             raise ValueError(f"bits={self.bits}: there are floating-point numbers of 4, 6 and 8 bits. Use 8.")
-        if not (isinstance(self.group, int) and 8 <= self.group <= 65536 and self.group % 8 == 0):
-            raise ValueError(
-                f"group={self.group}: a group is stored in whole bytes, so its size must be a multiple of 8 between "
-                "8 and 65536. Try 32."
-            )
+        check_group(self.group, 32)
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         return Layout.of(shape, self.bits, group=self.group)
@@ -146,19 +139,11 @@ class FloatRound(Codec):
         return layout.packed_bytes(layout.width) + layout.groups * self._scale_dtype(dtype).itemsize
 
     def _variances(self, x: jax.Array) -> jax.Array:
-        """Variance of each entry; errors are independent from entry to entry."""
         layout = self._layout(x.shape)
         grouped = jnp.abs(layout.split(x).astype(work_dtype(x.dtype)))
         lowest, coded = self._lowest(layout, grouped, x.dtype)
         _, part, step = self._neighbours(grouped, layout.to_entries(lowest))
         return layout.join(jnp.where(layout.to_entries(coded), part * (1 - part) * step**2, jnp.nan), x.shape)
-
-    def variance(self, x: jax.Array) -> jax.Array:
-        return self._variances(x).sum()
-
-    def variance_along(self, x: jax.Array, direction: jax.Array) -> jax.Array:
-        variances = self._variances(x)
-        return (variances * direction.astype(variances.dtype) ** 2).sum()
 
     def relative_variance(self, shape: tuple[int, ...]) -> float:
         layout = self._layout(shape)

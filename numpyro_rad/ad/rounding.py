@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from numpyro_rad.ad.codecs import Codec, cast_unbiased, to_nearest, work_dtype
+from numpyro_rad.ad.codecs import EntryByEntry, cast_unbiased, check_group, to_nearest, work_dtype
 from numpyro_rad.ad.layout import PLANES, Layout
 from numpyro_rad.ad.seeds import fold, hash_words, linear_index, uniform
 from numpyro_rad.mistakes import fields_checked
@@ -27,7 +27,7 @@ def _normal_rounding_variance(bits: int, size: int) -> float:
 
 @fields_checked
 @dataclass(frozen=True)
-class StochasticRound(Codec):
+class StochasticRound(EntryByEntry):
     """Unbiased stochastic rounding to 2**bits evenly spaced levels, from the minimum to the maximum of each group.
 
     An entry x between the levels a <= x <= b becomes b with probability (x - a) / (b - a), else a, independently over
@@ -51,11 +51,7 @@ class StochasticRound(Codec):
     def __post_init__(self) -> None:
         if self.bits not in PLANES:
             raise ValueError(f"bits={self.bits}: whole entries have to fill bytes. Use 1, 2, 3, 4, 6 or 8.")
-        if not (isinstance(self.group, int) and 8 <= self.group <= 65536 and self.group % 8 == 0):
-            raise ValueError(
-                f"group={self.group}: a group is stored in whole bytes, so its size must be a multiple of 8 between "
-                "8 and 65536. Try 256."
-            )
+        check_group(self.group, 256)
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         return Layout.of(shape, self.bits, group=self.group)
@@ -99,18 +95,10 @@ class StochasticRound(Codec):
         return layout.packed_bytes(layout.width) + layout.groups * 2 * work_dtype(dtype).itemsize
 
     def _variances(self, x: jax.Array) -> jax.Array:
-        """Variance of each entry; errors are independent from entry to entry."""
         layout = self._layout(x.shape)
         grouped = layout.split(x).astype(work_dtype(x.dtype))
         _, below, above = self._neighbours(layout, grouped, *self._fit(layout, grouped), x.dtype)
         return layout.join((grouped - below) * (above - grouped), x.shape)
-
-    def variance(self, x: jax.Array) -> jax.Array:
-        return self._variances(x).sum()
-
-    def variance_along(self, x: jax.Array, direction: jax.Array) -> jax.Array:
-        variances = self._variances(x)
-        return (variances * direction.astype(variances.dtype) ** 2).sum()
 
     def relative_variance(self, shape: tuple[int, ...]) -> float:
         layout = self._layout(shape)
