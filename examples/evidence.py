@@ -30,7 +30,11 @@ def posteriors_table(report: dict[str, Any]) -> str:
         bound = first["closed_form"]["means"]["bound"]
         for row in model["rows"]:
             plan, steps = row.get("plan"), row["steps"]
-            cells = [f"{title} (t below {bound:.0f})", row["estimator"], "" if plan is None else share_in_codes(plan)]
+            cells = [
+                f"{title} (t below {bound:.0f})" if row is first else "",
+                row["estimator"],
+                "" if plan is None else share_in_codes(plan),
+            ]
             for part in ("means", "deviations"):
                 cells.append(with_t(row["closed_form"][part]))
                 cells += (
