@@ -167,6 +167,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     for run in report["bigger_than_memory"].values():
         print(sentence(run))
     write(report, options.output)
+    log(f"wrote {options.output}")
     draw_memory_over_time(report, options.output.with_suffix(".png"))
     return report
 

@@ -322,6 +322,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "posteriors": {n: measured(known, ESTIMATORS, steps, seeds) for n, known in models(options.quick).items()},
     }
     write(report, options.output)
+    log(f"wrote {options.output}")
     return report
 
 

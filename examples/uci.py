@@ -224,6 +224,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             raise SystemExit(f"uci.py: {error}") from None
         report["uci"][name] = measured(name, found, report["steps"]) | {"published": published(name, options.data_dir)}
         write(report, options.output)
+        log(f"wrote {options.output}")
     return report
 
 

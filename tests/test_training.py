@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from examples.benchmarks import figures, measure, training
+from examples.benchmarks import figures, measure, record, training
 from examples.benchmarks.curves import spread, steps_to, summarize, trailing_mean
 from examples.benchmarks.layers import VARIANTS
 from examples.benchmarks.rivals import RIVALS
@@ -138,11 +138,11 @@ def test_held_out_rows_are_others_of_the_same_kind(name: str) -> None:
 def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     output = tmp_path / "folder" / "report.json"
     report = {"curve": [1.0, None, 3], "runs": [{"rate": 0.1, "names": ["a, b", "[ c ]"]}], "empty": []}
-    training.write(output, report)
+    record.write(report, output)
     assert json.loads(output.read_text()) == report
     assert '"curve": [1.0, null, 3]' in output.read_text()
     with pytest.raises(ValueError, match="JSON"):
-        training.write(output, {"curve": [float("nan")]})
+        record.write({"curve": [float("nan")]}, output)
     assert json.loads(output.read_text()) == report and len(list(output.parent.iterdir())) == 1
 
 
@@ -225,7 +225,7 @@ def test_training_from_run_to_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     entry = report["training"]["guides"]["AutoNormal"]
     lost = entry["runs"].pop(2)
-    training.write(output, report)
+    record.write(report, output)
     training.main(arguments)
     again = json.loads(output.read_text())["training"]["guides"]["AutoNormal"]["runs"]
     assert again[:-1] == entry["runs"]

@@ -1,7 +1,7 @@
 """Run every benchmark, one after the other, each in a process of its own.
 
     python -m examples.benchmarks.all --data-dir DIR                      # hours
-    python -m examples.benchmarks.all --quick --output /tmp/benchmarks    # tiny models, to see that all of them run
+    python -m examples.benchmarks.all --quick --output build/benchmarks  # tiny models, to see that all of them run
     python -m examples.benchmarks.all --list                              # what would be run, and why
 
 What is stored and up to date is not run again, so that it can be interrupted: a report is up to date if it was made by

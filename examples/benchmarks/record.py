@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,10 +53,13 @@ def circumstances() -> dict[str, Any]:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Store a report as JSON."""
+    """Store a report as JSON, the whole file or nothing, each list of numbers on one line."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    text = re.sub(r"\[\n\s*([^\[\]{}\"]*?)\n\s*\]", lambda found: f"[{re.sub(chr(10) + ' *', ' ', found[1])}]", text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    log(f"wrote {path}")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n")
+    os.replace(part, path)
 
 
 def log(message: str) -> None:

@@ -31,8 +31,6 @@ import argparse
 import copy
 import json
 import math
-import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -52,7 +50,7 @@ from numpyro.optim import optax_to_numpyro
 from examples.benchmarks import measure
 from examples.benchmarks.curves import LOSSES, summarize, trailing_mean
 from examples.benchmarks.layers import VARIANTS
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import circumstances, log, write
 from examples.benchmarks.rivals import RIVALS, Rival
 from examples.benchmarks.run import DEFAULT_FOLDER, ROUNDING, describe, positive_int
 from examples.benchmarks.workload import Arrays, Classifier, Workload
@@ -168,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     for guide in options.guides:
         entry = report["training"]["guides"].setdefault(guide, {"costs": {}, "tuning": [], "runs": [], "summary": {}})
         training = Training(replace(base, guide_name=guide), data, held_out, experiment, entry)
-        training.run(options.estimators, range(1, options.seeds + 1), partial(write, output, report))
+        training.run(options.estimators, range(1, options.seeds + 1), partial(write, report, output))
     log(f"{output} is complete")
 
 
@@ -211,9 +209,7 @@ def continued(output: Path, workload: Workload, experiment: Experiment) -> dict[
     """The report that is there, if it was made with the same settings, or else one without runs."""
     fresh = {
         "workload": workload.parameters(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        **circumstances(),
         "training": {
             "settings": {
                 **asdict(experiment),
@@ -237,16 +233,6 @@ def continued(output: Path, workload: Workload, experiment: Experiment) -> dict[
             return found
         log(f"{output} has other settings, and is replaced")
     return fresh
-
-
-def write(output: Path, report: dict[str, Any]) -> None:
-    """The whole file or nothing, each curve on one line."""
-    text = json.dumps(report, indent=2, allow_nan=False)
-    text = re.sub(r"\[\n\s*([^\[\]{}\"]*?)\n\s*\]", lambda found: f"[{re.sub(chr(10) + ' *', ' ', found[1])}]", text)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(output.name + ".part")
-    part.write_text(text + "\n")
-    os.replace(part, output)
 
 
 def chosen_rate(tuning: list[dict[str, Any]], name: str) -> float:
