@@ -1,10 +1,11 @@
-"""The tables of ``posteriors.py``, ``uci.py`` and ``bigger_than_memory.py``, the picture of the last: from JSON alone.
+"""Tables and pictures of posteriors, uci, bigger_than_memory and path_sampling, from their JSON alone.
 
 ``examples/benchmarks/figures.py`` prints them, with when and where they were measured.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 MIB = 2**20
+OKABE_ITO = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000")
 COLOURS = {"Trace_ELBO": "#0072B2", "RAD_ELBO": "#D55E00"}
 
 
@@ -181,3 +184,95 @@ def draw_memory_over_time(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def path_sampling_table(report: dict[str, Any]) -> str:
+    """A graph in each row: what was measured at each depth, and below it the closed form."""
+    graphs = report["path_sampling"]
+    depths = [row["depth"] for row in next(iter(graphs.values()))["rows"]]
+    lines = [
+        "| graph | gradient | " + " | ".join(f"{depth} layers" for depth in depths) + " |",
+        "| --- | --- |" + " ---: |" * len(depths),
+    ]
+    for graph in graphs.values():
+        rows = graph["rows"]
+        told = {
+            "sampled, measured": [measured(row.get("sampled")) for row in rows],
+            "sampled, closed form": [f"{row['closed_form']:.3g}" for row in rows],
+            "sampled at every step, closed form": [
+                f"{row['every_step']:.3g}" if "every_step" in row else "" for row in rows
+            ],
+            "4 bits, measured": [measured(row.get("rounded")) for row in rows],
+        }
+        title = graph["title"]
+        for kind, cells in told.items():
+            if any(cells):
+                lines.append("| " + " | ".join([title, kind, *cells]) + " |")
+                title = ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Variance of the gradient / squared length of the exact one, of one row; {report['draws']:,} draws, ± "
+            f"standard error. Sampled: one of {report['stratum']} entries kept, so a quarter of the bytes; 4 bits are "
+            "an eighth, and scales. Deeper than six layers a few draws in a million would make the mean.",
+        ]
+    )
+
+
+def measured(value: dict[str, float] | None) -> str:
+    """Mean ± standard error."""
+    return "" if value is None else f"{value['mean']:.3g} ± {value['standard_error']:.1g}"
+
+
+def draw_path_sampling(report: dict[str, Any], path: Path) -> None:
+    """Left a layered graph and what is kept of it, right the variance against its depth."""
+    plt.rcParams.update({"font.size": 10.5, "font.family": "DejaVu Sans"})
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.8), dpi=120, facecolor="white", layout="constrained", width_ratios=(1, 1.5)
+    )
+    draw_sampled_graph(left, report["kept"], report["stratum"])
+    for i, (name, graph) in enumerate(report["path_sampling"].items()):
+        rows, color = graph["rows"], OKABE_ITO[i]
+        depths = [row["depth"] for row in rows]
+        width = 5.0 if name == "alone" else 1.5  # it lies below that of the weights
+        right.plot(depths, [row["closed_form"] for row in rows], color=color, linewidth=width, label=graph["title"])
+        for kind, marker in (("sampled", "o"), ("rounded", "x")):
+            found = [(row["depth"], row[kind]["mean"]) for row in rows if kind in row]
+            right.plot(*zip(*found, strict=True), marker, color=color)
+        if name == "alone":
+            every = [row["every_step"] for row in rows]
+            right.plot(depths, every, ":", color=color, label="the same, each step sampled")
+    marks = {"color": "0.3", "linestyle": "none"}
+    right.plot([], [], "o", label="sampled, measured", **marks)
+    right.plot([], [], "x", label="4 bits, measured", **marks)
+    right.set_yscale("log")
+    right.set_ylim(top=1e7)
+    right.set(xlabel="layers", ylabel="variance / squared gradient")
+    right.set_title(f"one of {report['stratum']} units kept in each layer; lines: closed form", fontsize=10.5)
+    right.grid(alpha=0.25)
+    right.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_sampled_graph(axes: Axes, kept: list[list[bool]], stratum: int) -> None:
+    """Every unit of some layers, all edges between them, and the paths through the units that were kept."""
+    layers = [[True], *kept, [True]]
+    places = [[(i, j - (len(layer) - 1) / 2) for j in range(len(layer))] for i, layer in enumerate(layers)]
+    for here, there, these, those in zip(places, places[1:], layers, layers[1:], strict=False):
+        for a, kept_a in zip(here, these, strict=True):
+            for b, kept_b in zip(there, those, strict=True):
+                strong = kept_a and kept_b
+                style = (
+                    {"color": "#D55E00", "linewidth": 1.6, "zorder": 2} if strong else {"color": "0.88", "zorder": 1}
+                )
+                axes.plot(*zip(a, b, strict=True), **style)
+    for points, layer in zip(places, layers, strict=True):
+        for (x, y), is_kept in zip(points, layer, strict=True):
+            fill = "#D55E00" if is_kept else "white"
+            axes.plot(x, y, "o", color=fill, markeredgecolor="0.4", markersize=9, zorder=3)
+    axes.set_axis_off()
+    ways, through = (math.prod(map(count, layers)) for count in (len, sum))
+    axes.set_title(f"{through} of {ways} paths, each times {stratum ** len(kept)}", fontsize=10.5)

@@ -22,7 +22,7 @@ from programs import few
 
 from examples import bnn, data, noise
 from examples.benchmarks import all as all_benchmarks
-from examples.benchmarks import budgets, figures, growth, match, measure, memory, record, run
+from examples.benchmarks import budgets, figures, growth, match, measure, memory, overview, record, run
 from examples.benchmarks.layers import VARIANTS
 from examples.benchmarks.rivals import RIVALS
 from examples.benchmarks.workloads import WORKLOADS
@@ -485,11 +485,15 @@ def test_reaction_diffusion_gradient() -> None:
 
 
 def test_tables_come_from_the_stored_numbers() -> None:
-    text = "".join((ROOT / "docs" / page).read_text() for page in ("benchmarks.md", "fits.md"))
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("benchmarks.md", "fits.md", "experiments.md", "path_sampling.md"))
     stored = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
     assert len(stored) >= 16
     for path in stored:
         assert figures.with_table(text, path.stem, json.loads(path.read_text())) == text, path.stem
+    reports = overview.stored()
+    for page, tables in overview.PAGES.items():
+        filled = overview.filled(page.read_text(), {name: table(reports) for name, table in tables.items()})
+        assert filled == page.read_text(), page.name
 
 
 def test_stored_reports_are_of_this_version_and_of_these_workloads() -> None:

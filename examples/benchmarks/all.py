@@ -92,6 +92,7 @@ STAGES = [
     Stage("growth", "benchmarks.growth"),
     Stage("memory", "benchmarks.memory"),
     Stage("posteriors", "posteriors"),
+    Stage("path_sampling", "path_sampling"),
     Stage("uci", "uci", reads_data=True, resumes=True),
     Stage("bigger_than_memory", "bigger_than_memory", quick=("--steps", "3")),
     Stage("coverage", "coverage.run", ("--repeats", "40"), quick=("--small", "--steps", "10")),

@@ -5,7 +5,8 @@
 writes ``docs/benchmarks/p1.png`` and prints the Markdown table of the same numbers; with ``--into PAGE.md`` the table
 also replaces what stands between ``<!-- p1-table -->`` and ``<!-- /p1-table -->`` on that page. The same for the budget
 curves that ``budgets.py`` writes (``docs/benchmarks/budgets_p1.json``, ``<!-- budgets_p1-table -->``), for
-``growth.py`` and the others here, and for ``posteriors.py``, ``uci.py`` and ``bigger_than_memory.py`` of the examples.
+``growth.py`` and the others here, and for ``posteriors.py``, ``uci.py``, ``bigger_than_memory.py`` and
+``path_sampling.py`` of the examples.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from matplotlib.transforms import Bbox
 
 from examples.benchmarks.training_figures import draw_training, training_table
 from examples.benchmarks.wording import MIB, as_fraction, circumstances
-from examples.evidence import draw_memory_over_time, memory_limit_table, posteriors_table, uci_table
+from examples.evidence import (
+    draw_memory_over_time,
+    draw_path_sampling,
+    memory_limit_table,
+    path_sampling_table,
+    posteriors_table,
+    uci_table,
+)
 
 # Okabe-Ito colours, which stay apart for colour-blind readers; each family has its own marker as well.
 STYLES: dict[str, dict[str, Any]] = {
@@ -57,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Draw the figure and print the Markdown table of a stored benchmark.")
     parser.add_argument(
-        "report", type=Path, help="JSON of one of the programs here, posteriors, uci, bigger_than_memory"
+        "report", type=Path, help="JSON of one of the programs here, or of those in examples that write one"
     )
     parser.add_argument("--figure", type=Path, help="where the picture goes (default: beside the JSON, as .png)")
     parser.add_argument("--table-only", action="store_true", help="print the table, draw nothing")
@@ -523,8 +531,14 @@ PICTURES = {
     "memory": draw_memory,
     "training": draw_training,
     "bigger_than_memory": draw_memory_over_time,
+    "path_sampling": draw_path_sampling,
 }
-EVIDENCE = {"posteriors": posteriors_table, "uci": uci_table, "bigger_than_memory": memory_limit_table}
+EVIDENCE = {
+    "posteriors": posteriors_table,
+    "uci": uci_table,
+    "bigger_than_memory": memory_limit_table,
+    "path_sampling": path_sampling_table,
+}
 
 
 def point(row: dict[str, Any], color: str, factor: float) -> Point:

@@ -31,7 +31,7 @@ CURVES: dict[str, dict[str, Any]] = {
     "ours_budget": {"color": "#E69F00"},
     "ours_default": {"color": "#D55E00", "linestyle": ":", "linewidth": 2.5},
 }
-# The picture begins, from above, where the exact run is after this part of its steps.
+# The picture begins, from above, where the exact run is at most after this part of its steps.
 FROM_ABOVE = 0.1
 
 
@@ -182,7 +182,7 @@ def draw_curves(axes: Axes, entry: dict[str, Any], field: str, at: list[int], in
         if curve is not None:
             unit = cost["step"]["median_seconds"] if in_seconds else 1.0
             axes.plot(unit * np.array(at), curve, **{"linewidth": 1.5, "label": cost["label"], **CURVES[name]})
-    begin = exact[int(FROM_ABOVE * len(exact))]
+    begin = exact[int(FROM_ABOVE * len(exact)) :].max()
     lowest = min((float(np.nanmin(curve)) for curve in means.values() if np.isfinite(curve).any()), default=begin)
     if lowest < begin:
         axes.set_ylim(lowest - 0.05 * (begin - lowest), begin + 0.05 * (begin - lowest))
