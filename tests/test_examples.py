@@ -485,7 +485,10 @@ def test_reaction_diffusion_gradient() -> None:
 
 
 def test_tables_come_from_the_stored_numbers() -> None:
-    text = "".join((ROOT / "docs" / page).read_text() for page in ("benchmarks.md", "fits.md", "experiments.md", "path_sampling.md"))
+    text = "".join(
+        (ROOT / "docs" / page).read_text()
+        for page in ("benchmarks.md", "fits.md", "experiments.md", "path_sampling.md")
+    )
     stored = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
     assert len(stored) >= 16
     for path in stored:

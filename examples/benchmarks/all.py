@@ -6,7 +6,7 @@
 
 What is stored and up to date is not run again, so that it can be interrupted: a report is up to date if it was made by
 this version of the package and, where it is of one of the ``WORKLOADS``, with the sizes that this has now. Tables and
-figures are made from the reports by ``figures.py``.
+figures are made from the reports by ``figures.py`` and ``overview.py``.
 """
 
 from __future__ import annotations
