@@ -73,16 +73,20 @@ class Stage:
         return ""
 
 
+# The quick sizes are there to see that everything runs: one rival of a kind, the fewest repeats.
+_FEW = ("--quick", "--repeats", "2", "--draws", "2")
+_RIVALS = (*_FEW, "--rivals", "checkpoint_layer,rad2021_sample,ours_4bit,ours_default")
+_BUDGETS = (*_FEW, "--rivals", "checkpoint_layer", "--modes", "joint", "--budgets", "20")
+
+
 def _of_workloads() -> list[Stage]:
     names = [name for name in WORKLOADS if name != "fc"]
-    stages = [Stage(name, "benchmarks.run", (name,), reads_data=True, workload=name) for name in names]
+    stages = [Stage(name, "benchmarks.run", (name,), _RIVALS, True, name) for name in names]
     for name in names:
-        stages.append(Stage(f"budgets_{name}", "benchmarks.budgets", (name,), reads_data=True, workload=name))
-    few = ("--quick", "--seeds", "2", "--estimators", "small_batch,ours_4bit")
+        stages.append(Stage(f"budgets_{name}", "benchmarks.budgets", (name,), _BUDGETS, True, name))
     for name in EXPERIMENTS:
-        quick = few if name != "p4" else (*few[:-1], "ours_4bit")
-        training = Stage(f"training_{name}", "benchmarks.training", (name,), quick, True, name, resumes=True)
-        stages.append(training)
+        few = ("--quick", "--seeds", "2", "--guides", "AutoNormal", "--estimators", "ours_4bit")
+        stages.append(Stage(f"training_{name}", "benchmarks.training", (name,), few, True, name, resumes=True))
     return stages
 
 

@@ -149,8 +149,8 @@ EXPERIMENTS: dict[str, tuple[Experiment, Experiment]] = {
         Experiment(80, (1e-3, 3e-3, 1e-2), small_rows=5, without=_CONVOLUTIONS),
     ),
     "p4": (
-        Experiment(80, (3e-3, 1e-2, 3e-2), without=_CONTROL),
-        Experiment(80, (3e-3, 1e-2, 3e-2), without=_CONTROL),
+        Experiment(80, (3e-3, 1e-2, 3e-2, 1e-1), without=_CONTROL),
+        Experiment(80, (3e-3, 1e-2, 3e-2, 1e-1), without=_CONTROL),
     ),
 }
 
