@@ -51,13 +51,14 @@ def sampled_rows(shape: tuple[int, ...]) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Layout:
     """View of an array as rows, cut into *runs*. One or several runs make a group, and entries at the same place of
-    neighbouring lanes, of one or several runs, share a byte.
+    several lanes, of one or several runs each, share a byte.
 
     Rows are whole trailing axes where these are long enough, and a lane is a row where there are enough of them. So
     packing and unpacking are vector operations on lanes, and nothing is rearranged on the way from the array and back,
-    which a compiler would do entry by entry (on CPU, decoding then takes 2 to 4 ns for each instead of 0.2). Rows keep
-    the order of the leading (batch) axes and, where the sizes allow it, the edges between the shares of the devices
-    that JAX has.
+    which a compiler would do entry by entry (on CPU, decoding then takes 2 to 4 ns for each instead of 0.2). Lanes that
+    share bytes are far apart, as the halves of a batch are: a TPU, which holds eight rows in a tile, would have to take
+    neighbours out of each. Rows keep the order of the leading (batch) axes and, where the sizes allow it, the edges
+    between the shares of the devices that JAX has.
     """
 
     rows: int
@@ -67,6 +68,7 @@ class Layout:
     block: int  # runs of a group
     lane: int  # runs of a lane
     bits: int  # of an entry
+    shares: int  # of the devices, whose lanes are packed by themselves
 
     @classmethod
     def of(cls, shape: Sequence[int], bits: int, group: int | None = None) -> Layout:
@@ -80,7 +82,7 @@ class Layout:
     @lru_cache(maxsize=4096)
     def _of(cls, shape: tuple[int, ...], bits: int, group: int | None, all_devices: int) -> Layout:
         if not math.prod(shape):
-            return cls(0, 1, 1, 1, 1, 1, bits)
+            return cls(0, 1, 1, 1, 1, 1, bits, 1)
         slots = 8 // min(PLANES[bits])  # entries that fill a byte in each plane
         size, devices = max(256, group or 0), _sharing(shape[0], all_devices) if shape else 1
         axis, inner, rest = len(shape), 1, 1  # a row takes all of the axes from this one on, or 1 / rest of it
@@ -103,7 +105,7 @@ class Layout:
             block = lanes * lane * _together(rest, inner, group, 1 if axis else devices)
         else:
             block = _together(lanes * lane, width, group, 1)
-        return cls(rows, inner, lanes * lane, width, block, lane, bits)
+        return cls(rows, inner, lanes * lane, width, block, lane, bits, rows // own)
 
     @property
     def groups(self) -> int:
@@ -158,9 +160,15 @@ class Layout:
         slots = 8 // bits
         whole = self.lanes // slots * slots
         if whole == self.lanes:
-            return [_joined(q, bits)]
+            return [_joined(q, bits, self._apart(bits))]
         left = jnp.pad(q[whole:], ((0, slots + whole - self.lanes), (0, 0), (0, 0)))
-        return [_joined(q[:whole], bits), _joined(left, bits)] if whole else [_joined(left, bits)]
+        return [_joined(q[:whole], bits, whole // slots), _joined(left, bits, 1)] if whole else [_joined(left, bits, 1)]
+
+    def _apart(self, bits: int) -> int:
+        """How many stretches of lanes are packed by themselves: the shares of the devices, or where lanes are left over
+        as many as there are bytes, so that neighbours share them."""
+        slots = 8 // bits
+        return -(-self.lanes // slots) if self.lanes % (slots * self.shares) else self.shares
 
     def unpack(self, packed: Sequence[jax.Array]) -> jax.Array:
         """What was packed, (rows, parts, some)."""
@@ -177,16 +185,18 @@ class Layout:
 
     def _unpacked(self, code: jax.Array, bits: int) -> jax.Array:
         """One plane, (lanes, lane, some)."""
-        shift = lax.broadcasted_iota(jnp.int32, (1, 8 // bits, 1, 1), 1) * np.int32(bits)
-        q = (code.astype(jnp.int32)[:, None] >> shift) & np.int32(2**bits - 1)
-        return q.reshape(q.shape[0] * (8 // bits), *code.shape[1:])[: self.lanes]
+        shift = lax.broadcasted_iota(jnp.int32, (1, 8 // bits, 1, 1, 1), 1) * np.int32(bits)
+        code = code.astype(jnp.int32).reshape(self._apart(bits), 1, -1, *code.shape[1:])
+        q = (code >> shift) & np.int32(2**bits - 1)
+        return q.reshape(-1, *code.shape[3:])[: self.lanes]
 
 
-def _joined(q: jax.Array, bits: int) -> jax.Array:
-    """So many neighbouring lanes in each byte as it has room for."""
+def _joined(q: jax.Array, bits: int, apart: int) -> jax.Array:
+    """Of each of so many stretches of lanes the first, second, ... part in the lower, upper, ... bits of its bytes."""
     slots = 8 // bits
-    shift = lax.broadcasted_iota(jnp.uint8, (1, slots, 1, 1), 1) * np.uint8(bits)
-    q = q.reshape(q.shape[0] // slots, slots, *q.shape[1:])
+    shift = lax.broadcasted_iota(jnp.uint8, (1, slots, 1, 1, 1), 1) * np.uint8(bits)
+    whole = q.shape[0] // slots, *q.shape[1:]
+    q = q.reshape(apart, slots, whole[0] // apart, *q.shape[1:])
     # Bytes are what is reduced: a cast after the reduction would be fused into the reader, and words would be
     # stored. Added rather than combined by "or", which not every backend has among devices.
-    return lax.reduce(q << shift, np.uint8(0), lax.add, (1,))
+    return lax.reduce(q << shift, np.uint8(0), lax.add, (1,)).reshape(whole)

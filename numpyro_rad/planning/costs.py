@@ -46,6 +46,8 @@ class CostModel:
     :ivar slice_start: what it takes to start an operation once more, inside of a loop over slices.
     :ivar least_encoded_bytes: residuals below this size (over all iterations of the loops around them) are not worth
         the variance of a code.
+    :ivar group: most entries that share a scale, of codes that plans choose: where parts of a row are not to be had
+        without copies, as on a TPU, many enough for whole rows.
     :ivar untouched_bytes: a program with fewer bytes of residuals is left to JAX's own reverse mode, unless an option
         says what to store: there is little to gain, and whatever else is done takes time to run and to compile.
     :ivar most_slices: slices that are tried of themselves, at most.
@@ -70,6 +72,7 @@ class CostModel:
     hold_from_bytes: int = 2**25
     slice_start: float
     least_encoded_bytes: int = 8192
+    group: int = 256
     untouched_bytes: int = 2**24
     most_slices: int = 64
     most_added_time: float = 0.05
@@ -172,6 +175,7 @@ def from_data_sheet(
     link: float,
     launch: float,
     code_bytes: float = _CODE_BYTES,
+    group: int = 256,
 ) -> CostModel:
     """The prices of an accelerator by its data sheet: at peak, nothing but memory and arithmetic. A prediction.
 
@@ -183,6 +187,7 @@ def from_data_sheet(
     :param link: bandwidth of the link to the host in one direction, in GB/s.
     :param launch: nanoseconds between two kernels of one program.
     :param code_bytes: what encoding and decoding an entry moves, in bytes.
+    :param group: most entries of a group.
     """
     each = 1e-3 / vector  # nanoseconds of an instruction
     entry = {kind: n * each for kind, n in _INSTRUCTIONS.items()} | {k: n / bandwidth for k, n in _BYTES.items()}
@@ -198,6 +203,7 @@ def from_data_sheet(
         make_start=_KERNELS * launch,
         offload_per_byte=2 / link,
         slice_start=SLICE_KERNELS * launch,
+        group=group,
     )
 
 
@@ -250,6 +256,7 @@ V5E = from_data_sheet(
     link=16,
     launch=500,
     code_bytes=_TILED_CODE_BYTES,
+    group=1024,
 )
 """TPU v5e, a prediction that nobody has measured. Source: Google Cloud's documentation, "TPU v5e": 819 GB/s, 197 TFLOPS
 of bfloat16, in which JAX multiplies float32 by default. No data sheet says what its vector unit, its link to the host
@@ -265,6 +272,7 @@ V6E = from_data_sheet(
     link=32,
     launch=500,
     code_bytes=_TILED_CODE_BYTES,
+    group=1024,
 )
 """TPU v6e, a prediction that nobody has measured. Source: Google Cloud's documentation, "TPU v6e": 1,640 GB/s, 918
 TFLOPS of bfloat16. The rest is assumed as for the v5e, with PCIe Gen4."""

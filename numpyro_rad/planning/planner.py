@@ -387,9 +387,10 @@ class Planner:
         if self.exact:
             return any_of(())
         if self.memory_budget is not None or self.added_variance is not None:
-            ladder = strategies.LADDER if self.calibration is None else self.calibration.codecs
-            return any_of(ladder, self.prices.least_encoded_bytes)
-        return uniform(DEFAULT_CODEC if self.codec is None else self.codec, self.prices.least_encoded_bytes)
+            known = None if self.calibration is None else self.calibration.codecs
+            return any_of(known or strategies.choices(self.prices, measured=False), self.prices.least_encoded_bytes)
+        codec = strategies.grouped(DEFAULT_CODEC, self.prices) if self.codec is None else self.codec
+        return uniform(codec, self.prices.least_encoded_bytes)
 
     def _special(self, graph: Graph, names: Mapping[Value, str]) -> dict[Path, Codec]:
         """What the overrides say, by residual."""
