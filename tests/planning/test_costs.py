@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from programs import normal
 
-from numpyro_rad import RAD_ELBO, Keep, explain, rad
+from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain, rad
 from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.work import NOTHING, Entries, Multiplications, OneOf, Together
 from numpyro_rad.planning import Planner, costs
@@ -235,3 +235,17 @@ def test_the_table_says_whose_prices_it_used():
 
 def test_a_cost_model_is_short_in_words():
     assert repr(RAD_ELBO(costs=H100)) == "RAD_ELBO(costs=CostModel(name='H100, predicted from its data sheet'))"
+
+
+def test_plans_for_a_tpu_have_groups_of_whole_rows():
+    """Parts of a row do not fit its tiles; a codec that was asked for is taken as it is."""
+    x, w = normal(512, 512), normal(512, 512)
+
+    def coded(**options):
+        plan = rad(lambda x: jnp.sin(jnp.sin(x @ w) @ w).sum(), slices=1, **options).planned((x,), {}, 0)[0]
+        return {encoded.codec for encoded in plan.encoded.values()}
+
+    budget = x.nbytes // 8
+    assert {codec.group for codec in coded(memory_budget=budget, costs=costs.V5E)} == {1024}
+    assert min(codec.group for codec in coded(memory_budget=budget)) == 256
+    assert coded(codec=StochasticRound(bits=4), costs=costs.V5E) == {StochasticRound(bits=4)}

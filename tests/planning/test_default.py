@@ -19,7 +19,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import SVI, Trace_ELBO, init_to_median, init_to_uniform
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoIAFNormal, AutoNormal
-from zoo.programs import normal
+from programs import normal
 
 from numpyro_rad import RAD_ELBO, explain
 from numpyro_rad.planning import costs
