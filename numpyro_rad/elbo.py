@@ -314,8 +314,7 @@ class RAD_ELBO(Trace_ELBO):
         constrained, options = svi.get_params(svi_state), {**kwargs, **svi.static_kwargs}
         operands = (svi_state.rng_key, constrained, svi.model, svi.guide, args, options, svi_state.mutable_state)
         limit = None if most_bytes is None else parse_bytes(most_bytes)
-        prices, program = self.planner.prices, self._closure(*operands)
-        return calibrated(program, svi, svi_state, (args, *batches), options, prices, draws, limit)
+        return calibrated(self._closure(*operands), svi, svi_state, (args, *batches), options, draws, limit)
 
     @kwargs_checked
     def fit_step(self, svi: SVI, svi_state: Fit, total: int | str, *args: Any, **kwargs: Any) -> int:

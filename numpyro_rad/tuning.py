@@ -18,7 +18,6 @@ from numpyro_rad.ad.plan import BudgetError
 from numpyro_rad.annotations import Key, Kwargs, PyTree
 from numpyro_rad.planning import strategies
 from numpyro_rad.planning.calibration import Calibration, Calibrator
-from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.planner import parse_bytes
 from numpyro_rad.tracing import taking_arrays
 from numpyro_rad.transform import Closure, named_leaves
@@ -34,14 +33,12 @@ def calibrated(
     svi_state: SVIState,
     batches: Sequence[tuple],
     kwargs: Kwargs,
-    prices: CostModel,
     draws: int,
     most: int | None,
 ) -> Calibration:
     """Variances of gradients in the unconstrained parameters, with every codec that a plan may choose.
 
     :param taken: the program of the loss at the parameters, key, mutable state, arguments and keyword arguments.
-    :param prices: of the device.
     :param batches: arguments of model and guide, one tuple for each draw, from the start again where there are fewer.
     :param most: bytes of temporary memory that one draw may take; None for any.
     :raises ValueError: if a gradient is not finite.
@@ -58,7 +55,7 @@ def calibrated(
         every = [found[i] if i in found else jnp.zeros_like(x) for i, x in enumerate(leaves)]
         return pull(treedef.unflatten(every))
 
-    calibrator = Calibrator(taken.graph, strategies.choices(prices, measured=True), most)
+    calibrator = Calibrator(taken.graph, (*strategies.LADDER, *strategies.MEASURED), most)
     for i, key in enumerate(jax.random.split(jax.random.fold_in(svi_state.rng_key, _TAG), draws)):
         sign_key, loss_key, row_key = jax.random.split(key, 3)
         _, signs = jax.jvp(constrain, (free,), (_signs(sign_key, free),))

@@ -175,8 +175,10 @@ def backward(
     done: list[Value] = []
     for stage in backward_stages(graph, set(sums)):
         incoming = [t for t in dict.fromkeys(o for e in stage for o in e.outputs) if t in sums]
+        # What the stage before gave is finished, the gradients of its weights too: a compiler that puts these off keeps
+        # all that they are made of.
         incoming += [t for t in done if t in sums and t not in incoming]
-        done = list(dict.fromkeys(t for e in stage for t in e.inputs)) if graph.slices is not None else []
+        done = list(dict.fromkeys(t for e in stage for t in e.inputs))
         segments = {to_come[v] for v in Needs.of(plan, stage).stored(graph, plan.kept) if v in to_come}
         for segment in sorted(segments, reverse=True):
             values = [v for v, s in to_come.items() if s == segment]

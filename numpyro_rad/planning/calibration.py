@@ -28,6 +28,7 @@ from numpyro_rad.ad import _jax
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Graph, Path, Value
 from numpyro_rad.ad.plan import BudgetError, Plan
+from numpyro_rad.ad.rounding import StochasticRound
 from numpyro_rad.ad.seeds import signs
 from numpyro_rad.ad.sweep import Tape, backward, forward
 from numpyro_rad.annotations import Key, PyTree
@@ -160,8 +161,14 @@ class _Measured:
         known = getattr(residual, kind)
         if codec in codecs:
             return known[codecs.index(codec)]
-        shape, first = value.aval.shape, codecs[0]
-        return known[0] * codec.relative_variance(shape) / max(first.relative_variance(shape), 1e-30)
+        shape, near = value.aval.shape, next((i for i, c in enumerate(codecs) if _differ_in_groups(c, codec)), 0)
+        return known[near] * codec.relative_variance(shape) / max(codecs[near].relative_variance(shape), 1e-30)
+
+
+def _differ_in_groups(one: Codec, other: Codec) -> bool:
+    """Whether two codecs differ in nothing but how many entries share a scale."""
+    of_groups = isinstance(one, StochasticRound) and isinstance(other, StochasticRound)
+    return of_groups and dataclasses.replace(one, group=other.group) == other
 
 
 def probe(

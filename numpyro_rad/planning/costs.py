@@ -46,8 +46,8 @@ class CostModel:
     :ivar slice_start: what it takes to start an operation once more, inside of a loop over slices.
     :ivar least_encoded_bytes: residuals below this size (over all iterations of the loops around them) are not worth
         the variance of a code.
-    :ivar group: most entries that share a scale, of codes that plans choose: where parts of a row are not to be had
-        without copies, as on a TPU, many enough for whole rows.
+    :ivar whole_rows: whether in codes that plans choose an entry shares its scale with its row, of up to 4096 entries:
+        on a TPU, which holds arrays in tiles, parts of rows and several together are copied on the way.
     :ivar untouched_bytes: a program with fewer bytes of residuals is left to JAX's own reverse mode, unless an option
         says what to store: there is little to gain, and whatever else is done takes time to run and to compile.
     :ivar most_slices: slices that are tried of themselves, at most.
@@ -72,7 +72,7 @@ class CostModel:
     hold_from_bytes: int = 2**25
     slice_start: float
     least_encoded_bytes: int = 8192
-    group: int = 256
+    whole_rows: bool = False
     untouched_bytes: int = 2**24
     most_slices: int = 64
     most_added_time: float = 0.05
@@ -174,8 +174,6 @@ def from_data_sheet(
     product: Mapping[str, float],
     link: float,
     launch: float,
-    code_bytes: float = _CODE_BYTES,
-    group: int = 256,
 ) -> CostModel:
     """The prices of an accelerator by its data sheet: at peak, nothing but memory and arithmetic. A prediction.
 
@@ -186,8 +184,6 @@ def from_data_sheet(
         again half of what data sheets say, for the precision that JAX takes by default.
     :param link: bandwidth of the link to the host in one direction, in GB/s.
     :param launch: nanoseconds between two kernels of one program.
-    :param code_bytes: what encoding and decoding an entry moves, in bytes.
-    :param group: most entries of a group.
     """
     each = 1e-3 / vector  # nanoseconds of an instruction
     entry = {kind: n * each for kind, n in _INSTRUCTIONS.items()} | {k: n / bandwidth for k, n in _BYTES.items()}
@@ -198,12 +194,12 @@ def from_data_sheet(
         product={dtype: 1e-3 / rate for dtype, rate in product.items()},
         keep_per_byte=2 / bandwidth,
         keep_start=_KERNELS * launch,
-        code_per_entry=max(_CODE_INSTRUCTIONS * each, code_bytes / bandwidth),
+        code_per_entry=max(_CODE_INSTRUCTIONS * each, _CODE_BYTES / bandwidth),
         code_start=_CODE_KERNELS * launch,
         make_start=_KERNELS * launch,
         offload_per_byte=2 / link,
         slice_start=SLICE_KERNELS * launch,
-        group=group,
+        whole_rows=platform == "tpu",
     )
 
 
@@ -243,10 +239,6 @@ B200 = from_data_sheet(
 """NVIDIA B200, a prediction that nobody has measured. Source: "NVIDIA Blackwell Architecture", HGX B200: 8 TB/s, 75
 TFLOPS of float32, 1,100 of TF32 and 2,250 of bfloat16 without sparsity, 37 of float64, PCIe Gen5."""
 
-_TILED_CODE_BYTES = 100
-"""On a TPU: groups of entries do not fit its tiles of 8 x 128, so that arrays are copied on the way to a code and back.
-Counted in a program compiled ahead of time for a v5e."""
-
 V5E = from_data_sheet(
     "TPU v5e",
     "tpu",
@@ -255,8 +247,6 @@ V5E = from_data_sheet(
     product={"float32": 98.5, "bfloat16": 98.5, "float16": 98.5, "float64": 5.0},
     link=16,
     launch=500,
-    code_bytes=_TILED_CODE_BYTES,
-    group=1024,
 )
 """TPU v5e, a prediction that nobody has measured. Source: Google Cloud's documentation, "TPU v5e": 819 GB/s, 197 TFLOPS
 of bfloat16, in which JAX multiplies float32 by default. No data sheet says what its vector unit, its link to the host
@@ -271,8 +261,6 @@ V6E = from_data_sheet(
     product={"float32": 459.0, "bfloat16": 459.0, "float16": 459.0, "float64": 5.0},
     link=32,
     launch=500,
-    code_bytes=_TILED_CODE_BYTES,
-    group=1024,
 )
 """TPU v6e, a prediction that nobody has measured. Source: Google Cloud's documentation, "TPU v6e": 1,640 GB/s, 918
 TFLOPS of bfloat16. The rest is assumed as for the v5e, with PCIe Gen4."""

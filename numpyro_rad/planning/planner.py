@@ -34,6 +34,7 @@ from numpyro_rad.planning.request import (
     PlanRequest,
     any_of,
     forced,
+    in_whole_rows,
     not_in_long_loops,
     ranges_widely,
     uniform,
@@ -387,10 +388,15 @@ class Planner:
         if self.exact:
             return any_of(())
         if self.memory_budget is not None or self.added_variance is not None:
-            known = None if self.calibration is None else self.calibration.codecs
-            return any_of(known or strategies.choices(self.prices, measured=False), self.prices.least_encoded_bytes)
-        codec = strategies.grouped(DEFAULT_CODEC, self.prices) if self.codec is None else self.codec
-        return uniform(codec, self.prices.least_encoded_bytes)
+            several = strategies.LADDER if self.calibration is None else self.calibration.codecs
+            return self._for_device(any_of(several, self.prices.least_encoded_bytes))
+        if self.codec is not None:
+            return uniform(self.codec, self.prices.least_encoded_bytes)
+        return self._for_device(uniform(DEFAULT_CODEC, self.prices.least_encoded_bytes))
+
+    def _for_device(self, codecs: Codecs) -> Codecs:
+        """The codecs that a plan may choose, in the form in which the device has them."""
+        return in_whole_rows(codecs) if self.prices.whole_rows else codecs
 
     def _special(self, graph: Graph, names: Mapping[Value, str]) -> dict[Path, Codec]:
         """What the overrides say, by residual."""

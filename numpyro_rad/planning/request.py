@@ -8,6 +8,7 @@ from collections.abc import Callable
 from numpyro_rad.ad import _jax, primitives
 from numpyro_rad.ad.codecs import Codec
 from numpyro_rad.ad.graph import Graph, Path, Value
+from numpyro_rad.ad.rounding import StochasticRound
 from numpyro_rad.ad.work import Multiplications
 from numpyro_rad.planning.costs import CPU, CostModel
 from numpyro_rad.planning.noise import ErrorPropagation
@@ -18,6 +19,10 @@ besides being exact."""
 
 MayOffload = Callable[[Path, Value], bool]
 """From a value's path and the value to whether it may wait on the host."""
+
+LEAST_WHOLE, MOST_WHOLE = 128, 4096
+"""Rows of so many entries share a scale where groups are to be whole rows: shorter ones would be mostly scales, and the
+range of longer ones is wide."""
 
 OBJECTIVES = {"balanced": (1.0, 1.0), "time": (1.0, 1e-3), "variance": (1e-3, 1.0)}
 """What to make small: by name, the weights of time and of variance."""
@@ -57,6 +62,19 @@ class PlanRequest:
 def uniform(codec: Codec, least_bytes: int = 0) -> Codecs:
     """One codec wherever it may be used and saves something; everything else exact."""
     return any_of((codec,), least_bytes)
+
+
+def in_whole_rows(codecs: Codecs) -> Codecs:
+    """The same codecs with groups of whole rows, where these are neither short nor very long."""
+
+    def choices(path: Path, value: Value, repeat: int) -> tuple[Codec, ...]:
+        found, row = codecs(path, value, repeat), value.aval.shape[-1] if value.aval.shape else 1
+        if not LEAST_WHOLE <= row <= MOST_WHOLE:
+            return found
+        group = -(-row // 8) * 8
+        return tuple(dataclasses.replace(c, group=group) if isinstance(c, StochasticRound) else c for c in found)
+
+    return choices
 
 
 def any_of(codecs: tuple[Codec, ...], least_bytes: int = 0) -> Codecs:

@@ -22,7 +22,6 @@ from numpyro_rad.ad.sampling import RandomProjection, SampleAxis
 from numpyro_rad.ad.segments import cut_chain, segment_lengths
 from numpyro_rad.planning import search, solver
 from numpyro_rad.planning.assembly import plan_of
-from numpyro_rad.planning.costs import CostModel
 from numpyro_rad.planning.problem import Cuts, PlanProblem
 from numpyro_rad.planning.request import PlanRequest
 
@@ -47,19 +46,6 @@ MEASURED: tuple[Codec, ...] = (
 where entries lie anywhere between the levels, and more where they lie on them (zeros behind a ReLU, one-hot vectors);
 turned, less still at few bits, and more where groups are constant; as small floating-point numbers, a hundredth of it
 and less where a few entries are much larger than those that matter, and several times as much elsewhere."""
-
-
-def choices(prices: CostModel, measured: bool) -> tuple[Codec, ...]:
-    """What plans for a device choose from, with groups of its size."""
-    return tuple(grouped(codec, prices) for codec in (LADDER + MEASURED if measured else LADDER))
-
-
-def grouped(codec: Codec, prices: CostModel) -> Codec:
-    """The codec with the groups of a device, where its own are smaller and it rounds between the least and the largest
-    entry of each: what others make of a group depends on its size."""
-    if isinstance(codec, StochasticRound) and codec.group < prices.group:
-        return dataclasses.replace(codec, group=prices.group)
-    return codec
 
 
 SEGMENT_LEVELS = (1, 2, 3)
