@@ -167,8 +167,9 @@ class _Measured:
 
 def _differ_in_groups(one: Codec, other: Codec) -> bool:
     """Whether two codecs differ in nothing but how many entries share a scale."""
-    of_groups = isinstance(one, StochasticRound) and isinstance(other, StochasticRound)
-    return of_groups and dataclasses.replace(one, group=other.group) == other
+    if not (isinstance(one, StochasticRound) and isinstance(other, StochasticRound)):
+        return False
+    return dataclasses.replace(one, group=other.group) == other
 
 
 def probe(

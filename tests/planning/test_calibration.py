@@ -483,3 +483,20 @@ def test_entries_that_do_not_count_do_no_harm_where_they_were_measured():
         gradient(RAD_ELBO(codec=StochasticRound(4), slices=1, calibration=prices), KEY, *args)
     svi.loss = measured
     assert any("float" in row.decision for row in explain(svi, state, *args).rows)
+
+
+# Groups of another size
+
+
+def test_what_was_measured_of_a_codec_holds_for_its_other_groups():
+    """Scaled as for normal entries: plans for a TPU have whole rows for groups, which nobody measured."""
+    codecs = StochasticRound(8), StochasticRound(2), DitheredRound(2)
+    path, value = ("r",), SimpleNamespace(aval=jax.ShapeDtypeStruct((64, 1024), jnp.float32))
+    noise = calibration.ResidualNoise(added=(1.0, 300.0, 170.0), relative=(0.1, 0.3, 0.2), mean_square=1.0)
+    model = calibration._Measured(calibration.Calibration("", 2.0, 1.0, codecs, {path: noise}, (), 8))
+    for codec, measured in ((StochasticRound(2), 300.0), (DitheredRound(2), 170.0)):
+        assert model.alone(path, value, codec) == pytest.approx(measured / model.calibration.reference_variance)
+        wider = type(codec)(2, group=1024)
+        ratio = wider.relative_variance((64, 1024)) / codec.relative_variance((64, 1024))
+        assert 1.1 < ratio < 2
+        assert model.alone(path, value, wider) == pytest.approx(ratio * model.alone(path, value, codec))
