@@ -82,11 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def with_table(page: str, name: str, report: dict[str, Any]) -> str:
     """The page with the report's table between its markers, which are named as the report's file."""
+    return between_markers(page, name, markdown_table(report))
+
+
+def between_markers(page: str, name: str, table: str) -> str:
+    """The page with a table between the markers of its name."""
     start, end = (f"<!-- {slash}{name}-table -->" for slash in ("", "/"))
     if page.count(start) != 1 or page.count(end) != 1:
         raise ValueError(f"The page needs one {start} and one {end}, with the table between them.")
     before, _, rest = page.partition(start)
-    return before + start + "\n" + markdown_table(report) + "\n" + end + rest.partition(end)[2]
+    return before + start + "\n" + table + "\n" + end + rest.partition(end)[2]
 
 
 def markdown_table(report: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from examples.benchmarks.figures import STYLES, Point, place_labels
+from examples.benchmarks.figures import STYLES, Point, between_markers, place_labels
 from examples.benchmarks.rivals import RIVALS
 from examples.benchmarks.wording import MIB, as_fraction
 
@@ -50,19 +50,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n    python")[0])
     parser.parse_args(arguments)
     reports = stored()
-    for page, tables in PAGES.items():
-        page.write_text(filled(page.read_text(), {name: table(reports) for name, table in tables.items()}))
+    for page in PAGES:
+        page.write_text(filled(page, reports))
     draw_work(reports, FOLDER / "work.png")
     draw_ways(reports, FOLDER / "ways.png")
 
 
-def filled(page: str, tables: dict[str, str]) -> str:
-    """A page with each table between its marks."""
-    for name, table in tables.items():
-        start, end = f"<!-- {name}-table -->", f"<!-- /{name}-table -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
-    return page
+def filled(page: Path, reports: dict[str, dict[str, Any]]) -> str:
+    """The text of a page, with its tables made anew."""
+    text = page.read_text()
+    for name, table in PAGES[page].items():
+        text = between_markers(text, name, table(reports))
+    return text
 
 
 def stored() -> dict[str, dict[str, Any]]:
@@ -108,7 +107,7 @@ def cell(values: tuple[float, float], least: list[float]) -> str:
     return " / ".join(f"**{text}**" if v == m else text for text, v, m in zip(texts, values, least, strict=True))
 
 
-# Of two of the same kind the better one, or where they are all alike the middle one.
+# The others lie between two of these, or beside one.
 SHOWN = (
     "exact",
     "checkpoint_layer",
