@@ -141,7 +141,7 @@ EXPERIMENTS: dict[str, tuple[Experiment, Experiment]] = {
         Experiment(80, (1e-3, 3e-3, 1e-2), small_rows=8, without=_NETWORK),
     ),
     "p2": (
-        Experiment(400, (1e-5, 3e-5, 1e-4), small_rows=21, without=_NETWORK),
+        Experiment(400, (1e-5, 3e-5, 1e-4, 3e-4), small_rows=21, without=_NETWORK),
         Experiment(80, (3e-4, 1e-3, 3e-3), small_rows=4, without=_NETWORK),
     ),
     "p3": (
