@@ -146,7 +146,7 @@ def draw_training(report: dict[str, Any], path: Path) -> None:
         len(guides),
         4,
         figsize=(16, 3.8 * len(guides) + 0.8),
-        dpi=100,
+        dpi=75,
         facecolor="white",
         layout="constrained",
         squeeze=False,
