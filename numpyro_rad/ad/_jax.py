@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -136,12 +136,12 @@ def trace(f: Callable[..., PyTree], *args: PyTree) -> tuple[Jaxpr, list[jax.Arra
     return closed(convert_constvars_jaxpr(jaxpr.jaxpr)), list(jaxpr.consts), shapes
 
 
-def devices_of(jaxpr: Jaxpr) -> int:
-    """Over how many devices what a program takes may be spread, as its types tell. Inside of ``jax.shard_map`` or
-    ``jax.pmap`` each device runs a program of its own; what is put on devices by ``jit(in_shardings=...)`` alone is not
-    known while a program is traced.
+def devices_of(types: Iterable[Any]) -> int:
+    """Over how many devices values may be spread, as their types tell. Inside of ``jax.shard_map`` or ``jax.pmap`` each
+    device runs a program of its own; what is put on devices by ``jit(in_shardings=...)`` alone is not known while a
+    program is traced.
     """
-    meshes = (v.aval.sharding.mesh for v in jaxpr.jaxpr.invars if hasattr(v.aval, "sharding"))
+    meshes = (aval.sharding.mesh for aval in types if hasattr(aval, "sharding"))
     return max((_shared_by_compiler(mesh) for mesh in meshes if not mesh.empty), default=1)
 
 

@@ -75,7 +75,7 @@ def in_slices(jaxpr: _jax.Jaxpr, active: Sequence[bool], n_slices: int, costs: C
     part, whole = find(both, active), graph_of_both(both, has_tangent, active)
     if part is None:
         return Way(whole)
-    exact, devices = Timing(whole, costs), _jax.devices_of(jaxpr)
+    exact, devices = Timing(whole, costs), _jax.devices_of(v.aval for v in jaxpr.jaxpr.invars)
     return Way(_cut(part, whole, exact, n_slices, has_tangent, active, costs, devices=devices), exact=exact)
 
 
@@ -174,7 +174,7 @@ class Search:
         self._active, self._request, self._costs, self._taken = active, request, costs, taken
         self._budget_bytes = budget_bytes
         # which axes are sharded only the compiler will know: a slice of such an axis would be fetched from all devices
-        self._may_slice = costs.most_slices > 1 and _jax.devices_of(jaxpr) == 1
+        self._may_slice = costs.most_slices > 1 and _jax.devices_of(v.aval for v in jaxpr.jaxpr.invars) == 1
         self._both, self._has_tangent = with_tangents(jaxpr, active)
         self._whole = graph_of_both(self._both, self._has_tangent, active)
 
