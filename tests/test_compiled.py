@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from examples.benchmarks import compiled, device, figures, hlo
+from examples.benchmarks import compiled, device, figures, hlo, record
 from examples.benchmarks.compiled import CASES, DEVICES, Device
 from numpyro_rad.planning import costs
 
@@ -116,14 +116,10 @@ def test_a_workload_is_compared():
     assert ways["ours_8slices"]["plan"]["slices"] == 8 and ways["ours_default"]["plan"]["untouched"]
     products = {name: sum(way["multiplications"].values()) for name, way in ways.items()}
     assert products["ours_8slices"] == pytest.approx(products["exact"], rel=0.02)  # nothing runs twice
-    report = {"compiled": {"here": {**stamp(), "device": "here", "rows": {"p1": found}}}}
+    report = {"compiled": {"here": {**record.circumstances(), "device": "here", "rows": {"p1": found}}}}
     lines = figures.compiled_table(report).splitlines()
     assert sum(line.startswith("| 4 x 64") for line in lines) == len(ways)
     assert any("8 slices" in line for line in lines) and any("left to JAX" in line for line in lines)
-
-
-def stamp():
-    return {"date": "2026-11-30T00:00:00", "machine": compiled.machine(), "versions": compiled.versions()}
 
 
 @pytest.mark.slow

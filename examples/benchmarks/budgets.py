@@ -23,7 +23,6 @@ step costs its time times (1 + rho), in proportion to the time until a gradient 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ from typing import Any
 import jax
 
 from examples.benchmarks import measure
-from examples.benchmarks.record import log
+from examples.benchmarks.record import log, write
 from examples.benchmarks.rivals import RIVALS, Kind, Rival
 from examples.benchmarks.run import DEFAULT_FOLDER, Benchmark, common_parser, describe, sensible_rivals
 from examples.benchmarks.workloads import WORKLOADS
@@ -59,8 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     workload = WORKLOADS[options.workload][1 if options.quick else 0]
     output = options.output or DEFAULT_FOLDER / f"budgets_{workload.name}.json"
     report = Curves(workload, options).run()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, output)
     log(f"wrote {output}")
 
 

@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from examples.benchmarks import hlo, measure
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import circumstances, log, write
 from examples.benchmarks.rivals import RIVALS, Rival
 from examples.benchmarks.workload import Workload
 from examples.benchmarks.workloads import WORKLOADS
@@ -226,17 +225,14 @@ def main(arguments: list[str] | None = None) -> None:
         rows[name] = compared(CASES[name][options.quick], options.rivals, device, target)
         found[options.device] = {
             "device": device.costs.name.split(",")[0],
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": versions(),
+            **circumstances(),
             "rows": {n: rows[n] for n in CASES if n in rows},
         }
         report = {
             "workload": {"name": "compiled", "title": "Compiled ahead of time"},
             "compiled": {n: found[n] for n in DEVICES if n in found},
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, options.output)
     log(f"wrote {options.output}")
 
 

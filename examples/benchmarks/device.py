@@ -27,7 +27,7 @@ import jax
 
 from examples.benchmarks import measure
 from examples.benchmarks.compiled import CASES, plan_record
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import log, machine, versions, write
 from examples.benchmarks.rivals import RIVALS, Rival
 from numpyro_rad import RAD_ELBO
 
@@ -72,8 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             "rounds": options.rounds,
             "device": found,
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, options.output)
     log(f"wrote {options.output}")
 
 

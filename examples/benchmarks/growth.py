@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 from numpyro.infer import RenyiELBO, Trace_ELBO
 
 from examples.benchmarks import measure
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import circumstances, log, write
 from examples.benchmarks.rivals import Rival
 from examples.benchmarks.run import DEFAULT_FOLDER
 from examples.benchmarks.workload import Workload
@@ -150,13 +149,10 @@ def main(arguments: list[str] | None = None) -> None:
     found |= {name: grow(name, options.quick) for name in options.axes}
     report = {
         "workload": {"name": "growth", "title": "Growth of memory with the size of a model"},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        **circumstances(),
         "growth": {name: found[name] for name in AXES if name in found},
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, options.output)
     log(f"wrote {options.output}")
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from examples.benchmarks import measure
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import circumstances, log, write
 from examples.benchmarks.rivals import RIVALS, Rival
 from examples.benchmarks.workload import Workload
 from examples.benchmarks.workloads import WORKLOADS
@@ -47,17 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
         rivals = [RIVALS[r] for r in options.rivals if r not in workload.without]
         found[name] = {
             "title": workload.title,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": versions(),
+            **circumstances(),
             "rows": compared(workload, rivals, options.rounds),
         }
         report = {
             "workload": {"name": "match", "title": "RAD_ELBO with the memory of its rivals"},
             "match": {n: found[n] for n in WORKLOADS if n in found},
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        write(report, options.output)
     log(f"wrote {options.output}")
 
 

@@ -24,14 +24,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 from numpyro.infer import SVI, Trace_ELBO
 
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import circumstances, log, write
 from examples.benchmarks.run import DEFAULT_FOLDER
 from examples.benchmarks.workloads import WORKLOADS
 from numpyro_rad import RAD_ELBO, RAD_SVI, StochasticRound, gradient_variance, to_arviz
@@ -123,13 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
         log(f"{rows[task]}")
         found = {
             "workload": {"name": "memory", "title": title},
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": versions(),
+            **circumstances(),
             "memory": [rows[name] for name in TASKS if name in rows],
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(found, indent=2) + "\n")
+        write(found, options.output)
     log(f"wrote {options.output}")
 
 

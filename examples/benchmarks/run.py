@@ -12,11 +12,9 @@ rival that fails keeps the numbers it has and gets a ``failure``; ratios are to 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from typing import Any
 import jax
 
 from examples.benchmarks import measure
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import circumstances, log, write
 from examples.benchmarks.rivals import RIVALS, Rival
 from examples.benchmarks.workload import Workload
 from examples.benchmarks.workloads import WORKLOADS
@@ -48,8 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     benchmark = Benchmark(workload, options)
     output = options.output or DEFAULT_FOLDER / f"{workload.name}.json"
     report = benchmark.run()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, output)
     log(f"wrote {output}")
 
 
@@ -153,7 +150,7 @@ class Benchmark:
         self.cases: list[tuple[tuple, Any]] = []  # draws of guide and minibatch, with the exact gradient there
 
     def run(self) -> dict[str, Any]:
-        started = datetime.now(UTC)
+        started = circumstances()
         # Set up first, compile second: compiling empties JAX's caches. The first use of the compiler is not counted.
         self.set_up_all()
         if "exact" not in self.compiled:
@@ -174,9 +171,7 @@ class Benchmark:
         self.add_ratios()
         return {
             "workload": self.workload.parameters(),
-            "date": started.isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": versions(),
+            **started,
             "settings": {"seed": self.seed, "repeats": self.repeats, "draws": self.draws, "dtype": "float32"},
             "exact_gradient": self.exact_gradient,
             "rivals": list(self.rows.values()),

@@ -23,7 +23,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ import numpy as np
 from numpyro.infer import SVI, Trace_ELBO
 
 from examples.benchmarks import measure
-from examples.benchmarks.record import log, machine, versions
+from examples.benchmarks.record import circumstances, log, write
 from examples.coverage.models import MODELS, Example, Problem
 from examples.coverage.table import SMALL_BYTES, markdown
 from numpyro_rad import RAD_ELBO, Keep, StochasticRound, explain
@@ -57,10 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
                 report["models"].append(kept[name])
             elif not options.models or name in options.models:
                 report["models"].append(measure_model(MODELS[name], options))
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps(report, indent=1) + "\n")
+                write(report, output)
         report["models"].sort(key=lambda row: list(MODELS).index(row["name"]))
-        output.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, output)
     output.with_suffix(".md").write_text(markdown(report))
     log(f"wrote {output} and {output.with_suffix('.md')}")
 
@@ -96,9 +94,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def empty_report(options: argparse.Namespace) -> dict[str, Any]:
     """Where, with what and how; no models yet."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        **circumstances(),
         "settings": {
             "seed": options.seed,
             "repeats": options.repeats,
