@@ -76,7 +76,7 @@ class Stage:
 # The quick sizes are there to see that everything runs: one rival of a kind, the fewest repeats.
 _FEW = ("--quick", "--repeats", "2", "--draws", "2")
 _RIVALS = (*_FEW, "--rivals", "checkpoint_layer,rad2021_sample,ours_4bit,ours_default")
-_BUDGETS = (*_FEW, "--rivals", "checkpoint_layer", "--modes", "joint", "--budgets", "20")
+_BUDGETS = (*_FEW, "--rivals", "checkpoint_layer", "--modes", "recompute", "--budgets", "20")
 
 
 def _of_workloads() -> list[Stage]:
@@ -92,14 +92,21 @@ def _of_workloads() -> list[Stage]:
 
 STAGES = [
     *_of_workloads(),
-    Stage("match", "benchmarks.match"),
-    Stage("growth", "benchmarks.growth"),
-    Stage("memory", "benchmarks.memory"),
+    Stage(
+        "match", "benchmarks.match", quick=("--quick", "--workloads", "p1", "--rivals", "accumulate", "--rounds", "2")
+    ),
+    Stage("growth", "benchmarks.growth", quick=("--quick", "--axes", "batch")),
+    Stage("memory", "benchmarks.memory", quick=("--quick", "--tasks", "exact_step", "step", "run")),
     Stage("posteriors", "posteriors"),
     Stage("path_sampling", "path_sampling"),
     Stage("uci", "uci", reads_data=True, resumes=True),
     Stage("bigger_than_memory", "bigger_than_memory", quick=("--steps", "3")),
-    Stage("coverage", "coverage.run", ("--repeats", "40"), quick=("--small", "--steps", "10")),
+    Stage(
+        "coverage",
+        "coverage.run",
+        ("--repeats", "40"),
+        quick=("baseball", "vae", "--small", "--steps", "5", "--repeats", "2"),
+    ),
 ]
 
 
