@@ -35,7 +35,7 @@ from examples.benchmarks.record import circumstances, log, write
 from examples.benchmarks.rivals import RIVALS, Rival
 from examples.benchmarks.workload import Workload
 from examples.benchmarks.workloads import WORKLOADS
-from numpyro_rad import RAD_ELBO
+from numpyro_rad import RAD_ELBO, StochasticRound
 from numpyro_rad.ad import primitives
 from numpyro_rad.ad.work import Multiplications, OneOf, Together, Work
 from numpyro_rad.planning import costs
@@ -195,8 +195,19 @@ def _ours(name: str, label: str, **options: Any) -> Callable[[Device], Rival]:
     return rival
 
 
+def _four_bits(device: Device) -> Rival:
+    """4 bits wherever they are smaller, in groups of whole rows where the device wants them."""
+
+    def elbo(workload: Workload) -> RAD_ELBO:
+        group = getattr(workload, "width", 256) if device.costs.whole_rows else 256
+        return RAD_ELBO(costs=device.costs, codec=StochasticRound(4, group=group))
+
+    return replace(RIVALS["ours_4bit"], elbo=elbo)
+
+
 COMPARED: dict[str, Callable[[Device], Rival]] = {
     **{name: lambda _, name=name: RIVALS[name] for name in ("exact", "checkpoint_layer", "accumulate")},
+    "ours_4bit": _four_bits,
     "ours_codes": _ours("ours_codes", "ours, codes, ρ at most 0.01", added_variance=0.01),
     "ours_default": _ours("ours_default", "ours, default"),
     "ours_exact": _ours("ours_exact", "ours, exact, one pass", exact=True, slices=1),

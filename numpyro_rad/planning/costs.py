@@ -157,7 +157,7 @@ _BYTES = {"cumulative": 16, "indexed": 36, "scattered": 68, "sorted": 160}
 several passes."""
 
 _CODE_INSTRUCTIONS = 60  # a scale, a few random bits, packing, and all of it back
-_CODE_BYTES = 10  # that move for an entry of single precision, counted as below: 8 to 10, made, scaled, coded, decoded
+_CODE_BYTES = 12  # that move for an entry of single precision, counted as below: 8 (H200) to 12 (v5e)
 
 # How many kernels become of operations, counted in the programs that XLA compiles ahead of time for an H200 from the
 # workloads of docs/benchmarks.md: 0.03 to 0.11 of a step's operations, the most of which are fused (0.6 in a loop of
