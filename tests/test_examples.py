@@ -534,7 +534,7 @@ def test_only_what_is_missing_is_run(
         all_benchmarks.main(["--quick", "--output", str(tmp_path), *only])
     assert [command[2] for command in ran] == ["examples.benchmarks.growth", "examples.posteriors"]
     assert all(
-        ["--output", str(tmp_path / f"{n}.json"), "--quick"] == c[3:] for n, c in zip(only[2::2], ran, strict=True)
+        ["--output", str(tmp_path / f"{n}.json"), "--quick"] == c[3:6] for n, c in zip(only[2::2], ran, strict=True)
     )
     assert "memory: up to date" in capsys.readouterr().out
     for wrong in (["--only", "p0"], ["--quick"]):
