@@ -172,7 +172,7 @@ def backward(
     for tangent, cotangent in zip(graph.tangent_outputs, cotangents, strict=True):
         if tangent is not None and cotangent is not None:
             add(tangent, cotangent)
-    alone = graph.slices is not None or _jax.devices_of(map(jax.typeof, (*reads.values(), *sums.values()))) == 1
+    in_turn = graph.slices is not None or _jax.devices_of(map(jax.typeof, (*reads.values(), *sums.values()))) == 1
     done: list[Value] = []
     for stage in backward_stages(graph, set(sums)):
         incoming = [t for t in dict.fromkeys(o for e in stage for o in e.outputs) if t in sums]
@@ -180,7 +180,7 @@ def backward(
         # all that they are made of. Devices would wait there for each other's sums, which they add up in one go at the
         # end.
         incoming += [t for t in done if t in sums and t not in incoming]
-        done = list(dict.fromkeys(t for e in stage for t in e.inputs)) if alone else []
+        done = list(dict.fromkeys(t for e in stage for t in e.inputs)) if in_turn else []
         segments = {to_come[v] for v in Needs.of(plan, stage).stored(graph, plan.kept) if v in to_come}
         for segment in sorted(segments, reverse=True):
             values = [v for v, s in to_come.items() if s == segment]
