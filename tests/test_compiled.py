@@ -122,6 +122,15 @@ def test_a_workload_is_compared():
     assert any("8 slices" in line for line in lines) and any("left to JAX" in line for line in lines)
 
 
+def test_what_hiding_latencies_takes_is_said():
+    ways = [{"label": name, "temp_bytes": 100, "hiding_temp_bytes": size} for name, size in (("one", 97), ("two", 125))]
+    rows = {"p1": {"title": "a network", "ways": [*ways, {"label": "three", "failure": "no"}]}}
+    (said,) = figures.hiding_latencies({"device": "a GPU", "rows": rows})
+    assert "for a GPU is 0.97 to 1.25 of" in said and "(most: a network, two)" in said
+    del ways[0]["hiding_temp_bytes"], ways[1]["hiding_temp_bytes"]
+    assert figures.hiding_latencies({"device": "a TPU", "rows": rows}) == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs XLA's compiler for GPUs")
 def test_gpus_are_compiled_for(tmp_path):
